@@ -1,0 +1,442 @@
+"""One run of a script: process group, run folder, log, checkpoint, stop signal.
+
+    with Run("cmpl", out, vars(args)) as run:
+        step = run.resume(identity, net=net, optimizer=optimizer)
+        for step, batch in run.steps(loader, step, total, seed):
+            ...
+            run.track(loss=loss.detach())
+
+The run folder (all of it readable without this package):
+
+    config.json       every argument, versions, command line      log.jsonl        one object per logged step
+    labelled.txt      the labelled videos (written by the script)  bad_videos.txt   path, tab, reason
+    last.pt           newest checkpoint, last.prev.pt the one before, model.pt and result.json at the end
+"""
+
+import errno
+import gc
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from common import UserError, files
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: two runs in one folder are then not noticed
+    fcntl = None
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+# What an error of torch means to the person who started the run: (text in the error, our sentence).
+TROUBLES = (
+    (
+        ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL error",
+         "Socket Timeout", "Timed out waiting", "remote process exited"),
+        "another rank has died; its own message says why. The same command resumes from last.pt",
+    ),
+    (
+        ("DataLoader worker", "unable to open shared memory", "unable to mmap"),
+        "a loader worker died or hung (memory or /dev/shm full, or stalled storage): try fewer "
+        "--workers. The same command resumes from last.pt",
+    ),
+    (("out of memory",), "the GPU is out of memory: lower --batch, --frames or --size, or use more GPUs"),
+)
+
+
+class Run:
+    """A context manager around one run, on one rank or many.
+
+    Args:
+        script: name of the method; a run folder and a checkpoint belong to one.
+        out: the run folder, made if missing.
+        config: every argument by name (JSON values). A folder of another configuration is refused.
+        free: names in `config` that may change between a run and its resumption.
+        log_every: steps between two rows of log.jsonl.
+        max_bad: share of the training videos that may be unreadable before the run stops.
+
+    Inside the block a UserError becomes one sentence and exit status 2, the death of a rank or of a
+    loader worker one sentence and status 1. SIGTERM, SIGINT and SIGUSR1 end `steps` after the
+    current step on all ranks (a second SIGINT ends the process at once).
+    """
+
+    def __init__(self, script, out, config, free=(), log_every=10, max_bad=0.05):
+        self.script, self.out, self.config, self.free = script, Path(out), dict(config), set(free)
+        self.log_every, self.max_bad = log_every, max_bad
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        self.stop = False  # this rank has got a signal
+        self.stopped = False  # all ranks have agreed to stop
+        self.sums, self.count, self.wait, self.mark = {}, 0, 0.0, 0.0
+        self.bad, self.new_bad, self.videos = set(), {}, 0
+        self.save_failed = None
+        self.began, self.seconds_before = time.time(), 0.0
+        self.lock = self.bar = None
+
+    # ---------------------------------------------------------------------------- begin and end
+
+    def __enter__(self):
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+        try:
+            self._join_group()
+            self.on_main(self._open_folder)
+        except BaseException as error:
+            if not self.__exit__(type(error), error, error.__traceback__):
+                raise
+        return self
+
+    def _join_group(self):
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
+        if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
+            raise UserError(f"there are more processes than GPUs on this node: use --nproc_per_node {gpus}")
+        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+            torch.backends.cudnn.benchmark = True
+        if "RANK" in os.environ:
+            store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=15)))
+            # A restarted attempt must not read the addresses that the dead one left in the store.
+            store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        else:
+            store, rank, world = dist.HashStore(), 0, 1
+        # Small CPU tensors (stop flags, names of bad videos) go over gloo and never wait for the GPU.
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
+            timeout=timedelta(minutes=30), device_id=self.device if cuda else None,
+        )  # fmt: skip
+
+    def _open_folder(self):
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.out / ".lock", "w")
+        except OSError as error:
+            raise UserError(f"--out {self.out} cannot be written: {error.strerror}") from None
+        if fcntl:
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"--out {self.out} is in use by another run") from None
+        for stale in self.out.glob("*.tmp"):
+            stale.unlink()
+        self._check_config()
+        if (self.out / "bad_videos.txt").exists():
+            lines = (self.out / "bad_videos.txt").read_text(errors="surrogateescape").splitlines()
+            self.bad = {line.split("\t")[0] for line in lines}
+
+    def _check_config(self):
+        path = self.out / "config.json"
+        args = json.loads(json.dumps(self.config))  # as a reader of the file will see them
+        if path.exists():
+            try:
+                old = json.loads(path.read_text())
+                old_args = old["args"]
+            except (ValueError, KeyError):
+                raise UserError(f"{path} is damaged: delete it or choose another --out") from None
+            if old.get("script") != self.script:
+                raise UserError(f"--out {self.out} holds a run of {old.get('script')}, not {self.script}")
+            for key in args.keys() | old_args.keys():
+                if key not in self.free and args.get(key) != old_args.get(key):
+                    raise UserError(
+                        f"--out {self.out} holds a run with --{key} {old_args.get(key)}, not "
+                        f"{args.get(key)}: choose another --out, or delete that folder"
+                    )
+            if old.get("world") != self.world:
+                self.say(f"this run had {old.get('world')} ranks and has {self.world} now: "
+                         "the batch of a step changes with it")  # fmt: skip
+        config = {"script": self.script, "args": args, "world": self.world, "device": str(self.device),
+                  "versions": versions(), "command": " ".join(sys.argv)}  # fmt: skip
+        files.write(path, json.dumps(config, indent=1))
+
+    def _on_signal(self, number, frame):
+        if self.stop and number == signal.SIGINT:
+            os._exit(130)
+        self.stop = True
+
+    def __exit__(self, kind, error, trace):
+        if self.bar is not None:
+            self.bar.close()
+        message, status = explain(error)
+        if message is not None:
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            if not self.main and self.world > 1:
+                time.sleep(5)  # rank 0 says the same, and torchrun then ends this rank
+            print(f"{self.script}: {message}", file=sys.stderr, flush=True)
+            sys.stderr.flush()
+            os._exit(status)  # peers may be gone: no collective clean-up can be trusted to end
+        if error is None:
+            # A gloo group that still knows a DDP module can abort the interpreter at its exit.
+            gc.collect()
+            dist.destroy_process_group()
+            if self.lock:
+                self.lock.close()
+            if self.save_failed:
+                print(f"{self.script}: {self.save_failed}", file=sys.stderr)
+                sys.exit(1)
+        return False
+
+    # ---------------------------------------------------------------------------- words and ranks
+
+    def say(self, sentence):
+        """Print a line from rank 0, above the progress bar."""
+        if self.main:
+            tqdm.write(sentence)
+            sys.stdout.flush()
+
+    def on_main(self, function, *args):
+        """Run `function` on rank 0 alone; its value, or its UserError, reaches every rank."""
+        box = [None, None]
+        if self.main:
+            try:
+                box[0] = function(*args)
+            except UserError as error:
+                box[1] = str(error)
+        dist.broadcast_object_list(box)
+        if box[1] is not None:
+            raise UserError(box[1])
+        return box[0]
+
+    @property
+    def seconds(self):
+        """Wall seconds of this run, the time before a resumption included."""
+        return self.seconds_before + time.time() - self.began
+
+    # ---------------------------------------------------------------------------- steps and log
+
+    def steps(self, loader, start, total, seed, videos):
+        """Yield (step, batch) for the steps start..total-1; a batch has one dict per list in `videos`.
+
+        Before each step torch's generators are seeded from (seed, step, rank); after it the ranks
+        agree whether a signal has come, and the loop ends if so (`stopped` is then True). Waiting
+        for the loader and computing are timed apart. Unreadable videos, (index, reason) in the "bad" of
+        each dict, are named in bad_videos.txt at the next logged step.
+        """
+        self.videos = sum(len(source) for source in videos)
+        self.bar = tqdm(total=total, initial=start, dynamic_ncols=True, smoothing=0.05,
+                        disable=not (self.main and sys.stderr.isatty()))  # fmt: skip
+        self.mark = time.perf_counter()
+        batches = iter(loader)
+        for step in range(start, total):
+            asked = time.perf_counter()
+            batch = next(batches)
+            self.wait += time.perf_counter() - asked
+            for part, source in zip(batch, videos, strict=True):
+                self.new_bad.update((source.name(i), reason) for i, reason in part["bad"])
+            torch.manual_seed(step_seed(seed, step, self.rank))
+            yield step, batch
+            self.bar.update()
+            flag = torch.tensor(int(self.stop))
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            if flag.item():
+                self.stopped = True
+                self.say(f"stopped by a signal after step {step + 1}")
+                break
+        self.bar.close()
+        self.bar = None
+
+    def track(self, step, lr, **terms):
+        """Add the scalar tensors `terms` of one step to the running means; None when no row is due.
+
+        Every `log_every` steps returns the means since the last row, over all ranks, to be given to
+        `log`. Raises UserError on every rank when one of them is not finite.
+        """
+        for name, value in terms.items():
+            value = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+        if (step + 1) % self.log_every:
+            return None
+        self._gather_bad()
+        packed = torch.stack(list(self.sums.values())).cpu() / self.count  # waits for the GPU
+        now = time.perf_counter()
+        timing = torch.tensor([self.wait, now - self.mark - self.wait]) / self.count
+        both = torch.cat([packed, timing])
+        dist.all_reduce(both)
+        *values, wait, compute = (both / self.world).tolist()
+        row = dict(step=step + 1, lr=lr, **dict(zip(self.sums, values, strict=True)))
+        row.update(unreadable=len(self.bad), seconds_data=round(wait, 5), seconds_compute=round(compute, 5))
+        self.sums, self.count, self.wait, self.mark = {}, 0, 0.0, now
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise UserError(f"{name} is {value} at step {step + 1} (learning rate {lr:.3g}): lower --lr; "
+                                "last.pt is from before")  # fmt: skip
+        return row
+
+    def log(self, row):
+        """Append one JSON object to log.jsonl and show it (rank 0)."""
+        if not self.main:
+            return
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
+        shown = " ".join(f"{k} {v:.4g}" for k, v in numbers.items())
+        if "eval" in row or self.bar is None or self.bar.disable:
+            self.say(f"{row.get('eval', 'train')} step {row['step']} {shown}")
+        else:
+            self.bar.set_postfix_str(shown[:160], refresh=False)
+
+    def _gather_bad(self):
+        """Let all ranks know all unreadable videos; rank 0 names each once in bad_videos.txt.
+
+        Raises UserError on every rank when more than `max_bad` of the training videos are bad.
+        """
+        everyone = [None] * self.world
+        dist.all_gather_object(everyone, self.new_bad)
+        for found in everyone:
+            for name, reason in found.items():
+                if name not in self.bad:
+                    self.bad.add(name)
+                    self.say(f"unreadable, another video stands in: {name}: {reason}")
+                    if self.main:
+                        line = f"{name}\t{' '.join(reason.split())}\n"
+                        with open(self.out / "bad_videos.txt", "a", errors="surrogateescape") as file:
+                            file.write(line)
+        self.new_bad = {}
+        if len(self.bad) > self.max_bad * self.videos:
+            raise UserError(
+                f"{len(self.bad)} of {self.videos} training videos are unreadable, more than --max_bad "
+                f"{self.max_bad}: {self.out / 'bad_videos.txt'} names them"
+            )
+
+    # ---------------------------------------------------------------------------- checkpoints
+
+    def save(self, step, identity, **parts):
+        """Write last.pt: `step` finished steps, the state_dict of every part, and `identity`.
+
+        `identity` is a flat dict of what a resumption must share (labelled list, classes, networks).
+        The file is complete or absent, and the one before is kept. A disk that cannot take it is
+        reported; training goes on, and the run ends with status 1.
+        """
+        if not self.main:
+            return
+        state = {"script": self.script, "identity": identity, "step": step, "seconds": self.seconds,
+                 "parts": {name: part.state_dict() for name, part in parts.items()}}  # fmt: skip
+        last, previous = self.out / "last.pt", self.out / "last.prev.pt"
+        try:
+            with files.replacing(last, keep=previous) as file:
+                torch.save(state, file)
+            self.save_failed = None
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            free = files.free_bytes(self.out)
+            self.save_failed = (
+                f"the checkpoint of step {step} could not be written to {last} ({free / 1e6:.0f} MB free): "
+                f"{str(error).splitlines()[0]}"
+            )
+            self.say(self.save_failed + "; training goes on, the older one is kept")
+
+    def resume(self, identity, **parts):
+        """Load last.pt into `parts` if it is there; returns the number of finished steps, else 0.
+
+        Only rank 0 reads the file. A damaged one falls back to last.prev.pt with a warning. Raises
+        UserError for another script, another identity, or files that are all damaged.
+        """
+        state = self.on_main(self._read_checkpoint, identity)
+        if state is None:
+            return 0
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+        self.seconds_before = state["seconds"]
+        self.on_main(self._truncate_log, state["step"])
+        self.say(f"resumed from {self.out / 'last.pt'} after step {state['step']}")
+        return state["step"]
+
+    def _read_checkpoint(self, identity):
+        paths = [p for p in (self.out / "last.pt", self.out / "last.prev.pt") if p.exists()]
+        for path in paths:
+            try:
+                state = files.load(path)
+                step = state["step"]
+            except (UserError, KeyError, TypeError) as error:
+                self.say(f"{error}; trying the one before")
+                continue
+            if state.get("script") != self.script:
+                raise UserError(f"{path} is a checkpoint of {state.get('script')}, not of {self.script}")
+            for key in identity.keys() | state["identity"].keys():
+                old, new = state["identity"].get(key), identity.get(key)
+                if old != new:
+                    raise UserError(f"{path} was trained with {key} {old}, not {new}: choose another --out")
+            return {**state, "step": step}
+        if paths:
+            raise UserError(f"every checkpoint in {self.out} is damaged: delete them to start again")
+        return None
+
+    def _truncate_log(self, step):
+        path = self.out / "log.jsonl"
+        if path.exists():
+            rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            # A row about step n was written after n steps; an evaluation there is done again.
+            keep = [r for r in rows if json.loads(r)["step"] < step + ("eval" not in json.loads(r))]
+            files.write(path, "".join(r + "\n" for r in keep))
+
+    # ---------------------------------------------------------------------------- results
+
+    def write(self, name, text):
+        """Write a text file of the run folder, complete or absent (rank 0)."""
+        if self.main:
+            files.write(self.out / name, text)
+
+    def finished(self):
+        """The result of a run that has already ended here, or None."""
+        return self.on_main(self._read_result)
+
+    def _read_result(self):
+        path = self.out / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def result(self, row):
+        """Write result.json and print the final RESULT line (rank 0)."""
+        if self.main:
+            self.write("result.json", json.dumps(row, indent=1))
+            self.show_result(row)
+
+    def show_result(self, row):
+        """Print `RESULT name=value ...`, one line that can be searched for."""
+        if self.main:
+            words = (f"{k}={v:.2f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
+            print("RESULT", *words, flush=True)
+
+
+# -------------------------------------------------------------------------------- functions
+
+
+def step_seed(seed, step, rank):
+    """A 63-bit seed for what is random in one step of one rank (dropout, on-device noise)."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def explain(error):
+    """(sentence, exit status) for an error that a user can understand, else (None, None)."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full, {error.filename or 'a file'} could not be written", 1
+    if isinstance(error, RuntimeError):
+        for texts, sentence in TROUBLES:
+            if any(text in str(error) for text in texts):
+                return f"{sentence} ({str(error).strip().splitlines()[0][:120]})", 1
+    return None, None
+
+
+def versions():
+    """Versions of what the numbers of a run depend on, and the commit if there is one."""
+    import av
+    import torchvision
+
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "av": av.__version__,
+            "torchvision": torchvision.__version__, "numpy": np.__version__,
+            "commit": git.stdout.strip() or None}  # fmt: skip

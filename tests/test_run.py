@@ -1,0 +1,258 @@
+"""The frame of a run: checkpoints, resumption, logs, signals, errors."""
+
+import json
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from common import UserError, files
+from common.datasets import Videos
+from common.run import Run, explain, step_seed
+
+
+@pytest.fixture(autouse=True)
+def no_group_left():
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+IDENTITY = {"labelled": "abc", "classes": 3}
+
+
+def small_net(value=0.0):
+    net = torch.nn.Linear(4, 3)
+    torch.nn.init.constant_(net.weight, value)
+    return net
+
+
+def saved(out, *values):
+    """A run folder in which checkpoints of steps 1, 2, ... with these weights were saved."""
+    with Run("cmpl", out, {}) as run:
+        for step, value in enumerate(values, 1):
+            run.save(step, IDENTITY, net=small_net(value))
+
+
+def resumed(out, script="cmpl", identity=IDENTITY):
+    with Run(script, out, {}) as run:
+        net = small_net()
+        return run.resume(identity, net=net), net.weight[0, 0].item()
+
+
+def test_save_and_resume(tmp_path):
+    saved(tmp_path, 1.0, 2.0)
+    assert resumed(tmp_path) == (2, 2.0)
+    assert files.load(tmp_path / "last.prev.pt")["step"] == 1
+
+
+def damage(kind, path):
+    data = bytearray(path.read_bytes())
+    if kind == "cut short":
+        data = data[: len(data) // 2]
+    elif kind == "last byte missing":
+        data = data[:-1]
+    elif kind == "one bit":  # in the middle of the weights, where torch.load sees nothing
+        with zipfile.ZipFile(path) as archive:
+            info = next(i for i in archive.infolist() if i.filename.endswith("data/0"))
+        lengths = struct.unpack("<HH", data[info.header_offset + 26 : info.header_offset + 30])
+        data[info.header_offset + 30 + sum(lengths) + info.file_size // 2] ^= 4
+    elif kind == "text":
+        data = b"not a checkpoint"
+    else:
+        data = b""
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["cut short", "last byte missing", "one bit", "text", "empty"])
+def test_damaged_newest_falls_back(kind, tmp_path, capsys):
+    saved(tmp_path, 1.0, 2.0)
+    damage(kind, tmp_path / "last.pt")
+    assert resumed(tmp_path) == (1, 1.0)
+    assert "trying the one before" in capsys.readouterr().out
+
+
+def test_all_damaged_is_one_sentence(tmp_path):
+    saved(tmp_path, 1.0, 2.0)
+    for name in ("last.pt", "last.prev.pt"):
+        damage("text", tmp_path / name)
+    with Run("cmpl", tmp_path, {}) as run, pytest.raises(UserError, match="every checkpoint"):
+        run.resume(IDENTITY, net=small_net())
+
+
+def test_foreign_checkpoints_are_refused(tmp_path):
+    saved(tmp_path, 1.0)
+    with Run("cmpl", tmp_path, {}) as run:
+        with pytest.raises(UserError, match="labelled abc, not other"):
+            run.resume(IDENTITY | {"labelled": "other"}, net=small_net())
+        with pytest.raises(UserError, match="classes 3, not 5"):
+            run.resume(IDENTITY | {"classes": 5}, net=small_net())
+        run.script = "mml"
+        with pytest.raises(UserError, match="checkpoint of cmpl, not of mml"):
+            run.resume(IDENTITY, net=small_net())
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch owned",)
+
+
+def test_malicious_checkpoint_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"step": Malicious()}, "last.pt")
+    with pytest.raises(UserError, match="cannot be loaded safely"):
+        files.load("last.pt")
+    assert not os.path.exists("owned")
+
+
+SAVER = """
+import sys, torch
+from common.run import Run
+with Run("cmpl", sys.argv[1], {}) as run:
+    net = torch.nn.Linear(1000, 1000)
+    for step in range(1, 10**6):
+        torch.nn.init.constant_(net.weight, step)
+        run.save(step, {}, net=net)
+        print(step, flush=True)
+"""
+
+
+def test_kill_9_while_saving(tmp_path):
+    """Killed at random moments of a loop that does nothing but save, there is always a whole checkpoint."""
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        child = subprocess.Popen([sys.executable, "-c", SAVER, tmp_path], stdout=subprocess.PIPE)
+        first = int(child.stdout.readline())
+        time.sleep(rng.uniform(0, 0.15))
+        child.kill()
+        done = [first] + [int(line) for line in child.stdout.read().split(b"\n")[:-1]]
+        child.wait()
+        with Run("cmpl", tmp_path, {}) as run:
+            net = torch.nn.Linear(1000, 1000)
+            step = run.resume({}, net=net)
+        assert step >= done[-1] and bool((net.weight == step).all())
+        assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_disk_that_cannot_take_a_checkpoint(tmp_path):
+    """Training goes on with the old file, and the run ends with status 1 and a sentence."""
+    saved(tmp_path, 1.0)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(SystemExit) as end, Run("cmpl", tmp_path, {}) as run:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+        try:
+            run.save(2, IDENTITY, net=small_net(2.0))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, old)
+        assert "step 2 could not be written" in run.save_failed
+    assert end.value.code == 1
+    assert resumed(tmp_path) == (1, 1.0) and not list(tmp_path.glob("*.tmp"))
+
+
+def test_other_configuration_is_refused(tmp_path, capfd):
+    config = {"lr": 0.1, "workers": 2}
+    with Run("cmpl", tmp_path, config, free=("workers",)):
+        pass
+    with Run("cmpl", tmp_path, config | {"workers": 4}, free=("workers",)):
+        pass
+    free = ("workers",)
+    with Run("cmpl", tmp_path, config, free) as run, pytest.raises(UserError, match="--lr 0.1, not 0.2"):
+        run.config["lr"] = 0.2
+        run._check_config()
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    code = f"from common.run import Run\nwith Run('cmpl', {str(tmp_path)!r}, {{}}): pass"
+    with Run("cmpl", tmp_path, {}):
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert other.returncode == 2 and "in use by another run" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def loader(n, bad=()):
+    return [[{"bad": list(bad) if k == 1 else []}] for k in range(n)]
+
+
+def videos(n):
+    return Videos.make("/nowhere", [f"v{i}.mp4" for i in range(n)], np.zeros(n))
+
+
+def test_log_means_and_timing(tmp_path):
+    with Run("cmpl", tmp_path, {}, log_every=2) as run:
+        for step, _ in run.steps(loader(4), 0, 4, 0, [videos(100)]):
+            row = run.track(step, 0.1, loss=torch.tensor(float(step)))
+            if row:
+                run.log(row)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["loss"]) for r in rows] == [(2, 0.5), (4, 2.5)]
+    assert {"lr", "seconds_data", "seconds_compute", "unreadable"} <= rows[0].keys()
+
+
+def test_resumption_forgets_later_rows(tmp_path):
+    saved(tmp_path, 1.0, 1.0)
+    rows = [{"step": 1}, {"step": 1, "eval": "quick"}, {"step": 2}, {"step": 2, "eval": "quick"}, {"step": 3}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 4, "lo')
+    resumed(tmp_path)
+    kept = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert kept == rows[:3]
+
+
+def test_loss_that_is_not_finite(tmp_path):
+    with Run("cmpl", tmp_path, {}, log_every=1) as run:
+        with pytest.raises(UserError, match="loss_u is nan at step 8"):
+            run.track(7, 0.1, loss=torch.tensor(1.0), loss_u=torch.tensor(float("nan")))
+
+
+def test_bad_videos_are_named_once_and_counted(tmp_path):
+    found = [(3, "no frames\n of it"), (3, "no frames"), (4, "no such file")]
+    for _ in range(2):  # the second time as a resumption
+        with Run("cmpl", tmp_path, {}, log_every=1) as run:
+            for step, _ in run.steps(loader(3, found), 0, 3, 0, [videos(100)]):
+                row = run.track(step, 0.1, loss=0.0)
+        assert row["unreadable"] == 2
+        lines = (tmp_path / "bad_videos.txt").read_text().splitlines()
+        assert lines == ["v3.mp4\tno frames", "v4.mp4\tno such file"]
+
+
+def test_too_many_bad_videos(tmp_path):
+    run = Run("cmpl", tmp_path, {}, log_every=1, max_bad=0.05)
+    with run, pytest.raises(UserError, match="2 of 20"):
+        for step, _ in run.steps(loader(3, [(0, "x"), (1, "x")]), 0, 3, 0, [videos(20)]):
+            run.track(step, 0.1, loss=0.0)
+
+
+def test_signal_ends_after_the_step(tmp_path):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        with Run("cmpl", tmp_path, {}) as run:
+            for step, _ in run.steps(loader(9), 0, 9, 0, [videos(1)]):
+                if step == 2:
+                    os.kill(os.getpid(), number)
+            assert run.stopped and step == 2
+
+
+def test_step_randomness_depends_on_all_three():
+    seeds = {step_seed(*key) for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (2**31, 5, 7)]}
+    assert len(seeds) == 5 and all(0 <= s < 2**63 for s in seeds)
+
+
+@pytest.mark.parametrize("error, status, words", [
+    (UserError("--x is wrong"), 2, "--x is wrong"),
+    (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"), 1, "another rank has died"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 1, "--workers"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 1, "--batch"),
+    (OSError(28, "No space left on device", "runs/x/log.jsonl"), 1, "runs/x/log.jsonl"),
+    (RuntimeError("shape mismatch"), None, None),
+])  # fmt: skip
+def test_errors_as_sentences(error, status, words):
+    sentence, code = explain(error)
+    assert code == status and (words is None or words in sentence)
