@@ -1,0 +1,248 @@
+"""Views of clips: the same for all frames, any memory layout, the right region, one seed one result."""
+
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as V
+
+from common import augment
+
+T = 4
+
+
+def random_clip(H=60, W=80, T=T, seed=0):
+    """(T, 3, H, W) in THWC memory, as video.read gives it: smooth patches with some noise."""
+    g = torch.Generator().manual_seed(seed)
+    coarse = torch.randint(0, 256, (T, 3, 6, 8), generator=g, dtype=torch.uint8)
+    clip = V.resize(coarse, [H, W]).int() + torch.randint(-9, 10, (T, 3, H, W), generator=g)
+    return thwc(clip.clamp(0, 255).to(torch.uint8))
+
+
+def thwc(clip):
+    return clip.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def ramp(H=64, W=96):
+    """One frame whose red is the column and whose green is the row."""
+    clip = torch.zeros(1, 3, H, W, dtype=torch.uint8)
+    clip[:, 0] = torch.arange(W, dtype=torch.uint8)
+    clip[:, 1] = torch.arange(H, dtype=torch.uint8)[:, None]
+    return clip
+
+
+def operation(name, v):
+    return pytest.param(lambda clip: augment.OPERATIONS[name](clip, v), 60, id=f"{name}{v:+}")
+
+
+VIEWS = [
+    pytest.param(lambda clip: augment.jitter_crop(clip, 32, (40, 56)), 32, id="jitter_crop"),
+    pytest.param(lambda clip: augment.resize_crop(clip, 32, 40), 32, id="resize_crop"),
+    pytest.param(lambda clip: augment.random_resized_crop(clip, 32), 32, id="random_resized_crop"),
+    pytest.param(lambda clip: augment.random_flip(clip, 1.0), 60, id="random_flip"),
+    pytest.param(lambda clip: augment.three_crops(clip, 32)[1], 32, id="three_crops"),
+    pytest.param(lambda clip: augment.rand_augment(clip, 3, 10), 60, id="rand_augment"),
+    pytest.param(lambda clip: augment.cutout(clip, 30), 60, id="cutout"),
+    *(operation(name, v) for name in augment.OPERATIONS for v in (0.7, -0.3)),
+]
+
+
+@pytest.mark.parametrize("view, height", VIEWS)
+def test_view_is_one_function_of_seed_for_all_frames_and_layouts(view, height):
+    moving = random_clip()
+    still = moving[:1].expand(T, -1, -1, -1)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        out = view(moving)
+        assert out.dtype == torch.uint8 and out.shape[:3] == (T, 3, height)
+        torch.manual_seed(seed)
+        assert torch.equal(view(moving.contiguous()), out)
+        torch.manual_seed(seed)
+        frames = view(still)
+        assert (frames == frames[:1]).all()
+    assert torch.equal(moving, random_clip()), "the clip given was written to"
+
+
+def test_views_draw_from_the_seed_only():
+    clip = random_clip()
+
+    def view(seed):
+        torch.manual_seed(seed)
+        return augment.cutout(augment.rand_augment(augment.jitter_crop(clip, 32, (40, 56))), 16)
+
+    outs = [view(seed) for seed in range(8)]
+    assert all(torch.equal(view(seed), out) for seed, out in enumerate(outs))
+    assert len({out.numpy().tobytes() for out in outs}) == 8
+
+
+# ------------------------------------------------------------------------------------------- space
+
+
+@pytest.mark.parametrize("H, W", [(48, 64), (64, 48), (60, 60), (45, 81), (7, 5), (2, 2), (1, 9)])
+def test_crops_of_any_picture_have_the_size_asked_for(H, W):
+    clip = random_clip(H, W, T=2)
+    assert augment.jitter_crop(clip, 40, (44, 52)).shape == (2, 3, 40, 40)
+    assert augment.resize_crop(clip, 40, 48).shape == (2, 3, 40, 40)
+    assert augment.random_resized_crop(clip, 40).shape == (2, 3, 40, 40)
+    crops = augment.three_crops(clip, 40)
+    assert [crop.shape for crop in crops] == [(2, 3, 40, 40)] * (1 if H == W else 3)
+
+
+def test_resize_crop_is_resize_then_centre_crop():
+    clip = random_clip(120, 160)
+    whole = V.center_crop(V.resize(clip, [60, 80], antialias=True), [52, 52])
+    out = augment.resize_crop(clip, 52, 60)
+    inside = (slice(None), slice(None), slice(2, -2), slice(2, -2))  # the rim may look past the region
+    assert (out[inside].int() - whole[inside].int()).abs().max() <= 1
+    assert torch.equal(augment.resize_crop(clip, 100, 120), V.center_crop(clip, [100, 100]))
+
+
+def test_jitter_crop_reaches_every_place_and_scale():
+    """Positions and sizes read off a ramp: uniform, within the picture, no change of aspect."""
+    places, sides = [], []
+    for seed in range(300):
+        torch.manual_seed(seed)
+        out = augment.jitter_crop(ramp(64, 96), 32, (40, 64))[0].float()
+        across, down = out[0, 16, 31] - out[0, 16, 0], out[1, 31, 16] - out[1, 0, 16]
+        assert abs(across - down) <= 2
+        places.append((out[0, 16, 0].item(), out[1, 0, 16].item()))
+        sides.append(across.item() * 32 / 31)
+    # 32 pixels of a short side of 40 to 64 show 51 to 32 of 64 rows.
+    assert 30 <= min(sides) < 34 and 48 < max(sides) <= 52
+    left, top = zip(*places, strict=True)
+    assert min(left) <= 1 and max(left) >= 58 and min(top) <= 1 and max(top) >= 26
+    assert len(set(left)) > 40 and len(set(top)) > 20
+
+
+def test_jitter_crop_without_jitter_copies_pixels():
+    torch.manual_seed(0)
+    out = augment.jitter_crop(ramp(48, 60), 32, (48, 48))
+    left, top = out[0, 0, 0, 0].item(), out[0, 1, 0, 0].item()
+    assert torch.equal(out, ramp(48, 60)[..., top : top + 32, left : left + 32])
+
+
+def test_random_flip_obeys_p():
+    clip = random_clip()
+    assert torch.equal(augment.random_flip(clip, 0.0), clip)
+    assert torch.equal(augment.random_flip(clip, 1.0), clip.flip(-1))
+    torch.manual_seed(0)
+    flips = sum(not torch.equal(augment.random_flip(clip), clip) for _ in range(200))
+    assert 70 < flips < 130
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_three_crops_span_the_long_side(turned):
+    clip = ramp(40, 91)
+    crops = augment.three_crops(clip.transpose(2, 3) if turned else clip, 40)
+    for crop, start in zip(crops, (0, 25, 51), strict=True):
+        assert torch.equal(crop.transpose(2, 3) if turned else crop, clip[..., start : start + 40])
+
+
+# ------------------------------------------------------------------------------ strong augmentation
+
+
+@pytest.mark.parametrize("v", [0.9, 0.33, -0.5])
+def test_operations_are_those_of_torchvision(v):
+    """One frame at a time: on a whole clip the colour statistics are the clip's."""
+    x = random_clip(33, 47, T=1)
+    right, down = -int(150 / 331 * 47 * v), -int(150 / 331 * 33 * v)  # a crop moves the other way
+    expected = {
+        "identity": x,
+        "translate_x": V.affine(x, 0.0, [right, 0], 1.0, [0.0, 0.0]),
+        "translate_y": V.affine(x, 0.0, [0, down], 1.0, [0.0, 0.0]),
+        "rotate": V.rotate(x, 30 * v),
+        "brightness": V.adjust_brightness(x, 1 + 0.9 * v),
+        "color": V.adjust_saturation(x, 1 + 0.9 * v),
+        "contrast": V.adjust_contrast(x, 1 + 0.9 * v),
+        "sharpness": V.adjust_sharpness(x, 1 + 0.9 * v),
+        "posterize": V.posterize(x, 8 - round(4 * abs(v))),
+        "solarize": V.solarize(x, round(255 * (1 - abs(v)))),
+        "autocontrast": V.autocontrast(x),
+        "equalize": V.equalize(x),
+    }
+    for name, want in expected.items():
+        assert torch.equal(augment.OPERATIONS[name](x, v), want), name
+    assert expected.keys() | {"shear_x", "shear_y"} == augment.OPERATIONS.keys()
+
+
+def test_shear_moves_a_row_by_its_number():
+    column = torch.zeros(1, 3, 40, 40, dtype=torch.uint8)
+    column[..., 20] = 255
+    out = augment.OPERATIONS["shear_x"](column, 1.0)[0, 0]
+    moved = out.int().argmax(1) - out[0].int().argmax()
+    assert (moved.abs() - 0.3 * torch.arange(40)).abs().max() <= 1
+    turned = augment.OPERATIONS["shear_y"](column.transpose(2, 3), 1.0)[0, 0]
+    assert (turned.int().argmax(0) - turned[:, 0].int().argmax() - moved).abs().max() <= 1
+
+
+COLOURS = ("brightness", "contrast", "posterize", "solarize", "autocontrast", "equalize")
+
+
+@pytest.mark.parametrize("name", COLOURS)
+def test_a_colour_is_mapped_alike_in_all_frames(name):
+    """Also when the frames have different statistics: no flicker comes from the operation."""
+    clip = random_clip(seed=3)
+    clip[1] //= 2
+    out = augment.OPERATIONS[name](clip, 0.6)
+    for c in range(3):
+        images = {}
+        for old, new in zip(clip[:, c].flatten().tolist(), out[:, c].flatten().tolist(), strict=True):
+            assert images.setdefault(old, new) == new
+
+
+def test_rand_augment_strengths(monkeypatch):
+    """Uniform up to magnitude / 10 of both signs; every operation comes as often as another."""
+    seen = []
+    spies = {n: lambda x, v, n=n: (seen.append((n, v)), x)[1] for n in augment.OPERATIONS}
+    monkeypatch.setattr(augment, "OPERATIONS", spies)
+    torch.manual_seed(0)
+    for _ in range(700):
+        augment.rand_augment(random_clip(8, 8, T=1), 2, 5)
+    names, v = [n for n, _ in seen], torch.tensor([v for _, v in seen])
+    assert len(seen) == 1400
+    assert all(60 < names.count(name) < 145 for name in spies)
+    assert v.abs().max() <= 0.5 and v.abs().mean().sub(0.25).abs() < 0.02 and v.mean().abs() < 0.03
+
+
+def test_rand_augment_of_magnitude_0_keeps_place_and_light(monkeypatch):
+    clip = random_clip()
+    for name, op in augment.OPERATIONS.items():
+        if name not in ("autocontrast", "equalize", "solarize"):
+            assert torch.equal(op(clip, 0.0), clip), name
+    assert torch.equal(augment.rand_augment(clip, 0), clip)
+
+
+def test_translate_scales_with_the_picture():
+    for W in (32, 224):
+        out = augment.OPERATIONS["translate_x"](torch.full((1, 3, 8, W), 255, dtype=torch.uint8), 1.0)
+        assert (out == 0).sum() / out.numel() == pytest.approx(150 / 331, abs=1 / W)
+
+
+def test_cutout_is_one_grey_square():
+    clip = torch.full((T, 3, 32, 32), 255, dtype=torch.uint8)
+    areas, centre_hit = set(), 0
+    for seed in range(200):
+        torch.manual_seed(seed)
+        hole = augment.cutout(clip, 16) == 127
+        rows, columns = hole[0, 0].any(1), hole[0, 0].any(0)
+        assert torch.equal(hole, (rows[:, None] & columns).expand_as(hole))
+        assert 8 <= rows.sum() <= 16 and 8 <= columns.sum() <= 16
+        areas.add(int(hole[0, 0].sum()))
+        centre_hit += bool(hole[0, 0, 16, 16])
+    assert max(areas) == 256 and len(areas) > 20  # cut off at the rim, whole inside
+    assert 30 < centre_hit < 75  # 16 x 16 of 32 x 32 centres
+    assert torch.equal(augment.cutout(clip, 0), clip)
+
+
+# ----------------------------------------------------------------------------------- on the device
+
+
+def test_normalise():
+    mean, std = (0.45, 0.4, 0.3), (0.225, 0.2, 0.1)
+    x = torch.stack([random_clip(9, 11), random_clip(9, 11, seed=1)])
+    want = (x.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    for layout in (x.contiguous(), x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)):
+        out = augment.normalise(layout, mean, std)
+        assert out.dtype == torch.float32 and out.shape == (2, 3, T, 9, 11) and out.is_contiguous()
+        assert (out.transpose(1, 2) - want).abs().max() < 2e-6
+    assert torch.equal(layout, x), "the batch given was written to"
+    one = augment.normalise(x[:, :, :2], (0.5,), (0.226,))
+    assert torch.allclose(one, ((x[:, :, :2] / 255 - 0.5) / 0.226).transpose(1, 2), atol=1e-5)
