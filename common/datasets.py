@@ -1,0 +1,1020 @@
+"""Which videos, which labels: readers of the data sets people have on disk, and labelled subsets.
+
+    data = load("ucf101", root="data/ucf101", split=1)
+    few = labelled(data, ratio=0.01, seed=0)  # indices into data.train
+    data.train.path(few[0]), data.train.labels[few[0]]
+
+Each reader has the layout and the formats it reads in its docstring. All follow the same rules: a video is
+a file with a video's suffix or a folder of numbered pictures; what a list names is looked up in scans of
+the folders, with another suffix, class spelling or prefix if need be; what is not there is dropped and
+reported, above half of a list it is an error, as is everything that puts a label in doubt.
+
+    python -m common.datasets check DATA               decode every file, list the bad ones
+    python -m common.datasets shrink DATA --out DIR    a smaller copy that loads several times faster
+"""
+
+import argparse
+import csv
+import dataclasses
+import errno
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import warnings
+from collections import Counter, deque
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from fractions import Fraction
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common import UserError
+
+SUFFIXES = tuple(".avi .mp4 .webm .mkv .mov .m4v .mpg .mpeg .wmv .flv .3gp .ts .ogv".split())
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+PER_CLASS = {("k400", 0.01): 6, ("k400", 0.1): 60, ("ucf101", 0.01): 1, ("ucf101", 0.1): 10}
+
+
+# ---- videos and data -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Videos:
+    """A list of videos in a few arrays, which a worker gets at once; made by Videos.make.
+
+    labels: (N,) int64, or (N, K) uint8 with a one for each class of the video; groups: (N,) int32 or
+    None, clips of a group show one scene; spans: (N, 2) float64 seconds (start, end) or None.
+    """
+
+    root: str
+    blob: bytes
+    offsets: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray | None = None
+    spans: np.ndarray | None = None
+
+    @classmethod
+    def make(cls, root, names, labels, groups=None, spans=None):
+        """From names relative to root, and the other fields in any array form."""
+        names = [os.fsencode(name) for name in names]
+        offsets = np.cumsum([0, *map(len, names)], dtype=np.int64)
+        labels = np.asarray(labels, dtype=np.uint8 if np.ndim(labels) == 2 else np.int64)
+        groups = None if groups is None else np.asarray(groups, dtype=np.int32)
+        spans = None if spans is None else np.asarray(spans, dtype=np.float64).reshape(-1, 2)
+        if any(x is not None and len(x) != len(names) for x in (labels, groups, spans)):
+            raise ValueError("names, labels, groups and spans differ in length")
+        return cls(os.fspath(root), b"".join(names), offsets, labels, groups, spans)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, i):
+        """Path relative to root: "Biking/v_Biking_g01_c04.avi"."""
+        i = range(len(self))[i]
+        return os.fsdecode(self.blob[self.offsets[i] : self.offsets[i + 1]])
+
+    def path(self, i):
+        return os.path.join(self.root, self.name(i))
+
+    def span(self, i):
+        """(start, end) in seconds if only that part of the file counts, else None."""
+        return None if self.spans is None else (float(self.spans[i, 0]), float(self.spans[i, 1]))
+
+    def subset(self, indices):
+        """The videos `indices`, in that order."""
+        at = np.asarray(indices, dtype=np.int64)
+        fields = [None if x is None else x[at] for x in (self.labels, self.groups, self.spans)]
+        return Videos.make(self.root, [self.name(i) for i in at], *fields)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Data:
+    """A data set. flip: may a clip be mirrored without changing its label; notes: sentences to print."""
+
+    name: str
+    split: int
+    classes: tuple[str, ...]
+    train: Videos
+    test: Videos
+    multilabel: bool
+    flip: bool
+    notes: tuple[str, ...]
+
+
+def load(name, root=None, split=1):
+    """Read the data set `name`: one of READERS, or a folder with list files or class folders.
+
+    root: where it is, data/<name> if None. Raises UserError if it is not there or not as expected.
+    """
+    name, known = os.fspath(name), name in READERS
+    if not known and not os.path.isdir(name):
+        raise UserError(f"there is no data set or folder {name}; the data sets are {', '.join(READERS)}")
+    reader, (kind, _, variant) = READERS.get(name, _folder), name.partition(":") if known else ("", "", "")
+    root, splits = os.fspath(root or default_root(name)), 3 if kind in ("ucf101", "hmdb51") else 1
+    if split not in range(1, splits + 1):
+        raise UserError(f"--split {split}: {name} has {'1, 2 and 3' if splits == 3 else 'only split 1'}")
+    layout = " ".join((reader.__doc__ or "\n\n").split("\n\n")[1].split())  # also under python -OO
+    notes = []
+    try:
+        if kind != "toy" and not os.path.isdir(root):
+            raise NotThere(f"there is no folder {root} (another place is given with --root)")
+        classes, train, test = reader(root, split, variant, notes)
+    except NotThere as error:
+        raise UserError(f"{error}; {name} is expected as {layout}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError, csv.Error) as error:  # JSON or CSV of another form
+        raise UserError(f"the annotations in {root} are not those of {name}: {error!r}") from error
+    name = name if known else os.path.basename(os.path.abspath(name))
+    flip = not re.match("(?i)toy|ssv2|something", name)
+    return Data(name, split, tuple(classes), train, test, train.labels.ndim == 2, flip, tuple(notes))
+
+
+def default_root(name):
+    """Where a data set is if nobody says otherwise: data/<name>, or the folder itself."""
+    kind, _, variant = name.partition(":")
+    at_home = os.path.join("data", f"toy_{variant}" if kind == "toy" and variant else kind)
+    return at_home if name in READERS else name
+
+
+# ---- labelled subsets ------------------------------------------------------------------------------
+
+
+def labelled(data, ratio=None, per_class=None, seed=0, listfile=None):
+    """Which training videos keep their labels: sorted int64 indices into data.train, by one of three.
+
+    ratio in (0, 1]: the same number of each class, as in PER_CLASS where papers agree on one, else
+    ceil(ratio x mean class size); 1 means all. per_class: that number of each class. A class that has
+    fewer gives all, with a warning. The draw follows from (data, split, ratio or per_class, seed) and
+    the names without suffix. With several labels per video, ratio of all videos is drawn, unbalanced.
+    listfile: the videos of a list (see _read_list), found by name with or without suffix, folder or
+    prefix. It is the data's labels that count; a list with others is refused, or, up to a tenth of
+    its lines, warned of, as is a list with other names.
+    """
+    if [ratio, per_class, listfile].count(None) != 2:
+        raise UserError("give exactly one of --ratio, --per_class and --labelled_list")
+    if listfile is not None:
+        return _in_list(data, listfile)
+    videos, n = data.train, len(data.train)
+    if ratio is not None and not 0 < ratio <= 1:
+        raise UserError(f"--ratio {ratio} is not in (0, 1]: 0.01 is one per cent, 1 is all videos")
+    if per_class is not None and per_class < 1:
+        raise UserError(f"--per_class {per_class} is less than 1")
+    if per_class is not None and data.multilabel:
+        raise UserError(f"--per_class: the videos of {data.name} have several labels, use --ratio")
+    if ratio == 1:
+        return np.arange(n)
+    key = f"{data.name}|{data.split}|{per_class if ratio is None else ratio}|{seed}"
+    if ratio is not None:
+        mean = n if data.multilabel else n / len(data.classes)
+        enough = math.ceil(ratio * mean - 1e-9)  # 0.1 x 30 is 3, whatever the last bit says
+        per_class = PER_CLASS.get((data.name, ratio), enough)
+    rng = np.random.default_rng(list(hashlib.sha256(key.encode()).digest()))
+    order = sorted(range(n), key=lambda i: (_stem(videos.name(i)), videos.span(i)))
+    order = np.array(order, dtype=np.int64)
+    if data.multilabel:
+        return np.sort(rng.permutation(order)[:per_class])
+    classes = [order[videos.labels[order] == k] for k in range(len(data.classes))]
+    short = [f"{data.classes[k]} ({len(x)})" for k, x in enumerate(classes) if len(x) < per_class]
+    if short:
+        few = f"{len(short)} classes have fewer than {per_class} videos: {_some(short)}"
+        warnings.warn(few, stacklevel=2)
+    return np.sort(np.concatenate([rng.permutation(members)[:per_class] for members in classes]))
+
+
+def _in_list(data, listfile):
+    """The training videos that a list file names; see labelled."""
+    videos, rows, indices = data.train, _read_list(listfile, []), {}
+    for i in range(len(videos)):  # several segments of a file share its name
+        indices.setdefault(videos.name(i), []).append(i)
+    names, chosen, wrong, lost = list(indices), [], [], []
+    for row, at in zip(rows, _match([row.name for row in rows], names), strict=True):
+        if at == AMBIGUOUS:
+            raise UserError(f"{row.place}: several videos are called {_show(row.name)}; give the folder, too")
+        if at == MISSING:
+            lost.append(row.name)
+            continue
+        labels = {i: np.flatnonzero(videos.labels[i]) if data.multilabel else [videos.labels[i]]
+                  for i in indices[names[at]]}
+        same = [i for i, ys in labels.items() if not row.labels or set(row.labels) == set(ys)]
+        chosen += same or list(labels)
+        if not same:
+            wrong.append((row, [int(y) for ys in labels.values() for y in ys]))
+    if wrong:  # VideoSSL's lists for HMDB-51 take kick for kick_ball in some lines, and the like
+        row, ys = wrong[0]
+        differ = (f"{row.place}: label {_numbers(row.labels)}, but in {data.name} this video has "
+                  f"{_numbers(ys)}; {len(wrong)} of {len(rows)} lines differ")
+        if 10 * len(wrong) > len(rows):
+            raise UserError(differ + _one_based(rows))
+        warnings.warn(f"{differ}, the labels of {data.name} count", stacklevel=3)
+    if not chosen:
+        raise UserError(f"{listfile}: none of its {len(rows)} videos is a training video of {data.name}, "
+                        f"split {data.split}; those are called like {_show(videos.name(0))}")
+    if lost:
+        warnings.warn(f"{len(lost)} of {len(rows)} videos of {listfile} are not training videos of "
+                      f"{data.name}, split {data.split}: {_some(lost)}", stacklevel=3)
+    return np.unique(np.array(chosen, dtype=np.int64))
+
+
+def digest(videos, indices):
+    """sha256 (hex) of the names, spans and labels of the videos `indices`, in order."""
+    sha = hashlib.sha256()
+    for i in indices:
+        line = f"{videos.name(i)}\t{videos.span(i)}\t{videos.labels[i].tolist()}\n"
+        sha.update(line.encode("utf-8", "surrogateescape"))
+    return sha.hexdigest()
+
+
+# ---- names and files -------------------------------------------------------------------------------
+
+MISSING, AMBIGUOUS = -1, -2
+
+
+class NotThere(UserError):
+    """A file or folder is missing; load adds what was expected."""
+
+
+def _show(name):
+    """A name fit to print, though it may hold bytes that are not UTF-8."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _some(names):
+    return ", ".join(map(_show, names[:5])) + (", ..." if len(names) > 5 else "")
+
+
+def _numbers(labels):
+    return " ".join(map(str, labels)) or "none"
+
+
+def _stem(name):
+    """A path without a video's suffix; any other dot belongs to the name."""
+    stem, dot, suffix = name.rpartition(".")
+    return stem if dot + suffix.lower() in SUFFIXES else name
+
+
+def _parts(name):
+    return [part for part in _stem(name).replace("\\", "/").split("/") if part not in ("", ".")] or [name]
+
+
+def _parent(name):
+    return ["", *_parts(name)][-2]
+
+
+@lru_cache(maxsize=4096)
+def _squash(name):
+    """What all spellings of a class name have in common: letters and digits, in lower case."""
+    return re.sub(r"[\W_]+", "", name.casefold())
+
+
+def _keys(classes):
+    """Squashed class name -> label, without names that cannot be told apart."""
+    counts = Counter(map(_squash, classes))
+    return {_squash(name): k for k, name in enumerate(classes) if counts[_squash(name)] == 1}
+
+
+def _match(wanted, found):
+    """For each wanted name its position in found, MISSING or AMBIGUOUS.
+
+    Tried in turn: the same path; without suffix; class folder in any spelling and stem; stem alone. A
+    key that two wanted names share finds nothing: "a/1.avi" must not be served by "b/1.avi".
+    """
+    ways = (
+        lambda name: name,
+        lambda name: "/".join(_parts(name)),
+        lambda name: (_squash(_parent(name)), _parts(name)[-1]),
+        lambda name: _parts(name)[-1],
+    )
+    at = np.full(len(wanted), MISSING)
+    for way in ways:
+        todo = np.flatnonzero(at == MISSING)
+        if not len(todo):
+            break
+        table, asked = {}, Counter(map(way, set(wanted)))
+        for i, key in enumerate(map(way, found)):
+            table[key] = AMBIGUOUS if key in table else i
+        for i in todo:
+            key = way(wanted[i])
+            at[i] = table.get(key, MISSING) if asked[key] == 1 else MISSING
+    return at
+
+
+def _scan(root, deep=6):
+    """The names, relative to root, of all videos below it: files, and folders of numbered pictures.
+
+    Sorted; without hidden ones; links are followed, at most `deep` folders down.
+    """
+    found, todo = [], [("", 0)]
+    while todo:
+        folder, depth = todo.pop()
+        with os.scandir(os.path.join(root, folder)) as entries:
+            head = list(islice(entries, 16))  # enough to tell a folder of 100,000 pictures
+            if folder and _is_pictures([entry.name.lower() for entry in head]):
+                found.append(folder)
+                continue
+            for entry in (*head, *entries):
+                name = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.name.startswith(".") or entry.name == "lost+found":
+                    continue
+                if entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+                    found.append(name)
+                elif depth < deep and entry.is_dir():
+                    todo.append((name, depth + 1))
+    return sorted(found)
+
+
+def _is_pictures(names):
+    numbered = any(name.endswith(PICTURES) and re.search(r"\d", name) for name in names)
+    return numbered and not any(name.endswith(SUFFIXES) for name in names)
+
+
+@lru_cache(maxsize=1024)
+def _folder_videos(folder):
+    return frozenset(_scan(folder, deep=1)) if os.path.isdir(folder) else frozenset()
+
+
+def _elsewhere(base, name):
+    """A listed path that leads out of base ("/data/a.mp4", "../a.mp4"), if there is a video; else None."""
+    folder, file = os.path.split(os.path.join(base, name))
+    outside = os.path.isabs(name) or ".." in name.split("/")
+    return name if outside and file in _folder_videos(folder) else None
+
+
+def _find_videos(root, *folders):
+    """(base, names of videos relative to base) of the first of the folders in root that has any."""
+    for folder in (*folders, ""):
+        base = str(Path(root, folder))
+        if os.path.isdir(base) and (found := _scan(base)):
+            return base, found
+    raise NotThere(f"no videos ({', '.join(SUFFIXES[:4])}, ... or folders of numbered pictures) in {root}")
+
+
+def _find_file(root, *names):
+    """The first of the files that is in root, or in the folders lists usually are in."""
+    for folder in ("", "annotations", "labels", "ucfTrainTestlist", "splits"):
+        for path in (Path(root, folder, name) for name in names):
+            if path.is_file():
+                return str(path)
+    raise NotThere(f"no {' or '.join(names)} in {root} or {root}/annotations")
+
+
+def _read_text(path):
+    """(line number, line) of the lines of a text file that are not blank, without BOM and CR LF."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            return [(n, line.strip()) for n, line in enumerate(file, 1) if line.strip()]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _read_csv(path, *columns):
+    """(line number, dict) of the rows of a CSV file that has a header with these columns."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            if any(row.get(column) is None for column in columns):
+                raise UserError(f"{path}:{reader.line_num}: the columns {', '.join(columns)} are expected")
+            yield reader.line_num, row
+
+
+def _read_json(path):
+    with open(path, encoding="utf-8-sig") as file:
+        return json.load(file)
+
+
+# ---- rows of lists ---------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A video as a list has it. labels: integers from 0, or class names, or () if there are none."""
+
+    name: str
+    labels: tuple
+    source: str
+    line: int | None = None
+    span: tuple | None = None
+
+    @property
+    def place(self):
+        return self.source if self.line is None else f"{self.source}:{self.line}"
+
+
+# What ends a line of a list: integers, or "1,2", after commas, tabs or blanks, but not after a mixture.
+NUMBERS = re.compile(r"(( *, *X)+|( *\t\s*X)+|( +X)+)[\s,]*$".replace("X", r'(-?\d+|"[-\d, ]*")'))
+
+
+def _read_list(path, notes):
+    """Rows of a list file. Separators are blanks, tabs or commas; labels are integers from 0.
+
+        path label        path label label ...       several labels: a multi-label data set
+        folder label      folder frames label ...    a folder of pictures
+        path                                         the class folder is the label
+
+    Paths may hold blanks and everything else ("#" begins no comment).
+    """
+    rows = []
+    for n, line in _read_text(path):
+        end = NUMBERS.search(line)
+        name = line[: end.start() if end else None].strip('", \t')
+        labels = tuple(map(int, re.findall(r"-?\d+", end[0]))) if end else ()
+        if len(labels) > 1 and _stem(name) == name:
+            labels = labels[1:]
+        if re.match(r"[a-z][a-z0-9+.-]+://", name):
+            raise UserError(f"{path}:{n}: {_show(name)} is an address, but a list names files on disk")
+        rows.append(Row(name, labels, os.fspath(path), n))
+    if not rows:
+        raise UserError(f"{path} is empty; lines 'path label' are expected")
+    if rows[-1].line > len(rows):
+        notes.append(f"{rows[-1].line - len(rows)} blank lines of {path} are skipped")
+    return rows
+
+
+def _read_classes(path):
+    """Class names, one a line, with or without numbers in front ("1 ApplyEyeMakeup")."""
+    names = [line for _, line in _read_text(path)]
+    split = [re.fullmatch(r"(\d+)[\s:,]+(.+)", name) for name in names]
+    if all(split) and [int(m[1]) - int(split[0][1]) for m in split] == list(range(len(names))):
+        names = [m[2] for m in split]
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: {Counter(names).most_common(1)[0][0]} is there twice")
+    return names
+
+
+def _one_based(rows):
+    """A hint to end a sentence with, if the labels of the rows may begin at 1."""
+    labels = [y for row in rows for y in row.labels if isinstance(y, int)]
+    return " (the labels look 1-based: subtract 1)" if labels and min(labels) == 1 else ""
+
+
+def _number(rows, classes, several):
+    """The rows with labels as integers, complete and in range; raises UserError at the first that is not."""
+    keys, numbered, some_given = _keys(classes), [], any(row.labels for row in rows)
+    for row in rows:
+        given = row.labels
+        if not given and not several:  # then no line has a label, and the class folders tell
+            given = (_parent(row.name),)
+            if some_given or _squash(given[0]) not in keys:
+                raise UserError(f"{row.place}: {_show(row.name)!r} is not followed by an integer label")
+        labels = tuple(y if isinstance(y, int) else keys.get(_squash(y), -1) for y in given)
+        for said, y in zip(given, labels, strict=True):
+            if not 0 <= y < len(classes):
+                right = f"0 to {len(classes) - 1}{_one_based(rows)}" if y == said else _some(classes)
+                raise UserError(f"{row.place}: label {_show(str(said))} is not one of {right}")
+        numbered.append(row._replace(labels=labels))
+    return numbered
+
+
+def _on_disk(base, found, rows, notes):
+    """Yield (name relative to base, row) of the rows whose video is there; the others make a note."""
+    lost, prefix = [], os.path.join(os.path.abspath(base), "")
+    for row, at in zip(rows, _match([row.name.removeprefix(prefix) for row in rows], found), strict=True):
+        if at == AMBIGUOUS:
+            raise UserError(f"{row.place}: several videos in {base} are called {_show(row.name)}; "
+                            f"give the path from {base} on")
+        name = found[at] if at != MISSING else _elsewhere(base, row.name)
+        if name is None:
+            lost.append(row.name)
+        else:
+            yield name, row
+    if lost:
+        counts = f"{len(lost)} of {len(rows)} videos of {rows[0].source}"
+        notes.append(f"{counts} are not in {base}: {_some(lost)}")
+    if 2 * len(lost) > len(rows):
+        raise UserError(f"{notes[-1]}; give the folder that has them with --root, or list what is there")
+
+
+def _check_folder(name, row, classes, keys):
+    """Raise UserError if the video lies in, or is listed under, the folder of another class."""
+    for folder in (_parent(name), _parent(row.name)):
+        k = keys.get(_squash(folder), row.labels[0])
+        if k != row.labels[0]:
+            said = classes[row.labels[0]]
+            raise UserError(f"{row.place}: label {row.labels[0]} ({said}), but the folder of {_show(name)} "
+                            f"is class {k} ({classes[k]})")
+
+
+def _pair(base, found, train, test, classes, notes, multilabel=False):
+    """(classes, train, test) as Videos, from the rows of both parts and the names found in base.
+
+    What is on disk is kept, each video once; raises UserError where a label is in doubt and where a
+    training video is also a test video.
+    """
+    multilabel |= any(len(row.labels) > 1 for row in (*train, *test))
+    keys, parts, tested = _keys(classes), [], {}
+    for rows in (test, train):
+        if not rows:
+            raise NotThere(f"no videos are listed for the {'training' if parts else 'test'} part")
+        kept, twice = {}, []
+        for name, row in _on_disk(base, found, _number(rows, classes, multilabel), notes):
+            if not multilabel:
+                _check_folder(name, row, classes, keys)
+            other = tested.get((name, row.span)) or kept.setdefault((name, row.span), row)
+            if other is row:
+                continue
+            if (name, row.span) in tested or other.labels != row.labels:
+                raise UserError(f"{row.place}: {_show(name)} is also at {other.place}, with label "
+                                f"{_numbers(other.labels)}; keep one of them")
+            twice.append(row.name)
+        if twice:
+            notes.append(f"{len(twice)} repeated videos of {rows[0].source} are dropped: {_some(twice)}")
+        tested = kept
+        labels = np.zeros((len(kept), len(classes)), dtype=np.uint8)
+        for i, row in enumerate(kept.values()):
+            labels[i, list(row.labels)] = 1
+        labels = labels if multilabel else [row.labels[0] for row in kept.values()]
+        spans = [span for _, span in kept] if rows[0].span else None
+        parts.append(Videos.make(base, [name for name, _ in kept], labels, spans=spans))
+    return classes, parts[1], parts[0]
+
+
+# ---- readers: (root, split, variant, notes) -> classes, train, test --------------------------------
+
+
+def _folder(root, split, variant, notes):
+    """A folder of one's own: list files, or class folders. classes.txt gives the classes' order.
+
+    train.txt and test.txt (or val.txt; lines 'path label') with classes.txt, or train/<class>/ and
+    test/<class>/ (or val/<class>/)
+    """
+    base, found = _find_videos(root)
+    train = _part(root, ("train",), found, split, notes)
+    test = _part(root, ("test", "val", "validation"), found, split, notes)
+    return _pair(base, found, train, test, _own_classes(root, train + test), notes)
+
+
+def _toy(root, split, variant, notes):
+    """The embedded set, made where it is not there yet; a folder with list files.
+
+    train.txt and test.txt (lines 'path label') with classes.txt
+    """
+    from common import toy
+
+    toy.make(root, variant)
+    return _folder(root, split, variant, notes)
+
+
+def _own_classes(root, rows):
+    """The lines of classes.txt; without it the class folders' names in order, else 0, 1, ..."""
+    for name in ("classes.txt", "classInd.txt", "label_map.txt"):
+        if os.path.isfile(os.path.join(root, name)):
+            return _read_classes(os.path.join(root, name))
+    labels = {y for row in rows for y in row.labels} or {_parent(row.name) for row in rows}
+    numbers = [y for y in labels if isinstance(y, int)]
+    if numbers and min(numbers) == 1:
+        raise UserError(f"{rows[0].source}: the labels begin at 1, but must begin at 0: subtract 1, or write "
+                        f"the names of all classes to {os.path.join(root, 'classes.txt')}")
+    return [str(y) for y in range(max(numbers) + 1)] if numbers else sorted(labels)
+
+
+def _part(root, names, found, split, notes, read=_read_list):
+    """Rows of the part that has one of the `names`: those of its list file, else its class folders."""
+    for name in names:
+        if path := _part_list(root, name, split):
+            return read(path, notes)
+    for folder in (folder for name in names for folder in _part_folders(name)):
+        source, rows = os.path.join(root, folder), []
+        for name in (name for name in found if name.startswith(folder + "/")):
+            label = name[len(folder) + 1 :].split("/")[:-1][:1]
+            if not label:
+                raise NotThere(f"{source} has videos in no class folder, such as {_show(name)}, and no list")
+            rows.append(Row(name, tuple(label), source))
+        if rows:
+            return rows
+    raise NotThere(f"{root} has neither a list nor class folders of the {names[0]} part")
+
+
+def _part_folders(name):
+    return name, f"videos_{name}", f"videos/{name}", f"rawframes_{name}", f"rawframes/{name}"
+
+
+def _part_list(root, name, split):
+    """The list file of a part: train.txt, train.csv, or as mmaction2 and others call it; else None."""
+    usual = rf"(.*[_-])?{name}([_-]?list)?([_-]split[_-]?{split})?([_-](videos|rawframes))?\.(txt|csv)"
+    folders = (Path(root, folder) for folder in ("", "annotations", "splits", "lists"))
+    files = [folder / file for folder in folders if folder.is_dir() for file in sorted(os.listdir(folder))]
+    exact = [file for file in files if file.name in (f"{name}.txt", f"{name}.csv")]
+    alike = [file for file in files if re.fullmatch(usual, file.name.lower())]
+    alike = [file for file in alike if "videos" in file.name] or alike
+    if not exact and len(alike) > 1:
+        raise UserError(f"several lists of the {name} part: {_some([str(file) for file in alike])}; keep one")
+    return str((exact + alike)[0]) if exact + alike else None
+
+
+def _k400(root, split, variant, notes):
+    """Kinetics-400 as CVDF, mmaction2, torchvision, PySlowFast and the crawler leave it; test is val.
+
+    train/<class>/*.mp4 and val/<class>/*.mp4 (or videos_train/, videos_val/), or train/*.mp4, val/*.mp4
+    with annotations/train.csv and val.csv, or lists such as kinetics400_train_list_videos.txt
+
+    CSV: label,youtube_id,time_start,time_end,...; files <id>_<start>_<end>.mp4 with six digits, or
+    <id>.mp4; of rows for the same clip the first counts. The classes are in the order of their names
+    with blanks and brackets, however folders are called: without brackets 308 and 309 change places.
+    """
+    from torchvision.models.video import R3D_18_Weights  # its list of the classes has that order
+
+    base, found = _find_videos(root)
+    for name in ("train", "val"):  # where there are videos and the frames of them: the videos
+        folders = [f + "/" for f in _part_folders(name) if any(v.startswith(f + "/") for v in found)]
+        found = [v for v in found if not v.startswith(tuple(folders[1:]))]
+    better = {os.path.basename(v) for v in found if v.startswith("replacement/")}  # for corrupt ones
+    found = [v for v in found if v.startswith("replacement/") or os.path.basename(v) not in better]
+    stems = {_parts(v)[-1] for v in found}
+
+    def read(path, notes):
+        if "youtube_id" not in str(_read_text(path)[:1]):
+            return _read_list(path, notes)
+        rows = {}
+        for n, row in _read_csv(path, "label", "youtube_id", "time_start", "time_end"):
+            times = [int(float(row[column])) for column in ("time_start", "time_end")]
+            name = "{}_{:06d}_{:06d}".format(row["youtube_id"], *times)
+            name = row["youtube_id"] if name not in stems and row["youtube_id"] in stems else name
+            rows.setdefault(name, Row(name, (row["label"],), path, n))
+        return list(rows.values())
+
+    train = _part(root, ("train",), found, split, notes, read)
+    test = _part(root, ("val", "validate", "validation"), found, split, notes, read)
+    return _pair(base, found, train, test, R3D_18_Weights.KINETICS400_V1.meta["categories"], notes)
+
+
+def _ucf101(root, split, variant, notes):
+    """UCF-101 with the official lists, or mmaction2's. Groups are the 25 scenes of each class.
+
+    UCF-101/<class>/v_<class>_g<group>_c<clip>.avi (or videos/), ucfTrainTestlist/ (or annotations/) with
+    classInd.txt and trainlist01.txt, testlist01.txt, ...
+
+    Lines: '<class>/<file>.avi 35' in trainlists, numbered from 1; no label in testlists. The classes
+    are in the order of classInd.txt, which is not the alphabet's: Hammering is before HammerThrow.
+    """
+    classes, parts = _read_classes(_find_file(root, "classInd.txt")), []
+    base, found = _find_videos(root, "UCF-101", "UCF101", "videos", "rawframes")
+    for official, other in (("train", "train"), ("test", "val")):
+        others = [f"ucf101_{other}_split_{split}_{form}.txt" for form in ("videos", "rawframes")]
+        rows = _read_list(path := _find_file(root, f"{official}list0{split}.txt", *others), notes)
+        first = 1 if os.path.basename(path).startswith(f"{official}list") else 0
+        parts.append([row._replace(labels=tuple(y - first for y in row.labels)) for row in rows])
+    _, *parts = _pair(base, found, *parts, classes, notes)
+    for i, videos in enumerate(parts):
+        scenes = [re.search(r"_g(\d+)_c\d+$", _stem(videos.name(j))) for j in range(len(videos))]
+        groups = [100 * k + int(m[1] if m else 0) for k, m in zip(videos.labels, scenes, strict=True)]
+        parts[i] = dataclasses.replace(videos, groups=np.array(groups, dtype=np.int32))
+    return classes, *parts
+
+
+def _hmdb51(root, split, variant, notes):
+    """HMDB-51. hmdb51:all trains on the unused videos too, as VideoSSL's lists do (5236, not 3570).
+
+    hmdb51_org/<class>/<name>.avi (or videos/), testTrainMulti_7030_splits/<class>_test_split1.txt (or
+    annotations/)
+
+    Lines: '<name>.avi 1', 1 for train, 2 for test, 0 for unused.
+    """
+    base, found = _find_videos(root, "hmdb51_org", "hmdb51", "videos", "rawframes")
+    end, classes = f"_test_split{split}.txt", []
+    for folder in (Path(root, name) for name in ("testTrainMulti_7030_splits", "annotations", "splits", "")):
+        if folder.is_dir() and not classes:
+            lists = [file for file in os.listdir(folder) if file.endswith(end)]
+            classes = sorted(file.removesuffix(end) for file in lists)  # "climb_stairs_test" < "climb_test"!
+            lists = [folder / (name + end) for name in classes]
+    if not classes:
+        raise NotThere(f"no <class>{end} in {root}/testTrainMulti_7030_splits")
+    if len(classes) != 51:
+        notes.append(f"{root} has lists of {len(classes)} classes, not of 51")
+    parts = {"1": [], "2": [], "0": []}
+    for k, path in enumerate(lists):
+        for n, line in _read_text(path):
+            name, flag = line[:-1].strip(), line[-1]
+            if flag not in parts or line[-2:-1].strip():
+                raise UserError(f"{path}:{n}: {_show(line)!r} does not end in 0, 1 or 2")
+            flag = "1" if flag == "0" and variant == "all" else flag
+            parts[flag].append(Row(f"{classes[k]}/{name}", (k,), str(path), n))
+    return _pair(base, found, parts["1"], parts["2"], classes, notes)
+
+
+def _ssv2(root, split, variant, notes):
+    """Something-Something-v2 under its old and its new file names; test is validation.
+
+    20bn-something-something-v2/<id>.webm (or .mp4, or folders of frames), labels/labels.json,
+    train.json and validation.json (or something-something-v2-labels.json, ...)
+
+    {"Holding something next to something": "0", ...} and [{"id": "78687", "template": "Holding
+    [something] next to [something]", ...}, ...]
+    """
+    base, found = _find_videos(root, "20bn-something-something-v2", "videos", "rawframes", "frames")
+    paths = [_find_file(root, f"something-something-v2-{part}.json", f"{part}.json")
+             for part in ("labels", "train", "validation")]
+    table, parts = _read_json(paths[0]), []
+    for path in paths[1:]:
+        parts.append([])
+        for item in _read_json(path):
+            template = item["template"].replace("[", "").replace("]", "")
+            if template not in table:
+                raise UserError(f"{path}: video {item['id']}: {template!r} is not in {paths[0]}")
+            parts[-1].append(Row(str(item["id"]), (int(table[template]),), path))
+    return _pair(base, found, *parts, sorted(table, key=lambda name: int(table[name])), notes)
+
+
+def _charades(root, split, variant, notes):
+    """Charades: a video has several labels, or none.
+
+    Charades_v1_480/<id>.mp4 (or Charades_v1/, Charades_v1_rgb/<id>/), Charades_v1_train.csv,
+    Charades_v1_test.csv and Charades_v1_classes.txt
+
+    Column actions: 'c092 11.90 21.20;c147 0.00 12.60'.
+    """
+    base, found = _find_videos(root, "Charades_v1_480", "Charades_v1", "videos", "Charades_v1_rgb")
+    lines = _read_text(_find_file(root, "Charades_v1_classes.txt"))
+    classes, parts = [line.partition(" ")[2] for _, line in lines], []
+    for part in ("train", "test"):
+        path = _find_file(root, f"Charades_v1_{part}.csv")
+        parts.append([])
+        for n, row in _read_csv(path, "id", "actions"):
+            labels = re.findall(r"(?:^|;)\s*c(\d+)", row["actions"])
+            if len(labels) != len([action for action in row["actions"].split(";") if action.strip()]):
+                raise UserError(f"{path}:{n}: {row['actions']!r} is not like 'c092 11.90 21.20;...'")
+            parts[-1].append(Row(row["id"], tuple(sorted(set(map(int, labels)))), path, n))
+    return _pair(base, found, *parts, classes, notes, multilabel=True)
+
+
+def _activitynet(root, split, variant, notes):
+    """ActivityNet 1.3 by trimmed segments; activitynet:whole has whole videos with their first label.
+
+    videos/v_<id>.mp4 (or <id>.mp4, .mkv, .webm), activity_net.v1-3.min.json
+
+    {"database": {<id>: {"duration": 137.8, "subset": "training", "annotations": [{"segment": [39.2, 47.6],
+    "label": "Making a sandwich"}, ...]}, ...}}. Classes in alphabetical order; test is validation; segments
+    end where the video does; those shorter than a frame, and second labels of a segment, are dropped.
+    """
+    path = _find_file(root, "activity_net.v1-3.min.json", "activity_net.v1-3.json")
+    base, found = _find_videos(root, "videos", "v1-3", "train_val", "rawframes")
+    names, parts, empty = {_parts(name)[-1][-11:]: name for name in found}, {}, 0
+    for key, video in _read_json(path)["database"].items():
+        rows, name = parts.setdefault(video["subset"], {}), names.get(key, f"v_{key}")
+        for action in video["annotations"][: 1 if variant == "whole" else None]:
+            start, end = action["segment"]
+            span = max(float(start), 0.0), min(float(end), float(video["duration"]))
+            if span[1] - span[0] < 0.04 and variant != "whole":
+                empty += 1
+                continue
+            span = None if variant == "whole" else span
+            rows.setdefault((name, span), Row(name, (action["label"],), path, span=span))
+    if empty:
+        notes.append(f"{empty} empty segments of {path} are dropped")
+    train, test = (list(parts[subset].values()) for subset in ("training", "validation"))
+    classes = sorted({row.labels[0] for row in (*train, *test)})
+    return _pair(base, found, train, test, classes, notes)
+
+
+READERS = dict(k400=_k400, ucf101=_ucf101, hmdb51=_hmdb51, ssv2=_ssv2, charades=_charades, toy=_toy)
+READERS |= {"activitynet": _activitynet, "activitynet:whole": _activitynet, "hmdb51:all": _hmdb51}
+READERS |= {"toy:a": _toy, "toy:b": _toy, "toy:c": _toy}
+
+
+# ---- commands --------------------------------------------------------------------------------------
+
+CHUNK = 256  # frames decoded at a time: the decoder starts again at a key frame for each chunk
+
+
+def main(argv=None):
+    """`check` and `shrink`; returns the exit status: 1 if check found bad videos, 2 after a UserError."""
+    parser = argparse.ArgumentParser(prog="python -m common.datasets", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    texts = {"check": "decode every file and list the bad ones in bad_videos.txt; deletes nothing",
+             "shrink": "re-encode every file to small pictures and close key frames; goes on where it was"}
+    for name, text in texts.items():
+        defaults = argparse.ArgumentDefaultsHelpFormatter
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=defaults)
+        sub.add_argument("data", help="name of a data set, or a folder")
+        sub.add_argument("--root", help="where the data set is (data/<name> if not given)")
+        sub.add_argument("--split", type=int, default=1, help="which lists are read")
+        sub.add_argument("--workers", type=int, default=cores, help="processes, or 0")
+        if name == "check":
+            sub.add_argument("--out", default=".", help="folder for bad_videos.txt")
+            continue
+        sub.add_argument("--out", required=True, help="folder for the new data set")
+        sub.add_argument("--short_side", type=int, default=256, help="pixels; smaller videos keep their size")
+        sub.add_argument("--gop", type=int, default=12, help="frames from one key frame to the next")
+        sub.add_argument("--crf", type=int, default=23, help="quality of H.264: lower is better and larger")
+    args = parser.parse_args(argv)
+    try:
+        if args.workers < 0:
+            raise UserError(f"--workers {args.workers} is less than 0")
+        return dict(check=_check, shrink=_shrink)[args.command](args)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _paths(args):
+    """(root, sorted paths of all files of the data set args.data)."""
+    name = "hmdb51:all" if args.data == "hmdb51" else args.data
+    root = args.root or default_root(name)
+    data = load(name, root, args.split)
+    for note in data.notes:
+        print(note, flush=True)
+    return root, sorted({part.path(i) for part in (data.train, data.test) for i in range(len(part))})
+
+
+def _check(args):
+    _, paths = _paths(args)
+    if not os.access(args.out, os.W_OK):
+        raise UserError(f"--out {args.out} is not a folder that can be written to")
+    bad = [(path, reason) for path, reason in _parallel(_check_one, paths, args.workers, "check") if reason]
+    _report(args.out, bad, len(paths), "decode")
+    return 1 if bad else 0
+
+
+def _report(out, bad, total, verb):
+    """Write bad_videos.txt (path, tab, reason; empty if all is well), and say how many there are."""
+    from common import files
+
+    path = os.path.join(out, "bad_videos.txt")
+    files.write(path, "".join(f"{name}\t{reason}\n" for name, reason in sorted(bad)))
+    print(f"{total - len(bad)} of {total} videos {verb}" + (f"; the others are in {path}" if bad else ""))
+
+
+def _check_one(path):
+    """Decode all frames of a file. Returns why it is bad, or None."""
+    import torch
+
+    from common.video import Video, VideoError
+
+    torch.set_num_threads(1)
+    try:
+        with Video(path, min_share=1.0) as video:
+            for start in range(0, len(video), CHUNK):
+                video.get(range(start, min(start + CHUNK, len(video))), short_side=16)
+    except VideoError as error:
+        return str(error)
+
+
+def _shrink(args):
+    """Every video again, as <same name>.mp4 under args.out, and the annotations beside them."""
+    from common import files
+
+    if args.short_side < 16 or args.gop < 1 or not 0 <= args.crf <= 51:
+        raise UserError("--short_side must be 16 or more, --gop 1 or more, --crf 0 to 51")
+    root, paths = _paths(args)
+    if Path(args.out).resolve().is_relative_to(Path(root).resolve()):
+        raise UserError(f"--out {args.out} lies in {root}: the new data set needs a folder of its own")
+    targets = {}
+    for path in paths:
+        name = os.path.relpath(path, root)
+        name = name if not name.startswith("..") else os.path.join(*_parts(path)[-2:])
+        target = os.path.join(args.out, _stem(name) + ".mp4")
+        if target in targets:
+            raise UserError(f"{_show(path)} and {_show(targets[target])} would both become {_show(target)}")
+        targets[target] = path
+    settings = dict(short_side=args.short_side, gop=args.gop, crf=args.crf)
+    try:
+        os.makedirs(args.out, exist_ok=True)
+        _same_settings(os.path.join(args.out, "shrink.json"), settings)
+        for temp in Path(args.out).rglob("*.mp4.*.tmp"):  # of a run that was killed
+            temp.unlink()
+        for file in _annotations(Path(root)):
+            copy = Path(args.out, file.relative_to(root))
+            copy.parent.mkdir(exist_ok=True)
+            with files.replacing(copy) as new:
+                new.write(file.read_bytes())
+        there = {os.path.join(args.out, name) for name in _scan(args.out)}
+        jobs = [(path, target, settings) for target, path in targets.items() if target not in there]
+        if len(jobs) < len(paths):
+            print(f"{len(paths) - len(jobs)} of {len(paths)} videos are done already", flush=True)
+        results = _parallel(_shrink_one, jobs, args.workers, "shrink")
+        bad = [(job[0], reason) for job, reason in results if reason]
+        _report(args.out, bad, len(paths), f"are in {args.out}")
+    except OSError as error:
+        raise UserError(f"{error.filename or args.out}: {error.strerror}; when that is mended, the same "
+                        "command goes on where it stopped") from None
+    return 0
+
+
+def _annotations(root):
+    """Lists and tables in a data set's folder and the folders in it."""
+    for folder in (root, *(folder for folder in sorted(root.iterdir()) if folder.is_dir())):
+        for file in folder.iterdir():
+            of_shrink = file.name in ("shrink.json", "bad_videos.txt")
+            if file.suffix in (".txt", ".csv", ".json") and file.is_file() and not of_shrink:
+                yield file
+
+
+def _same_settings(path, settings):
+    """Remember the settings in a file; raises UserError if it has others."""
+    from common import files
+
+    if os.path.exists(path) and (old := _read_json(path)) != settings:
+        raise UserError(f"{path} has other settings ({old}); use those, or another --out")
+    files.write(path, json.dumps(settings) + "\n")
+
+
+def _shrink_one(job):
+    """Re-encode one video, every frame at its time. Returns why that failed, or None."""
+    import av
+    import torch
+
+    from common.files import replacing
+    from common.video import Video, VideoError
+
+    torch.set_num_threads(1)
+    path, target, settings = job
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    try:
+        with Video(path) as video, replacing(target) as file:
+            _encode(video, file, **settings)
+            file.flush()
+            with Video(file.name) as copy:
+                if len(copy) != len(video) or np.abs(copy.times - video.times).max() > 1e-3:
+                    raise VideoError(f"{len(copy)} of {len(video)} frames arrived, or at other times")
+    except (VideoError, av.FFmpegError, ValueError) as error:  # ValueError: no picture of one pixel
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return str(error)
+
+
+def _encode(video, file, short_side, gop, crf):
+    """Write a Video as H.264 in mp4. Every frame keeps its time, to 1/90000 s, whatever the frame rate."""
+    import av
+
+    pts = np.rint(video.times * 90000).astype(np.int64)
+    pts = np.maximum.accumulate(pts - np.arange(len(pts))) + np.arange(len(pts))  # no two alike
+    small = None if min(video.width, video.height) <= short_side else short_side
+    with av.open(file, "w", format="mp4") as container:
+        options = {"preset": "fast", "crf": str(crf)}
+        stream = container.add_stream("libx264", Fraction(video.fps).limit_denominator(1001), options)
+        context = stream.codec_context
+        context.gop_size, context.thread_count, context.time_base = gop, 1, Fraction(1, 90000)
+        for start in range(0, len(pts), CHUNK):
+            clip = video.get(range(start, min(start + CHUNK, len(pts))), small)
+            clip = clip.permute(0, 2, 3, 1).numpy()
+            clip = clip[:, : clip.shape[1] // 2 * 2, : clip.shape[2] // 2 * 2]  # 4:2:0 has even sizes
+            if start == 0:
+                context.height, context.width = clip.shape[1:3]
+            for i, picture in enumerate(clip, start):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
+                frame.pts, frame.time_base = int(pts[i]), Fraction(1, 90000)
+                container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _parallel(job, items, workers, text):
+    """Yield (item, job(item)) in order of completion, from a pool of processes with a progress bar.
+
+    A job whose process dies (decoders crash on some files) has a sentence that says so for a result;
+    those that ran beside it are done again, one at a time. With 0 workers all run in this process.
+    """
+    from tqdm import tqdm
+
+    every = 0.5 if sys.stderr.isatty() else 60
+    bar = tqdm(total=len(items), desc=text, unit="video", mininterval=every, dynamic_ncols=True)
+    todo, suspects = deque(items), deque()
+    while todo and not workers:
+        yield todo[0], job(todo.popleft())
+        bar.update()
+    while todo or suspects:
+        queue, limit = (suspects, 1) if suspects else (todo, 2 * workers)
+        pool = ProcessPoolExecutor(min(limit, workers), multiprocessing.get_context("spawn"), _worker)
+        running = {}
+        try:
+            while queue or running:
+                while queue and len(running) < limit:
+                    running[pool.submit(job, queue[0])] = queue[0]
+                    queue.popleft()
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    result = future.result()
+                    yield running.pop(future), result
+                    bar.update()
+        except BrokenProcessPool:
+            if queue is suspects and running:
+                yield running.popitem()[1], "the process that decoded it died"
+                bar.update()
+            suspects += running.values()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    bar.close()
+
+
+def _worker():
+    """A worker leaves Ctrl-C to the main process, and does not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_together():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_together, daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,293 @@
+"""Multi-view scoring across ranks, metrics, per-class and per-video files, one-file prediction.
+
+    python -m common.evaluate predict runs/cmpl/model.pt clip.mp4
+
+A test view is one spatial crop of one clip. All views of a video go through the network together
+and are averaged; a video is scored once, by one rank, in a block of videos that does not depend on
+the number of ranks. So scores are the same numbers for any number of ranks and workers.
+"""
+
+import argparse
+import csv
+import io
+import sys
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from common import UserError, augment, backbones, files, video
+
+VIEWS_PER_BATCH = 64  # how many views go through the network at once, about
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network wants to see a video: what a test does, and what model.pt remembers.
+
+    frames x stride is a clip; `clips` of them, evenly spread, times `crops` (1 centre, or 3 along
+    the long side) of `size` pixels are the views, after the short side became `short_side`.
+    `keep_every` n thins a clip: every n-th frame is kept and shown n times (CMPL, Fig. 5).
+    """
+
+    frames: int
+    stride: int
+    clips: int = 10
+    crops: int = 3
+    short_side: int = 256
+    size: int = 256
+    keep_every: int = 1
+    average: str = "softmax"  # or "logits"
+    mean: tuple = (0.45,)
+    std: tuple = (0.225,)
+
+    @property
+    def views(self):
+        return self.clips * self.crops
+
+    def sample(self, source):
+        """Frame indices of the clips of an open video: a list of (frames,) arrays."""
+        clips = video.dense_test(len(source), self.frames, self.stride, self.clips)
+        return list(clips[:, np.arange(self.frames) // self.keep_every * self.keep_every])
+
+    def view(self, clips):
+        """uint8 clips (T, C, H, W) to views (V, T, C, size, size)."""
+        if self.crops == 1:
+            crops = [augment.resize_crop(clip, self.size, self.short_side) for clip in clips]
+        else:
+            crops = [crop for clip in clips for crop in augment.three_crops(clip, self.size)]
+        return torch.stack(crops)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a network says about the videos of a list, in the order of the list.
+
+    probs (N, K) float32, one row per video (zero where it is unreadable); hits (N,) how many of its
+    views (N,) were right; bad: index -> reason.
+    """
+
+    probs: np.ndarray
+    hits: np.ndarray
+    views: np.ndarray
+    labels: np.ndarray
+    bad: dict
+
+
+@torch.no_grad()
+def score(net, videos, recipe, run, workers=0, bar=False):
+    """Score `videos` with all ranks of `run`; every rank returns the same Scores.
+
+    The ranks meet only at the end, in one gather over CPU memory. None is returned on all ranks if a
+    signal has stopped one of them.
+    """
+    was_training = net.training
+    net.eval()
+    views = video.Views(videos, recipe.sample, recipe.view, short_side=recipe.short_side)
+    block = max(1, VIEWS_PER_BATCH // recipe.views)
+    loader = video.test_loader(views, block, run.rank, run.world, workers)
+    multilabel = videos.labels.ndim == 2
+    rows, bad, halted = [], {}, False
+    quiet = not (bar and run.main and sys.stderr.isatty())
+    for batch in tqdm(loader, desc="scoring", leave=False, disable=quiet):
+        bad.update(batch["bad"])
+        if batch["views"] is not None:
+            x = augment.normalise(batch["views"].to(run.device, non_blocking=True), recipe.mean, recipe.std)
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda"):
+                logits = torch.cat([net(part) for part in x.split(VIEWS_PER_BATCH)])
+            rows += average_views(logits.float().cpu(), batch, recipe.average, multilabel)
+        if run.stop:
+            halted = True
+            break
+    net.train(was_training)
+    return _gather(rows, bad, halted, videos, recipe.views, run.world)
+
+
+def average_views(logits, batch, average, multilabel):
+    """(views of a block, K) logits to [(index, probabilities (K,), right views, views)] per video.
+
+    Probabilities are softmax (or, for multi-label data, sigmoid), averaged over the views of a
+    video (average="softmax"), or those of its averaged logits (average="logits").
+    """
+    squash = torch.sigmoid if multilabel else lambda x: x.softmax(-1)
+    rows, start = [], 0
+    for count, label, index in zip(batch["counts"], batch["label"], batch["index"], strict=True):
+        if not count:
+            continue  # unreadable
+        part = logits[start : start + int(count)]  # (V, K)
+        start += int(count)
+        p = squash(part).mean(0) if average == "softmax" else squash(part.mean(0))
+        hits = 0 if multilabel else int((part.argmax(1) == label).sum())
+        rows.append((int(index), p.numpy(), hits, len(part)))
+    return rows
+
+
+def _gather(rows, bad, halted, videos, views, world):
+    everyone = [(rows, bad, halted)]
+    if world > 1:
+        everyone = [None] * world
+        dist.all_gather_object(everyone, (rows, bad, halted))
+    if any(part[2] for part in everyone):
+        return None
+    rows = [row for part in everyone for row in part[0]]
+    bad = dict(sorted(item for part in everyone for item in part[1].items()))
+    if sorted([row[0] for row in rows] + list(bad)) != list(range(len(videos))):
+        raise RuntimeError("a test video was scored twice or not at all")
+    if not rows:
+        raise UserError(f"none of the {len(videos)} test videos can be read: {next(iter(bad.values()))}")
+    probs = np.zeros((len(videos), len(rows[0][1])), np.float32)
+    hits, counts = np.zeros(len(videos), np.int64), np.full(len(videos), views)
+    for index, p, right, count in rows:
+        probs[index], hits[index], counts[index] = p, right, count
+    return Scores(probs, hits, counts, videos.labels, bad)
+
+
+# -------------------------------------------------------------------------------- metrics
+
+
+def metrics(scores):
+    """Percentages by name, counting every video: an unreadable one is wrong.
+
+    top1, top5, mean_class (mean of the classes' accuracies) and clip_top1 (single views), or mAP for
+    multi-label data; videos and unreadable are counts.
+    """
+    if scores.labels.ndim == 2:
+        found = {"mAP": 100 * mean_average_precision(scores.probs, scores.labels)}
+    else:
+        ranks = rank_of_label(scores)
+        right = ranks == 0
+        counts = np.bincount(scores.labels)
+        classes = counts > 0
+        per_class = np.bincount(scores.labels, right)[classes] / counts[classes]
+        found = {
+            "top1": 100 * float(right.mean()),
+            "top5": 100 * float((ranks < 5).mean()),
+            "mean_class": 100 * float(per_class.mean()),
+            "clip_top1": 100 * float(scores.hits.sum() / scores.views.sum()),
+        }
+    return found | {"videos": len(scores.labels), "unreadable": len(scores.bad)}
+
+
+def rank_of_label(scores):
+    """(N,) how many classes come before the true one (of equal ones the first); unreadable: never."""
+    order = np.argsort(-scores.probs, axis=1, kind="stable")
+    ranks = (order == scores.labels[:, None]).argmax(1)
+    ranks[list(scores.bad)] = np.iinfo(ranks.dtype).max
+    return ranks
+
+
+def mean_average_precision(probs, labels):
+    """Mean over classes of the mean precision at each positive; classes without one do not count."""
+    found = []
+    for p, y in zip(probs.T, labels.T, strict=True):
+        if y.any():
+            hit = y[np.argsort(-p, kind="stable")].astype(bool)
+            found.append((np.cumsum(hit) / np.arange(1, len(hit) + 1))[hit].mean())
+    return float(np.mean(found))
+
+
+def write_files(out, scores, videos, classes):
+    """predictions.csv (one row per video) and per_class.csv in the folder `out`."""
+    multilabel = scores.labels.ndim == 2
+    top = np.argsort(-scores.probs, axis=1, kind="stable")[:, :5]
+    rows = []
+    for i, order in enumerate(top):
+        label = np.flatnonzero(scores.labels[i]) if multilabel else [scores.labels[i]]
+        said = [f"{classes[k]}:{scores.probs[i, k]:.6f}" if i not in scores.bad else "" for k in order]
+        rows.append([videos.name(i), "|".join(classes[k] for k in label), *said, scores.bad.get(i, "")])
+    names = [f"top{k + 1}" for k in range(top.shape[1])]
+    _write_csv(out / "predictions.csv", ["video", "label", *names, "unreadable"], rows)
+    if not multilabel:
+        right, rows = rank_of_label(scores) == 0, []
+        for k, name in enumerate(classes):
+            mine = scores.labels == k
+            accuracy = f"{100 * right[mine].mean():.2f}" if mine.any() else ""
+            rows.append([name, int(mine.sum()), int(right[mine].sum()), accuracy])
+        _write_csv(out / "per_class.csv", ["class", "videos", "right", "accuracy"], rows)
+
+
+def _write_csv(path, header, rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    files.write(path, text.getvalue())
+
+
+# -------------------------------------------------------------------------------- model files
+
+
+def save_model(path, net, build, classes, recipe):
+    """Write model.pt: weights, the arguments of `backbones.build`, class names, input recipe."""
+    with files.replacing(path) as file:
+        torch.save({"net": net.state_dict(), "build": dict(build), "classes": list(classes),
+                    "input": asdict(recipe)}, file)  # fmt: skip
+
+
+def load_model(path):
+    """(net in eval mode on the CPU, build arguments, class names, Recipe) of a model.pt; UserError."""
+    model = files.load(path)
+    try:
+        net = backbones.build(**model["build"])
+        net.load_state_dict(model["net"])
+        return net.eval(), model["build"], tuple(model["classes"]), Recipe(**model["input"])
+    except (KeyError, TypeError, RuntimeError):
+        raise UserError(f"{path} is not a model.pt of these scripts") from None
+
+
+@torch.no_grad()
+def predict(model, path, device="cpu", top=5):
+    """[(class, probability)] of one video file, best first."""
+    net, _, classes, recipe = model
+    views = video.Views(OneFile(path), recipe.sample, recipe.view, short_side=recipe.short_side)
+    item = views[0]
+    if item["bad"]:
+        raise UserError(f"{path} cannot be read: {item['bad']}")
+    logits = net(augment.normalise(item["views"].to(device), recipe.mean, recipe.std)).float().cpu()
+    p = logits.softmax(1).mean(0) if recipe.average == "softmax" else logits.mean(0).softmax(0)
+    return [(classes[int(k)], float(p[k])) for k in p.argsort(descending=True)[:top]]
+
+
+class OneFile:
+    """A list of one unlabelled video, for `video.Views`."""
+
+    def __init__(self, file):
+        self.file, self.labels = str(file), np.zeros(1, np.int64)
+
+    def __len__(self):
+        return 1
+
+    def path(self, index):
+        return self.file
+
+    def span(self, index):
+        return None
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m common.evaluate", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="predict")
+    one = commands.add_parser("predict", help="print the top five classes of video files")
+    one.add_argument("model", help="a model.pt")
+    one.add_argument("videos", nargs="+", metavar="VIDEO")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    status = 0
+    try:
+        model = load_model(args.model)
+        model[0].to(device)
+        for path in args.videos:
+            try:
+                for name, p in predict(model, path, device):
+                    print(f"{path}\t{name}\t{p:.4f}")
+            except UserError as error:
+                print(error, file=sys.stderr)
+                status = 2
+    except UserError as error:
+        print(error, file=sys.stderr)
+        status = 2
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

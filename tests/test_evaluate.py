@@ -1,0 +1,110 @@
+"""Scoring: averages over views, metrics against definitions, files, prediction of one file."""
+
+import csv
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from common import UserError, backbones, evaluate
+from common.evaluate import Recipe, Scores
+
+
+def scores(probs, labels, bad=None, hits=None, views=None):
+    n = len(probs)
+    hits = np.zeros(n, int) if hits is None else np.array(hits)
+    views = np.ones(n, int) if views is None else np.array(views)
+    return Scores(np.array(probs, np.float32), hits, views, np.array(labels), bad or {})
+
+
+def test_metrics_by_hand():
+    # Three videos of class 0, one of class 1; right, wrong, unreadable, right.
+    probs = [[0.9, 0.1, 0.0], [0.2, 0.5, 0.3], [0.0, 0.0, 0.0], [0.1, 0.6, 0.3]]
+    found = evaluate.metrics(scores(probs, [0, 0, 0, 1], {2: "no frames"}, [2, 1, 0, 2], [2, 2, 2, 2]))
+    assert found["top1"] == 50.0
+    assert found["top5"] == 75.0  # of three classes, so that only the unreadable one is missed
+    assert found["mean_class"] == pytest.approx(100 * (1 / 3 + 1) / 2)
+    assert found["clip_top1"] == 62.5
+    assert (found["videos"], found["unreadable"]) == (4, 1)
+
+
+def test_top5_by_hand():
+    probs = np.tile(np.linspace(0.9, 0.1, 8), (3, 1))
+    assert evaluate.metrics(scores(probs, [0, 4, 5]))["top5"] == pytest.approx(200 / 3)
+
+
+def test_a_constant_network_is_not_right_everywhere():
+    assert evaluate.metrics(scores(np.full((4, 4), 0.25), [0, 1, 2, 3]))["top1"] == 25.0
+
+
+def test_mean_average_precision_against_its_definition():
+    rng = np.random.default_rng(0)
+    probs, labels = rng.random((30, 5)), rng.random((30, 5)) < 0.3
+    labels[:, 4] = False  # a class without a positive does not count
+    naive = []
+    for k in range(4):
+        order = sorted(range(30), key=lambda i: -probs[i, k])
+        right, precisions = 0, []
+        for place, i in enumerate(order, 1):
+            if labels[i, k]:
+                right += 1
+                precisions.append(right / place)
+        naive.append(sum(precisions) / len(precisions))
+    assert evaluate.mean_average_precision(probs, labels) == pytest.approx(sum(naive) / 4)
+
+
+@pytest.mark.parametrize("average", ["softmax", "logits"])
+def test_views_are_averaged_per_video(average):
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
+    label, index = torch.tensor([0, 0, 1]), torch.tensor([4, 5, 7])
+    batch = dict(counts=torch.tensor([2, 0, 1]), label=label, index=index)  # video 5 is unreadable
+    (i, p, hits, count), (j, q, _, _) = evaluate.average_views(logits, batch, average, multilabel=False)
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    by_hand = (sigmoid(2.0) + sigmoid(-1.0)) / 2 if average == "softmax" else sigmoid(0.5)
+    assert (i, j, hits, count) == (4, 7, 1, 2)
+    assert p[0] == pytest.approx(by_hand, abs=1e-6) and q[1] == pytest.approx(sigmoid(3.0), abs=1e-6)
+
+
+def test_keep_every_thins_and_repeats():
+    class Source:
+        def __len__(self):
+            return 64
+
+    assert Recipe(8, 8, clips=1).sample(Source())[0].tolist() == [0, 8, 16, 24, 32, 40, 48, 56]
+    thin = Recipe(8, 8, clips=1, keep_every=4).sample(Source())[0]
+    assert thin.tolist() == [0, 0, 0, 0, 32, 32, 32, 32]
+
+
+def test_recipe_views():
+    clips = [torch.randint(256, (4, 3, 30, 50), dtype=torch.uint8) for _ in range(2)]
+    assert Recipe(4, 1, 2, 1, 16, 16).view(clips).shape == (2, 4, 3, 16, 16)
+    assert Recipe(4, 1, 2, 3, 16, 16).view(clips).shape == (6, 4, 3, 16, 16)
+
+
+def test_files_name_every_video(tmp_path):
+    classes = ("bend", "jack, jump", "run")
+    found = scores([[0.1, 0.7, 0.2], [0.0, 0.0, 0.0]], [1, 2], {1: "no frames"})
+    videos = SimpleNamespace(name=lambda i: f"a,{i}.mp4")
+    evaluate.write_files(tmp_path, found, videos, classes)
+    rows = list(csv.reader(open(tmp_path / "predictions.csv")))
+    assert rows[1][:3] == ["a,0.mp4", "jack, jump", "jack, jump:0.700000"] and rows[2][-1] == "no frames"
+    rows = list(csv.reader(open(tmp_path / "per_class.csv")))
+    assert rows[1:] == [["bend", "0", "0", ""], ["jack, jump", "1", "1", "100.00"], ["run", "1", "0", "0.00"]]
+
+
+def test_model_file_round_trip(tmp_path):
+    build = dict(name="resnet3d10-small", classes=3, width=0.125, dropout=0.5)
+    net = backbones.build(**build).eval()
+    evaluate.save_model(tmp_path / "model.pt", net, build, ["a", "b", "c"], Recipe(8, 4, 2, 1, 32, 32))
+    again, _, classes, recipe = evaluate.load_model(tmp_path / "model.pt")
+    x = torch.randn(2, 3, 8, 32, 32)
+    assert torch.equal(net(x), again(x)) and not again.training
+    assert classes == ("a", "b", "c") and recipe == Recipe(8, 4, 2, 1, 32, 32)
+
+
+@pytest.mark.parametrize("content", [{"net": {}}, {"something": torch.ones(2)}, [1, 2]])
+def test_foreign_model_file(content, tmp_path):
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(UserError, match="not a model.pt"):
+        evaluate.load_model(tmp_path / "model.pt")
