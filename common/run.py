@@ -83,6 +83,7 @@ class Run:
         self.save_failed = None
         self.began, self.seconds_before = time.time(), 0.0
         self.lock = self.bar = None
+        self.parent = os.getppid()
 
     # ---------------------------------------------------------------------------- begin and end
 
@@ -238,14 +239,19 @@ class Run:
             torch.manual_seed(step_seed(seed, step, self.rank))
             yield step, batch
             self.bar.update()
-            flag = torch.tensor(int(self.stop))
+            flag = torch.tensor(int(self.stop or self._orphaned()))
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             if flag.item():
                 self.stopped = True
                 self.say(f"stopped by a signal after step {step + 1}")
                 break
+        self._gather_bad()
         self.bar.close()
         self.bar = None
+
+    def _orphaned(self):
+        """Whether torchrun is gone: some signals end it and leave its processes alone."""
+        return "RANK" in os.environ and os.getppid() != self.parent
 
     def track(self, step, lr, **terms):
         """Add the scalar tensors `terms` of one step to the running means; None when no row is due.
@@ -389,8 +395,11 @@ class Run:
             files.write(self.out / name, text)
 
     def finished(self):
-        """The result of a run that has already ended here, or None."""
-        return self.on_main(self._read_result)
+        """Whether a run has already ended here; its RESULT line is then printed again."""
+        row = self.on_main(self._read_result)
+        if row:
+            self.show_result(row)
+        return bool(row)
 
     def _read_result(self):
         path = self.out / "result.json"
@@ -398,15 +407,13 @@ class Run:
 
     def result(self, row):
         """Write result.json and print the final RESULT line (rank 0)."""
-        if self.main:
-            self.write("result.json", json.dumps(row, indent=1))
-            self.show_result(row)
+        self.write("result.json", json.dumps(row, indent=1))
+        self.show_result(row)
 
     def show_result(self, row):
-        """Print `RESULT name=value ...`, one line that can be searched for."""
-        if self.main:
-            words = (f"{k}={v:.2f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
-            print("RESULT", *words, flush=True)
+        """Print `RESULT name=value ...`, one line that can be searched for (rank 0)."""
+        words = (f"{k}={v:.2f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
+        self.say(" ".join(["RESULT", *words]))
 
 
 # -------------------------------------------------------------------------------- functions

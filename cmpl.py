@@ -1,0 +1,477 @@
+"""CMPL: Cross-Model Pseudo-Labeling for Semi-Supervised Action Recognition.
+
+Yinghao Xu, Fangyun Wei, Xiao Sun, Ceyuan Yang, Yujun Shen, Bo Dai, Bolei Zhou, Stephen Lin. CVPR 2022.
+
+Few videos have a label, most have none. FixMatch lets one network label the weakly augmented clip and
+learn that label on the strongly augmented one, so it can only repeat what it already believes. CMPL
+trains a second, much thinner network beside it and lets each label the other's clips. The thin one
+leans on motion where the large one leans on appearance, so each knows classes the other does not.
+
+    unlabelled video -- weak --> F (primary)   --> p_F >= tau ? --> label for A --+
+           |                                                                       |
+           |        weak (more frames) --> A (auxiliary) --> p_A >= tau ? --+      |
+           |                                                      label for F      |
+           +-- strong ---------------> F  learns A's label  (Eq. 4) <-------+      |
+           +-- strong (more frames) -> A  learns F's label  (Eq. 5) <--------------+
+    labelled video -- standard ------> F, A  learn the true label  (Eq. 2, 3)
+
+Equations:  Eq. 1, 4, 5 -> pseudo_label + unlabelled_loss     Eq. 2, 3 -> supervised_loss
+            Eq. 6 -> total_loss                               all are called in `train_step`
+
+Names: <what>_<net>_<view>, net pri (F) or aux (A), view l labelled, w weak, s strong; B_l labelled and
+B_u unlabelled clips of a step, K classes, tau the confidence threshold, lam the weight of Eq. 6.
+
+Run (8 GPUs, the paper's setting; then one process on the embedded data set, on a CPU too):
+
+    torchrun --nproc_per_node 8 cmpl.py --data k400 --ratio 0.01
+    python cmpl.py --data toy
+
+Baselines: supervised `--lam 0`; FixMatch `--aux none`; FixMatch at two frame rates `--aux same`.
+
+Differences from the paper, and what it leaves open:
+
+D1  An epoch is one pass over the unlabelled videos (not said); the baselines make as many steps.
+D2  The learning rate is the paper's for its 32 labelled clips a step and scales linearly with them.
+D3  Unlabelled videos are those without a label (Fig. 2); `--unlabelled all` adds the labelled ones.
+D4  T_standard is SlowFast's: short side 256-320, crop 224, mirrored half of the time; each network
+    draws its own. T_weak: short side 256, centre crop, never mirrored.
+D5  T_strong is T_standard, then RandAugment with 2 operations of magnitude up to 9, then a grey square
+    of half the side (Cutout), as FixMatch has them; sizes are not in the paper.
+D6  Weak and strong view show the same frames. The windows of F and A lie t_s = `--offset` seconds
+    apart, before or after by chance, as far as the video allows (the unit is not in the paper).
+D7  The weak views have their own forward pass without gradient, in training mode; `--joint` puts them
+    through with the rest, so that batch normalisation sees the mixture. See README for both.
+D8  Batch normalisation is per GPU, over the labelled and strong clips of a step together.
+D9  Dropout 0.5 before the classifier and a zero-initialised last BN per block, as in SlowFast; no
+    learning-rate warm-up (`--warmup`), no moving average: none is mentioned.
+D10 A 256 x 256 test crop is pooled to one vector; SlowFast averages overlapping 224 x 224 windows.
+"""
+
+import argparse
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn.parallel import DistributedDataParallel
+
+from common import UserError, augment, backbones, datasets, evaluate, video
+from common.run import Run
+
+# Defaults per data set (the flags' own defaults are Kinetics-400 at 1 %). Sec. 4.1 unless said.
+RECIPES = {
+    "k400": {},
+    "k400 0.1": dict(lam=2.0),
+    "ucf101": dict(weight_decay=1e-3),
+    "ucf101 0.1": dict(lam=2.0),
+    "toy": dict(
+        per_class=4, lam=2.0, tau=0.8, batch=8, mu=3, net="resnet3d10", width=0.25,
+        aux="resnet3d10", aux_width=0.125, frames=8, stride=4, aux_frames=16, aux_stride=2, dropout=0.0,
+        size=40, jitter=[48, 56], epochs=25, optimizer="adamw", lr=0.012, weight_decay=0.05,
+        clips=2, crops=1, eval_every=5, offset=0.0, channels_last=True,
+    ),
+}  # fmt: skip
+FREE = ("workers", "log_every", "eval_every", "max_bad", "root", "compile")  # may change on a resumption
+
+
+def parse_args(argv=None):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data", default="toy")
+    first.add_argument("--ratio", type=float)
+    first.add_argument("--labelled_list")
+    known, _ = first.parse_known_args(argv)
+    name = Path(known.data).name.split(":")[0]
+    recipe = RECIPES.get(name, {}) | RECIPES.get(f"{name} {known.ratio}", {})
+    if known.ratio is not None or known.labelled_list is not None:
+        recipe.pop("per_class", None)
+
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="Recipes (other defaults): " + "; ".join(f"{k}: {v}" for k, v in RECIPES.items()),
+    )  # fmt: skip
+    g = p.add_argument_group("data")
+    g.add_argument("--data", default="toy", help="k400, ucf101, hmdb51, ssv2, ..., or a folder")
+    g.add_argument("--root", help="where the data set is; data/<name> if not given")
+    g.add_argument("--split", type=int, default=1, help="official split of UCF-101 and HMDB-51")
+    g.add_argument("--ratio", type=float, help="share of labelled videos; 0.01 by default")
+    g.add_argument("--per_class", type=int, help="labelled videos per class, instead of --ratio")
+    g.add_argument("--labelled_list", help="a file that names the labelled videos, instead of --ratio")
+    g.add_argument("--unlabelled", choices=["rest", "all"], default="rest", help="see D3")
+    g.add_argument("--size", type=int, default=224, help="training crop in pixels")
+    g.add_argument("--jitter", type=int, nargs=2, default=[256, 320], help="short side before the crop, D4")
+    g.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror clips; if labels allow it")
+    g = p.add_argument_group("method")
+    g.add_argument("--lam", type=float, default=5.0, help="weight of L_u, Eq. 6; 0: supervised baseline")
+    g.add_argument("--tau", type=float, default=0.9, help="confidence threshold, Eq. 1, 4, 5 and Fig. 4a")
+    g.add_argument("--mu", type=int, default=5, help="B_u / B_l, Fig. 4b")
+    g.add_argument("--net", default="resnet3d50", help="primary network F")
+    g.add_argument("--width", type=float, default=1.0, help="width of F")
+    g.add_argument("--aux", default="resnet3d50", help="auxiliary network A; none: FixMatch; same: F")
+    g.add_argument("--aux_width", type=float, default=0.25, help="width of A, Table 3")
+    g.add_argument("--dropout", type=float, default=0.5, help="before the classifier, D9")
+    g.add_argument("--frames", type=int, default=8, help="frames of a clip for F")
+    g.add_argument("--stride", type=int, default=8, help="frames from one to the next for F")
+    g.add_argument("--aux_frames", type=int, default=16, help="the same for A, Table 4")
+    g.add_argument("--aux_stride", type=int, default=4, help="the same for A, Table 4")
+    g.add_argument("--offset", type=float, default=10.0, help="t_s in seconds, Table 5, D6")
+    g.add_argument("--aux_losses", choices=["both", "sup", "unsup"], default="both", help="Table 6")
+    g.add_argument("--joint", action="store_true", help="D7: weak views in the same forward pass as the rest")
+    g.add_argument("--rand_augment", type=int, nargs=2, default=[2, 9], help="operations, magnitude, D5")
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=float, default=200, help="D1; 50 in the ablations, Sec. 4.3")
+    g.add_argument("--batch", type=int, default=2, help="labelled clips per GPU and step (B_l)")
+    g.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
+    g.add_argument("--lr", type=float, default=0.1, help="for 32 labelled clips a step, D2; cosine to 0")
+    g.add_argument("--weight_decay", type=float, default=1e-4, help="1e-3 on UCF-101")
+    g.add_argument("--warmup", type=float, default=0.0, help="epochs of linear warm-up, D9")
+    g = p.add_argument_group("run")
+    g.add_argument("--out", help="run folder, resumed if used; runs/cmpl_<data>_<seed> if not given")
+    g.add_argument("--seed", type=int, default=0, help="of the labelled subset, the networks and every draw")
+    g.add_argument("--workers", type=int, default=1 if name == "toy" else 8, help="loader processes per GPU")
+    g.add_argument("--log_every", type=int, default=10, help="steps between rows of log.jsonl")
+    g.add_argument("--eval_every", type=float, default=10.0, help="epochs between quick tests")
+    g.add_argument("--max_bad", type=float, default=0.05, help="unreadable share that stops")
+    g.add_argument("--clips", type=int, default=10, help="test clips per video")
+    g.add_argument("--crops", type=int, choices=[1, 3], default=3, help="test crops per clip")
+    g.add_argument("--test_size", type=int, help="side of a test crop; 8/7 of --size if not given")
+    g.add_argument("--eval", metavar="MODEL.PT", help="only test this model")
+    g.add_argument("--keep_every", type=int, default=1, help="thin test clips, Fig. 5")
+    g.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    g.add_argument("--channels_last", action=argparse.BooleanOptionalAction, help="memory layout of the networks")
+    p.set_defaults(**recipe)
+    args = p.parse_args(argv)
+    check_args(p, args)
+    return args
+
+
+def check_args(parser, args):
+    """Refuse what cannot work, and fill in what follows from other flags."""
+    if args.ratio is not None and not 0 < args.ratio <= 1:
+        parser.error(f"--ratio is a share in (0, 1], not {args.ratio}; 1 % is 0.01")
+    if not 0 <= args.tau <= 1:
+        parser.error(f"--tau is a probability, not {args.tau}")
+    for name in "batch mu frames stride aux_frames aux_stride clips keep_every log_every".split():
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if args.lam == 0:
+        args.aux = "none"  # without Eq. 4 the auxiliary network teaches nobody
+    given = [x for x in (args.ratio, args.per_class, args.labelled_list) if x is not None]
+    if len(given) > 1:
+        parser.error("give one of --ratio, --per_class and --labelled_list")
+    if not given:
+        args.ratio = 0.01
+    args.test_size = args.test_size or round(args.size * 8 / 7)
+    name = f"{Path(args.data).name.replace(':', '-')}_{args.seed}"
+    args.out = args.out or (f"{Path(args.eval).parent}/eval_{name}" if args.eval else f"runs/cmpl_{name}")
+
+
+# -------------------------------------------------------------------------------- the method
+
+
+def supervised_loss(logits_l, y_l):
+    """Eq. 2, 3: L_s = 1/B_l sum_i H(y_i, F(T_standard(v_i))).
+
+    logits_l (B_l, K), y_l (B_l,) int64; mean over the labelled clips.
+    """
+    return F.cross_entropy(logits_l, y_l)
+
+
+def pseudo_label(logits_w, tau):
+    """Eq. 1, 4, 5, left half: y_hat_i = arg max p_i and the indicator 1(max p_i >= tau).
+
+    logits_w (B_u, K) of the weak views, detached here. Returns y (B_u,) int64, mask (B_u,) float.
+    """
+    p = logits_w.detach().float().softmax(dim=1)
+    confidence, y = p.max(dim=1)
+    return y, (confidence >= tau).float()
+
+
+def unlabelled_loss(logits_s, y, mask):
+    """Eq. 1, 4, 5: L_u = 1/B_u sum_i 1(max p_i >= tau) H(y_hat_i, F(T_strong(u_i))).
+
+    logits_s (B_u, K) of the strong views, gradient flows into them only; y, mask (B_u,) from
+    `pseudo_label`, of the other network (Eq. 4, 5) or of the same (Eq. 1, FixMatch). The mean is over
+    all B_u clips, so no confident clip means loss 0.
+    """
+    return (F.cross_entropy(logits_s, y, reduction="none") * mask).mean()
+
+
+def total_loss(loss_s, loss_u, lam):
+    """Eq. 6: L = (L_s^F + L_s^A) + lam (L_u^F + L_u^A); both arguments are lists over the networks."""
+    return sum(loss_s) + lam * sum(loss_u)
+
+
+def forward(net, x_l, x_w, x_s, joint):
+    """Logits of the labelled, weak and strong clips of one network; only the weak ones need no gradient."""
+    if x_w is None:
+        return net(x_l), None, None
+    if joint:
+        return net(torch.cat([x_l, x_w, x_s])).split([len(x_l), len(x_w), len(x_s)])
+    with torch.no_grad():
+        logits_w = net(x_w)  # D7
+    logits_l, logits_s = net(torch.cat([x_l, x_s])).split([len(x_l), len(x_s)])  # D8
+    return logits_l, logits_w, logits_s
+
+
+def train_step(pri, aux, x_pri, x_aux, y_l, args):
+    """The loss of one step and what the log wants to know of it.
+
+    x_pri, x_aux: (labelled, weak, strong) clips (B, C, T, H, W) for each network. `aux` is None for
+    FixMatch and is `pri` itself for `--aux same`.
+    """
+    logits_l_pri, logits_w_pri, logits_s_pri = forward(pri, *x_pri, args.joint)
+    loss_s = [supervised_loss(logits_l_pri, y_l)]  # Eq. 2
+    if args.lam == 0:
+        return loss_s[0], {"loss_s_pri": loss_s[0]}, {}
+    y_pri, mask_pri = pseudo_label(logits_w_pri, args.tau)
+    if aux is None:
+        loss_u = [unlabelled_loss(logits_s_pri, y_pri, mask_pri)]  # Eq. 1
+        return (
+            total_loss(loss_s, loss_u, args.lam),
+            {"loss_s_pri": loss_s[0], "loss_u_pri": loss_u[0]},
+            {"pri": (y_pri, mask_pri)},
+        )
+    logits_l_aux, logits_w_aux, logits_s_aux = forward(aux, *x_aux, args.joint)
+    y_aux, mask_aux = pseudo_label(logits_w_aux, args.tau)
+    loss_s.append(supervised_loss(logits_l_aux, y_l))  # Eq. 3
+    loss_u = [
+        unlabelled_loss(logits_s_pri, y_aux, mask_aux),  # Eq. 4: A labels for F
+        unlabelled_loss(logits_s_aux, y_pri, mask_pri),  # Eq. 5: F labels for A
+    ]
+    terms = dict(loss_s_pri=loss_s[0], loss_s_aux=loss_s[1], loss_u_pri=loss_u[0], loss_u_aux=loss_u[1])
+    use_s, use_u = args.aux_losses != "unsup", args.aux_losses != "sup"
+    # A loss that Table 6 leaves out has weight 0, so that every parameter still gets a gradient.
+    loss_s[1], loss_u[1] = loss_s[1] * use_s, loss_u[1] * use_u
+    labels = {"pri": (y_pri, mask_pri), "aux": (y_aux, mask_aux)}
+    return total_loss(loss_s, loss_u, args.lam), terms, labels  # Eq. 6
+
+
+def pseudo_label_report(labels, y_true):
+    """Shares of the unlabelled batch, for the log alone: the true labels never train.
+
+    kept_*: confident; right_*: confident and right (Fig. 2); agree: both say the same class;
+    aux_kept_*_right: confident for A and right according to the net named (Fig. 6).
+    """
+    found = {}
+    for name, (y, mask) in labels.items():
+        found[f"kept_{name}"] = mask.mean()
+        found[f"right_{name}"] = (mask * (y == y_true)).mean()
+    if "aux" in labels:
+        y_pri, y_aux, mask_aux = labels["pri"][0], *labels["aux"]
+        found["agree"] = (y_pri == y_aux).float().mean()
+        found["aux_kept_pri_right"] = (mask_aux * (y_pri == y_true)).mean()
+    return found
+
+
+# -------------------------------------------------------------------------------- networks and data
+
+
+def build_networks(args, classes, run):
+    """F and A under DDP (A None for FixMatch and supervised, F itself for `--aux same`), and F's recipe."""
+    build = dict(name=args.net, classes=classes, width=args.width, dropout=args.dropout)
+    nets = [backbones.build(**build)]
+    if args.aux not in ("none", "same"):
+        nets.append(backbones.build(**build | dict(name=args.aux, width=args.aux_width)))
+    for i, net in enumerate(nets):
+        memory = torch.channels_last_3d if args.channels_last else torch.contiguous_format
+        net.to(run.device, memory_format=memory)
+        if args.compile:
+            net.compile()
+        nets[i] = DistributedDataParallel(net)
+    pri = nets[0]
+    aux = {"none": None, "same": pri}.get(args.aux, nets[-1])
+    return nets, pri, aux, build
+
+
+def windows(source, rng, args):
+    """Frame indices for F and for A: windows of the same length at two frame rates, t_s apart (Sec. 3.3)."""
+    n, span = len(source), args.frames * args.stride
+    pri = video.dense(n, args.frames, args.stride, rng)
+    if args.aux == "none":
+        return [pri]
+    start = int(pri[0])
+    if args.offset:  # D6
+        start = video.shift(source.times, start, args.offset * rng.choice([-1, 1]))
+        start = min(start, max(0, n - span))
+    return [pri, (start + np.arange(args.aux_frames) * args.aux_stride) % n]
+
+
+def standard(clip, args):
+    """T_standard (D4)."""
+    clip = augment.jitter_crop(clip, args.size, args.jitter)
+    return augment.random_flip(clip) if args.flip else clip
+
+
+def weak(clip, args):
+    """T_weak (D4)."""
+    return augment.resize_crop(clip, args.size, args.jitter[0])
+
+
+def strong(clip, args):
+    """T_strong (D5): T_standard, RandAugment, Cutout."""
+    clip = augment.rand_augment(standard(clip, args), *args.rand_augment)
+    return augment.cutout(clip, args.size // 2)
+
+
+def labelled_views(clips, args):
+    """The clip of F and, if there is A, of A."""
+    return tuple(standard(clip, args) for clip in clips)
+
+
+def unlabelled_views(clips, args):
+    """(weak, strong) of F and, if there is A, (weak, strong) of A."""
+    return tuple(view(clip, args) for clip in clips for view in (weak, strong))
+
+
+def choose_videos(args, data, run):
+    """(labelled, unlabelled) Videos, and the digest of the labelled list, which goes into the run folder."""
+    chosen = datasets.labelled(data, args.ratio, args.per_class, args.seed, args.labelled_list)
+    rest = np.setdiff1d(np.arange(len(data.train)), chosen)
+    pool = rest if args.unlabelled == "rest" and len(rest) else np.arange(len(data.train))
+    if args.lam and not len(rest):
+        raise UserError("every training video has a label: add --lam 0, or lower --ratio")
+    digest = datasets.digest(data.train, chosen)
+    run.write("labelled.txt", "".join(f"{data.train.name(i)} {data.train.labels[i]}\n" for i in chosen))
+    run.say(f"{data.name}: {len(data.classes)} classes, {len(chosen)} labelled, {len(pool)} "
+            f"unlabelled ({'without' if len(pool) == len(rest) else 'with'} the labelled ones), "
+            f"{len(data.test)} test videos; labelled list {digest[:12]}")  # fmt: skip
+    for note in data.notes:
+        run.say(note)
+    return data.train.subset(chosen), data.train.subset(pool), digest
+
+
+# -------------------------------------------------------------------------------- training
+
+
+def train(args, run):
+    """One run: data, networks, steps, final test."""
+    data = datasets.load(args.data, args.root, args.split)
+    if data.multilabel:
+        raise UserError(f"{data.name} has several labels per video; CMPL needs one (mml.py takes it)")
+    args.flip = data.flip if args.flip is None else args.flip
+    recipe = evaluate.Recipe(args.frames, args.stride, args.clips, args.crops, args.test_size, args.test_size,
+                             args.keep_every)  # fmt: skip
+    if args.eval:
+        return final_test(args, run, data, load_for_test(args, data, run), recipe)
+
+    videos_l, videos_u, digest = choose_videos(args, data, run)
+    sample, view_l, view_u = (partial(f, args=args) for f in (windows, labelled_views, unlabelled_views))
+    sources = [(video.Clips(videos_l, sample, view_l, 2 * args.seed), args.batch)]
+    if args.lam:
+        sources.append((video.Clips(videos_u, sample, view_u, 2 * args.seed + 1), args.batch * args.mu))
+    epoch = math.ceil(len(videos_u) / (args.batch * args.mu * run.world))  # D1
+    total, every = round(args.epochs * epoch), max(1, round(args.eval_every * epoch))
+
+    torch.manual_seed(args.seed)
+    nets, pri, aux, build = build_networks(args, len(data.classes), run)
+    parameters = [p for net in nets for p in net.parameters()]
+    lr = args.lr * args.batch * run.world / 32  # D2
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=args.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay)
+    factor = partial(lr_factor, total=total, warmup=args.warmup * epoch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    parts = dict(pri=nets[0].module, optimizer=optimizer, schedule=schedule)
+    if len(nets) == 2:
+        parts["aux"] = nets[1].module
+    identity = dict(labelled=digest, classes=len(data.classes), net=f"{args.net} x{args.width}", aux=args.aux)
+
+    start = run.resume(identity, **parts)
+    run.say(f"{total} steps, {epoch} an epoch; clips a step: {sources[0][1] * run.world} labelled, "
+            f"{sum(b for _, b in sources[1:]) * run.world} unlabelled; learning rate {lr:.4g}")  # fmt: skip
+    loader = video.train_loader(sources, start, total, run.rank, run.world, args.workers)
+    lists = [clips.videos for clips, _ in sources]
+    for step, (batch_l, *batch_u) in run.steps(loader, start, total, args.seed, lists):
+        if step % every == 0 and step:
+            quick_test(args, run, data, pri, aux, step)
+        x_l = [to_input(v, run.device) for v in batch_l["views"]]
+        x_u = [to_input(v, run.device) for part in batch_u for v in part["views"]] or [None] * 2
+        y_l = batch_l["label"].to(run.device)
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda"):
+            x_pri, x_aux = (x_l[0], *x_u[:2]), (x_l[-1], *x_u[2:])
+            loss, terms, labels = train_step(pri, aux, x_pri, x_aux, y_l, args)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        now = schedule.get_last_lr()[0]
+        schedule.step()
+        if labels:
+            terms |= pseudo_label_report(labels, batch_u[0]["label"].to(run.device))
+        row = run.track(step, now, loss=loss, **terms)
+        if row:
+            run.log(row)
+        if (step + 1) % epoch == 0 or step + 1 == total:
+            run.save(step + 1, identity, **parts)
+    if run.stopped:
+        run.save(step + 1, identity, **parts)
+        return
+    if run.main:
+        whole = replace(recipe, keep_every=1)
+        evaluate.save_model(run.out / "model.pt", pri.module, build, data.classes, whole)
+    final_test(args, run, data, pri.module, recipe)
+
+
+def to_input(x, device):
+    """uint8 (B, T, C, H, W) of the loader to the float (B, C, T, H, W) of the networks."""
+    return augment.normalise(x.to(device, non_blocking=True), evaluate.Recipe.mean, evaluate.Recipe.std)
+
+
+def lr_factor(step, total, warmup):
+    """Linear warm-up, then half a cosine to 0."""
+    return min(1.0, (step + 1) / max(1.0, warmup)) * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def quick_test(args, run, data, pri, aux, step):
+    """One view per video for F and A, into the log."""
+    row = {"step": step, "eval": "quick"}
+    frames = {"pri": (pri, args.frames, args.stride), "aux": (aux, args.aux_frames, args.aux_stride)}
+    for name, (net, t, stride) in frames.items():
+        if net is not None:
+            recipe = evaluate.Recipe(t, stride, 1, 1, args.test_size, args.test_size)
+            scores = evaluate.score(net.module, data.test, recipe, run, args.workers)
+            if scores is None:
+                return
+            found = evaluate.metrics(scores)
+            row |= {f"{name}_{key}": round(found[key], 4) for key in ("top1", "top5", "mean_class")}
+    run.log(row)
+
+
+def load_for_test(args, data, run):
+    """The network of --eval, which must know the classes of this data set."""
+    net, _, classes, _ = evaluate.load_model(args.eval)
+    if classes != data.classes:
+        raise UserError(f"{args.eval} knows {len(classes)} other classes, not those of {data.name}")
+    return net.to(run.device)
+
+
+def final_test(args, run, data, net, recipe):
+    """All views of every test video: predictions.csv, per_class.csv, result.json and the RESULT line."""
+    scores = evaluate.score(net, data.test, recipe, run, args.workers, bar=True)
+    if scores is None:
+        run.say("stopped by a signal during the test; the same command tests again")
+        return
+    found = evaluate.metrics(scores)
+    if run.main:
+        evaluate.write_files(run.out, scores, data.test, data.classes)
+    wanted = dict(ratio=args.ratio) if args.per_class is None else dict(per_class=args.per_class)
+    run.result({"script": "cmpl", "data": data.name, **wanted, "seed": args.seed, **found,
+                "seconds": round(run.seconds)})  # fmt: skip
+
+
+@record
+def main():
+    args = parse_args()
+    free = vars(args) if args.eval else FREE
+    with Run("cmpl", args.out, vars(args), free, args.log_every, args.max_bad) as run:
+        if args.eval or not run.finished():
+            train(args, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,563 @@
+"""Exact frames out of video files, clip sampling, and batches that are a pure function of the step.
+
+    with Video("a.mp4") as video:
+        clip = video.get(dense(len(video), 8, 8, rng), short_side=256)    # uint8 (8, 3, 256, W)
+
+Frames are numbered by their place in presentation order, as a full decode counts them: header
+counts lie, and rates mean nothing where the frame rate varies. `Clips` and `Views` are the training
+and the test set over such files; `train_loader` and `test_loader` make batches of them that no
+number of workers, restart or number of ranks changes.
+"""
+
+import multiprocessing
+import os
+import re
+import signal
+from bisect import bisect_right
+from contextlib import ExitStack, contextmanager
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.transforms.v2 import functional as TF
+
+MAX_PIXELS = 2**26  # a picture of 8192 x 8192; a larger one is damage, or an attack on the memory
+JUMP = 2  # a seek costs about as much as decoding this many packets
+STAND_INS = 10  # unreadable videos in a row after which training gives up
+TIMEOUT = 600  # seconds to wait for one batch: a hung disk ends the run with an error
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+PLAYLISTS = {"concat", "dash", "hls", "imf"}  # formats that open other files
+# What av, PIL and the system raise for a bad file; anything else is a bug and surfaces.
+FAULTS = (av.FFmpegError, OSError, IndexError, ValueError, EOFError, MemoryError)
+FAULTS += (Image.DecompressionBombError,)
+# HMDB-51 has tags that are not UTF-8; av 19 neither needs nor takes the argument.
+TAGS = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+
+class VideoError(Exception):
+    """A file that cannot give its frames; str() is the reason, in one line."""
+
+
+@contextmanager
+def _reasons():
+    try:
+        yield
+    except FAULTS as fault:
+        raise VideoError(_reason(fault)) from fault
+
+
+def _reason(fault):
+    text = getattr(fault, "strerror", None) or str(fault).partition("\n")[0]
+    return text[:200] or type(fault).__name__
+
+
+# ---- one video -----------------------------------------------------------------------------------
+
+
+class Video:
+    """The frames of a video file, or of a folder of numbered pictures; a context manager.
+
+    span: (start, end) in seconds from the first frame; only the frames in it count, at least one.
+    min_share: a file cut short is used if this share of its frames is there, the last good frame
+    standing in for those after it. fps: the rate of a folder of pictures.
+    Raises VideoError on entering and on reading. Rotation is applied; pixels are taken as square.
+    """
+
+    def __init__(self, path, span=None, min_share=0.5, fps=25.0):
+        self.path, self.span, self.min_share, self.fps = os.fspath(path), span, min_share, fps
+
+    def __enter__(self):
+        with ExitStack() as stack, _reasons():
+            if os.path.isdir(self.path):
+                source = _Folder(self.path, self.fps)
+            else:
+                source = _File(self.path, *stack.enter_context(_open(self.path)))
+            n = len(source.times)
+            if n == 0:
+                raise VideoError("no frames")
+            if n < self.min_share * source.expected:
+                raise VideoError(f"only {n} of {source.expected} frames are in the file")
+            self._source, self._stack = source, stack.pop_all()
+        self._turns = None  # quarter turns counter-clockwise, known once a frame is decoded
+        self._first, last = 0, n
+        if self.span is not None:
+            self._first = min(int(np.searchsorted(source.times, self.span[0])), n - 1)
+            last = max(int(np.searchsorted(source.times, self.span[1])), self._first + 1)
+        self.times = source.times[self._first : last]  # (N,) seconds from the file's first frame
+        self.fps, self.codec = source.fps, source.codec
+        return self
+
+    def __exit__(self, *_):
+        self._stack.close()
+
+    def __len__(self):
+        return len(self.times)
+
+    @property
+    def rotation(self):
+        """Degrees counter-clockwise that the pictures are turned for display: 0, 90, 180 or 270."""
+        if self._turns is None:
+            self.get([0])
+        return 90 * self._turns
+
+    @property
+    def height(self):
+        return self._source.size[self.rotation // 90 % 2]
+
+    @property
+    def width(self):
+        return self._source.size[1 - self.rotation // 90 % 2]
+
+    def get(self, indices, short_side=None):
+        """The frames `indices`, in any order and with repeats; each is decoded once.
+
+        short_side: resize the pictures (antialias, uint8) so that their shorter side is this.
+        Returns uint8 (T, C, H, W) whose memory is T, H, W, C. Raises VideoError if the file cannot
+        give them, IndexError for an index outside the video.
+        """
+        indices = np.asarray(indices, dtype=np.int64).ravel()
+        if indices.size == 0 or indices.min() < 0 or indices.max() >= len(self):
+            raise IndexError(f"frames {indices.tolist()} of a video of {len(self)} frames")
+        indices, clip = indices + self._first, None
+        for i, picture in self._pictures(np.unique(indices).tolist(), short_side):
+            if clip is None:
+                clip = np.empty((len(indices), *picture.shape), np.uint8)
+            clip[indices == i] = picture
+        return torch.from_numpy(clip).permute(0, 3, 1, 2)
+
+    def _pictures(self, wanted, short_side):
+        """Yield (position, uint8 (H, W, C)) for the sorted positions `wanted`."""
+        missing = set(wanted)
+        try:
+            for i, frame in self._source.pick(wanted):
+                yield i, self._picture(frame, short_side)
+                missing.remove(i)
+        except FAULTS:
+            pass  # what is wrong shows in the pass from the start
+        if missing:
+            yield from self._salvage(sorted(missing), short_side)
+
+    def _salvage(self, missing, short_side):
+        """Yield `missing` frames out of what decodes in order from the start, or raise VideoError.
+
+        For a frame that does not decode, the last good one before it stands in.
+        """
+        good, last, expected, reason = 0, None, self._source.expected, "the file ends early"
+        try:
+            for i, frame in self._source.every():
+                good += 1
+                while missing and missing[0] <= i:
+                    there = missing[0] == i or last is None
+                    yield missing.pop(0), self._picture(frame if there else last, short_side)
+                if not missing and good >= self.min_share * expected:
+                    return
+                last = frame
+        except FAULTS as fault:
+            reason = _reason(fault)
+        if not good or good < self.min_share * expected:
+            raise VideoError(f"only {good} of {expected} frames decode: {reason}")
+        for i in missing:
+            yield i, self._picture(last, short_side)
+
+    def _picture(self, frame, short_side):
+        """uint8 (H, W, C) of a decoded frame, upright, in the video's size or short_side's."""
+        _check_size(frame.height, frame.width)
+        if self._turns is None:
+            degrees = getattr(frame, "rotation", 0)  # damaged headers say anything
+            self._turns = degrees // 90 % 4 if degrees % 90 == 0 else 0
+        if isinstance(frame, Image.Image):
+            rgb = np.array(frame.convert("RGB"))
+        else:
+            rgb = frame.to_ndarray(format="rgb24", threads=1)
+        size = self._source.size
+        if short_side:
+            size = tuple(round(side * short_side / min(size)) for side in size)
+        if rgb.shape[:2] != size:
+            # One path for training and testing: swscale's own resize is brighter by a grey level.
+            x = TF.resize(torch.from_numpy(rgb).permute(2, 0, 1)[None], list(size), antialias=True)
+            rgb = x[0].permute(1, 2, 0).numpy()
+        return np.rot90(rgb, self._turns)
+
+
+@contextmanager
+def _open(path):
+    """Open a video file for one decoder thread. Yields (container, its first video stream)."""
+    if not os.path.isfile(path):  # av.open would also take URLs and lists of files
+        raise VideoError("not a file" if os.path.exists(path) else "no such file")
+    # An absolute path is never taken for a protocol, whatever colons the name has.
+    only_files = {"protocol_whitelist": "file"}
+    with av.open(os.path.abspath(path), options=only_files, **TAGS) as container:
+        if PLAYLISTS & set(container.format.name.split(",")):
+            raise VideoError("a list of other files")
+        cover = av.stream.Disposition.attached_pic
+        stream = next((s for s in container.streams.video if not s.disposition & cover), None)
+        if stream is None:
+            raise VideoError("no video stream")
+        stream.codec_context.thread_count = 1  # the workers are parallel; more threads deadlock
+        yield container, stream
+
+
+def _check_size(height, width):
+    if height * width > MAX_PIXELS:
+        raise VideoError(f"pictures of {width} x {height} pixels are refused")
+
+
+class _File:
+    """The frames of an open container by position; what there is, its packets tell."""
+
+    def __init__(self, path, container, stream):
+        self.path, self.container, self.stream = path, container, stream
+        context, avi, header = stream.codec_context, container.format.name == "avi", stream.frames
+        self.size, self.codec = (context.height, context.width), context.name
+        _check_size(*self.size)
+        if "mp4" in container.format.name and getattr(stream, "index_entries", None):
+            header = len(stream.index_entries)  # knows what an edit list cuts off, the count not
+        pts, dts, self.keys, self.order, most = [], [], [], {}, 1
+        try:
+            for packet in container.demux(stream):
+                if not packet.size:
+                    continue
+                self.order[packet.pts] = len(dts)
+                dts.append(packet.dts)
+                if packet.is_keyframe:
+                    self.keys.append(packet.pts)
+                pictures = _pictures_in(packet, self.codec)
+                most = max(most, pictures)
+                pts += [packet.pts] * (pictures if not packet.is_discard else 0)
+        except FAULTS:
+            pass  # cut short: the packets before that count
+        total, stamps, rate = len(dts), list(self.order), float(stream.average_rate or 25)
+        # Where time stamps are absent (raw streams), repeated (broken files) or in decoding order
+        # (packed pictures; AVI has none, and libavformat guesses), frames can only be counted.
+        self.counted = (
+            None in stamps
+            or len(stamps) < total
+            or not self.keys
+            or most > 1
+            or (avi and context.has_b_frames and stamps == sorted(stamps))
+        )
+        clock = dts[: len(pts)] if self.counted else pts
+        if None in clock:
+            self.times = np.arange(len(clock)) / rate
+        else:
+            clock.sort()
+            self.times = (np.array(clock) - clock[:1]) * float(stream.time_base or 1)
+        if not self.counted:
+            self.keys.sort()
+            self.pts, self.place = pts, {t: i for i, t in enumerate(pts)}
+        # The header of an AVI also counts frames dropped when it was made, and so does its clock.
+        slots = max(dts[-1] + 1 if avi and dts and None not in dts else total, 1)
+        self.expected = round(len(clock) * max(header / slots, 1))
+        seconds = float(self.times[-1]) if len(clock) else 0
+        self.fps = (len(clock) - 1) / seconds if seconds > 0 else rate
+
+    def pick(self, wanted):
+        """Yield (position, frame) for those of the sorted positions `wanted` that appear.
+
+        Seek to the key frame before, decode forward, and let the decoder skip the frames that are
+        neither wanted nor referred to. The seek names the key frame's own time stamp: AVI seeks by
+        decoding time, and a later stamp can land behind the frame.
+        """
+        if self.counted:
+            chosen = set(wanted)
+            yield from ((i, frame) for i, frame in self.every(wanted[-1] + 1) if i in chosen)
+            return
+        context = self.stream.codec_context
+        for key, needed in self._runs([self.pts[i] for i in wanted]):
+            self.container.seek(key, stream=self.stream)
+            ahead, start = set(needed), self.order[key]
+            for packet in self.container.demux(self.stream):
+                if self.order.get(packet.pts, 0) > start:
+                    return  # the seek missed the key frame, as in transport streams
+                start = len(self.order)
+                context.skip_frame = "DEFAULT" if packet.pts in needed else "NONREF"
+                frames = context.decode(packet if packet.size else None)
+                ahead.discard(packet.pts)
+                if not ahead:
+                    frames += context.decode(None)  # what the decoder still holds
+                for frame in frames:
+                    if frame.pts in needed:
+                        yield self.place[frame.pts], frame
+                if not ahead:
+                    break
+
+    def _runs(self, stamps):
+        """Cut sorted time stamps into [(key stamp, stamps decoded from it)], to jump over gaps."""
+        runs, end = [], None
+        for t in stamps:
+            key = self.keys[max(bisect_right(self.keys, t) - 1, 0)]
+            if not runs or self.order[key] - end > JUMP:
+                runs.append((key, set()))
+                end = 0
+            runs[-1][1].add(t)
+            end = max(end, self.order[t])
+        return runs
+
+    def every(self, n=None):
+        """Yield (position, frame) of the first `n` frames from the start, by a fresh decoder."""
+        with _open(self.path) as (container, stream):
+            for count, frame in enumerate(container.decode(stream)):
+                if count == n:
+                    return
+                yield count if self.counted else self.place.get(frame.pts, count), frame
+
+
+def _pictures_in(packet, codec):
+    """How many pictures a packet shows: 1, but for two codecs."""
+    if codec == "vp8":  # a picture may be there only to be referred to (RFC 6386, 9.1: show_frame)
+        return memoryview(packet)[0] >> 4 & 1
+    if codec == "mpeg4":  # DivX and XviD (UCF-101) pack a B-frame to the frame before, and then
+        return bytes(packet).count(b"\0\0\1\xb6") if packet.size > 8 else 0  # send an empty one
+    return 1
+
+
+class _Folder:
+    """Numbered pictures in a folder, by number; hidden files and optical flow are left out."""
+
+    codec = "pictures"
+
+    def __init__(self, path, fps):
+        names = [name for name in os.listdir(path) if name.lower().endswith(PICTURES)]
+        names = [name for name in names if not name.lower().startswith((".", "flow"))]
+        if not names:
+            raise VideoError("a folder without pictures")
+        names.sort(key=lambda name: ([int(d) for d in re.findall(r"\d+", name)[-1:]], name))
+        self.paths = [os.path.join(path, name) for name in names]
+        self.fps, self.expected, self.times = fps, len(names), np.arange(len(names)) / fps
+        with Image.open(self.paths[0]) as image:
+            self.size = image.height, image.width
+
+    def pick(self, wanted):
+        for i in wanted:
+            with Image.open(self.paths[i]) as image:
+                _check_size(image.height, image.width)
+                image.load()
+                yield i, image
+
+    def every(self):
+        return self.pick(range(len(self.paths)))
+
+
+def probe(path):
+    """dict(frames, width, height, fps, seconds, rotation, codec) of a video. Raises VideoError."""
+    with Video(path) as video:
+        seconds = float(video.times[-1]) + 1 / video.fps
+        shape = dict(width=video.width, height=video.height, rotation=video.rotation)
+        return dict(frames=len(video), fps=video.fps, seconds=seconds, codec=video.codec, **shape)
+
+
+def read(path, indices, short_side=None):
+    """uint8 (T, C, H, W): the frames `indices` of a video; see Video.get. Raises VideoError."""
+    with Video(path) as video:
+        return video.get(indices, short_side)
+
+
+# ---- which of n frames; what lies past the end starts again at the beginning ---------------------
+
+
+def dense(n, length, stride, rng):
+    """(length,) int64: every stride-th frame of a random window of length * stride frames."""
+    start = rng.integers(max(n - length * stride, 0) + 1)
+    return (start + stride * np.arange(length)) % n
+
+
+def dense_test(n, length, stride, clips):
+    """(clips, length) int64: windows spread evenly over the video; a single one is central."""
+    room = max(n - length * stride, 0)
+    starts = np.rint(np.linspace(0, room, clips) if clips > 1 else [room / 2]).astype(np.int64)
+    return (starts[:, None] + stride * np.arange(length)) % n
+
+
+def uniform(n, length, rng=None):
+    """(length,) int64: a frame of each of `length` equal segments (TSN), random or central."""
+    inside = np.full(length, 0.5) if rng is None else rng.random(length)
+    return ((np.arange(length) + inside) * n / length).astype(np.int64)
+
+
+def shift(times, start, seconds):
+    """The frame nearest to `seconds` after frame `start` (before it, if negative), in the video.
+
+    times: (N,) seconds, as Video.times. So the window that starts there is that far from the one
+    that starts at `start`, whatever the frame rate does.
+    """
+    return int(np.abs(times - (times[start] + seconds)).argmin())
+
+
+# ---- data sets -----------------------------------------------------------------------------------
+
+
+class Order:
+    """Endless shuffled passes over n things: order[p] = (index, number of the pass)."""
+
+    def __init__(self, n, seed):
+        self.n, self.seed, self._passes = n, seed, {}
+
+    def __getitem__(self, p):
+        draw, place = divmod(p, self.n)
+        if draw not in self._passes:
+            if len(self._passes) > 1:  # stand-ins may reach into the next pass
+                del self._passes[min(self._passes)]
+            self._passes[draw] = np.random.default_rng((self.seed, draw)).permutation(self.n)
+        return int(self._passes[draw][place]), draw
+
+
+class Clips(Dataset):
+    """Training clips: clips[p] is position p of an endless shuffled order of `videos`.
+
+    sample(video, rng) -> list of index arrays, one per clip; they are decoded in one call.
+    view(list of uint8 (T, C, H, W)) -> tuple of tensors. Its randomness is torch's default
+    generator, here a function of (seed, index, pass) and put back afterwards.
+    clips[p] = dict(views=tuple, label=int64 () or float32 (K,), index=int, bad=[(index, reason)]).
+    For an unreadable video the next position stands in, in another draw, lest a batch hold one clip
+    twice; STAND_INS in a row raise VideoError.
+    """
+
+    def __init__(self, videos, sample, view, seed, short_side=None):
+        self.videos, self.sample, self.view, self.seed = videos, sample, view, seed
+        self.short_side, self.order = short_side, Order(len(videos), seed)
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, p):
+        bad = []
+        for k in range(STAND_INS):
+            index, draw = self.order[p + k]
+            rng = np.random.default_rng((self.seed, index, draw, k))
+            torch_seed = int(rng.integers(2**63))
+            try:
+                clips = _clips(self.videos, index, self.short_side, self.sample, rng)
+            except VideoError as error:
+                bad.append((index, str(error)))
+                continue
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(torch_seed)
+                views = tuple(self.view(clips))
+            return dict(views=views, label=_label(self.videos, index), index=index, bad=bad)
+        path, reason = self.videos.path(bad[0][0]), bad[0][1]
+        raise VideoError(f"{path}: {reason} (and so for the {STAND_INS - 1} videos drawn after it)")
+
+
+class Views(Dataset):
+    """Test views: views[i] belongs to video i, which nothing ever replaces.
+
+    sample(video) -> list of index arrays; view(list of uint8 (T, C, H, W)) -> (V, T, C, H, W).
+    views[i] = dict(views=(V, T, C, H, W) or None if unreadable, label, index, bad=reason or None).
+    """
+
+    def __init__(self, videos, sample, view, short_side=None):
+        self.videos, self.sample, self.view, self.short_side = videos, sample, view, short_side
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, i):
+        item = dict(views=None, label=_label(self.videos, i), index=i, bad=None)
+        try:
+            clips = _clips(self.videos, i, self.short_side, self.sample)
+        except VideoError as error:
+            return dict(item, bad=str(error))
+        return dict(item, views=self.view(clips))
+
+
+def _clips(videos, index, short_side, sample, *rng):
+    """The clips that sample(video, *rng) asks for, decoded together."""
+    with Video(videos.path(index), videos.span(index)) as video:
+        windows = [np.asarray(window) for window in sample(video, *rng)]
+        frames = video.get(np.concatenate(windows), short_side)
+    return list(frames.split([len(window) for window in windows]))
+
+
+def _label(videos, index):
+    label = torch.as_tensor(videos.labels[index])
+    return label.float() if label.ndim else label.long()
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
+def train_loader(sources, start, stop, rank=0, world=1, workers=0):
+    """Batches start..stop-1 of sources = [(Clips, batch size per rank), ...], one set of workers.
+
+    Batch k holds for a batch size of B the positions (k * world + rank) * B + 0..B-1; nothing
+    before `start` is decoded. Yields a list with one dict per source: views=tuple of (B, ...),
+    label (B, ...), index (B,), bad=[(index, reason), ...].
+    """
+    clips, sizes = zip(*sources, strict=True)
+    return _loader(_Joint(clips), _Steps(sizes, start, stop, rank, world), _joint_batch, workers)
+
+
+class _Joint(Dataset):
+    """Several data sets as one: key (number of the data set, its own key)."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __getitem__(self, key):
+        return key[0], self.parts[key[0]][key[1]]
+
+
+class _Steps:
+    """The keys (source, position) of each of a rank's batches."""
+
+    def __init__(self, sizes, start, stop, rank, world):
+        self.sizes, self.steps, self.rank, self.world = sizes, range(start, stop), rank, world
+
+    def __len__(self):
+        return len(self.steps)
+
+    def __iter__(self):
+        for k in self.steps:
+            first = [(k * self.world + self.rank) * size for size in self.sizes]
+            yield [(s, first[s] + j) for s, size in enumerate(self.sizes) for j in range(size)]
+
+
+def _joint_batch(items):
+    parts = {}
+    for s, item in items:
+        parts.setdefault(s, []).append(item)
+    return [_train_batch(parts[s]) for s in sorted(parts)]
+
+
+def _train_batch(items):
+    batch = {k: default_collate([item[k] for item in items]) for k in ("views", "label", "index")}
+    bad = [fault for item in items for fault in item["bad"]]
+    return dict(batch, views=tuple(batch["views"]), bad=bad)
+
+
+def test_loader(views, block, rank=0, world=1, workers=0):
+    """The test set in blocks of `block` consecutive videos; rank r takes blocks r, r + world, ...
+
+    So the same videos go through the network together for any number of ranks. Yields
+    dict(views=(sum of V, T, C, H, W) or None if none is readable, counts=(videos,) views of each,
+    label, index, bad=[(index, reason), ...]).
+    """
+    starts = range(rank * block, len(views), world * block)
+    blocks = [range(start, min(start + block, len(views))) for start in starts]
+    return _loader(views, blocks, _test_batch, workers)
+
+
+def _test_batch(items):
+    readable = [item["views"] for item in items if item["bad"] is None]
+    counts = [0 if item["bad"] else len(item["views"]) for item in items]
+    bad = [(item["index"], item["bad"]) for item in items if item["bad"] is not None]
+    batch = {k: default_collate([item[k] for item in items]) for k in ("label", "index")}
+    views = torch.cat(readable) if readable else None
+    return dict(batch, views=views, counts=torch.tensor(counts), bad=bad)
+
+
+def _loader(dataset, batches, collate, workers):
+    options = dict(batch_sampler=batches, collate_fn=collate, pin_memory=torch.cuda.is_available())
+    if workers:  # no plain fork: the main process has threads, and CUDA does not survive it
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torchvision.transforms.v2", "av"])  # once, not per worker
+        options.update(num_workers=workers, multiprocessing_context=context, timeout=TIMEOUT)
+    return DataLoader(dataset, worker_init_fn=_ignore_signals, **options)
+
+
+def _ignore_signals(worker):
+    """The main process decides when to stop: Ctrl-C and batch systems signal its workers as well."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,311 @@
+"""Rules that hold for every script, each run as a user runs it, on a small toy set.
+
+RANKS_2_RUNS (default 3) is how many finished runs of two ranks must all leave with status 0.
+"""
+
+import csv
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import toy
+
+HERE = Path(__file__).resolve().parent.parent
+TINY = {
+    "cmpl": "--per_class 2 --width 0.0625 --aux_width 0.0625 --size 16 --test_size 16 --jitter 20 24 "
+    "--batch 2 --mu 2 --epochs 10 --clips 1 --tau 0.2 --log_every 2 --eval_every 1 --workers 0",
+}
+SCRIPTS = list(TINY)
+
+
+@pytest.fixture(scope="session")
+def toy_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "toy"
+    toy.make(root, train_per_class=4, val_per_class=1, test_per_class=2)
+    return root
+
+
+@pytest.fixture
+def broken_root(toy_root, tmp_path):
+    """The same set with one training video cut short, one test video that is a web page."""
+    root = tmp_path / "broken"
+    shutil.copytree(toy_root, root)
+    train, test = (
+        [line.rsplit(maxsplit=1)[0] for line in (root / f"{part}.txt").read_text().splitlines()]
+        for part in ("train", "test")
+    )
+    (root / train[1]).write_bytes((root / train[1]).read_bytes()[:200])
+    (root / test[1]).write_text("<html>404</html>")
+    return root, train[1], test[1]
+
+
+def command(script, root, out, *flags, ranks=None):
+    start = [sys.executable]
+    if ranks:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return [*start, f"{HERE / script}.py", "--data", "toy", "--root", str(root), "--out", str(out),
+            *shlex.split(TINY[script]), *flags]  # fmt: skip
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(HERE)}
+
+
+def start(*args, **kwargs):
+    return subprocess.Popen(command(*args, **kwargs), cwd=HERE, env=environment(), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+
+
+def run(*args, status=0, **kwargs):
+    process = start(*args, **kwargs)
+    try:
+        out, err = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == status, out + err
+    return out, err
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def wait_for_rows(out, n, process):
+    """Until the log of a running process has n rows."""
+    until = time.time() + 120
+    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < n:
+        assert process.poll() is None and time.time() < until, process.communicate()
+        time.sleep(0.02)
+
+
+def children(process):
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def checkpoint(out):
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+@pytest.fixture(scope="session", params=SCRIPTS)
+def finished(request, toy_root, tmp_path_factory):
+    """(script, run folder, what it printed) of an undisturbed run of one process."""
+    out = tmp_path_factory.mktemp("finished") / request.param
+    printed, _ = run(request.param, toy_root, out)
+    return request.param, out, printed
+
+
+def test_run_folder_is_complete(finished, toy_root):
+    script, out, printed = finished
+    names = "config.json labelled.txt log.jsonl last.pt model.pt result.json per_class.csv predictions.csv"
+    assert set(names.split()) <= {path.name for path in out.iterdir()}
+    result = json.loads((out / "result.json").read_text())
+    line = next(line for line in printed.splitlines() if line.startswith("RESULT "))
+    assert line.startswith(f"RESULT script={script} data=toy ") and f"top1={result['top1']:.2f}" in line
+    assert re.search(r"videos=20 unreadable=0 seconds=\d+$", line)
+    log = rows(out)
+    steps = [row["step"] for row in log if "eval" not in row]
+    assert steps == list(range(2, steps[-1] + 1, 2))
+    assert {"lr", "loss", "seconds_data", "seconds_compute"} <= log[0].keys()
+    assert len((out / "labelled.txt").read_text().splitlines()) == 20  # two of each of ten classes
+    assert len(list(csv.reader(open(out / "predictions.csv")))) == 21
+
+
+def test_finished_run_shows_its_result_again_and_does_nothing(finished, toy_root):
+    script, out, printed = finished
+    before = (out / "last.pt").stat().st_mtime_ns
+    again, _ = run(script, toy_root, out)
+    assert again.splitlines() == [line for line in printed.splitlines() if line.startswith("RESULT ")]
+    assert (out / "last.pt").stat().st_mtime_ns == before
+
+
+def test_one_file_can_be_predicted(finished, toy_root):
+    _, out, _ = finished
+    name = (toy_root / "test.txt").read_text().split()[0]
+    call = [sys.executable, "-m", "common.evaluate", "predict", out / "model.pt"]
+    done = subprocess.run([*call, toy_root / name], capture_output=True, text=True, cwd=HERE)
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and len(lines) == 5, done.stderr
+    said = next(csv.DictReader(open(out / "predictions.csv")))
+    assert said["video"] == name and said["top1"].split(":")[0] == lines[0][1]
+    done = subprocess.run([*call, "nowhere.mp4"], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere.mp4" in done.stderr
+
+
+def test_scores_do_not_depend_on_ranks_or_workers(finished, toy_root, tmp_path):
+    """Bit for bit: the same predictions.csv and the same RESULT."""
+    script, out, _ = finished
+    results = []
+    for ranks, workers in ((None, "0"), (2, "0"), (3, "1")):
+        folder = tmp_path / f"{ranks}"
+        flags = ("--eval", str(out / "model.pt"), "--workers", workers)
+        run(script, toy_root, folder, *flags, ranks=ranks)
+        result = json.loads((folder / "result.json").read_text())
+        result.pop("seconds")
+        results.append(((folder / "predictions.csv").read_text(), result))
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_resumed_run_is_the_uninterrupted_one(finished, toy_root, tmp_path, ranks, number):
+    """Bit for bit: weights, optimiser, and the log's losses after the resumption."""
+    script, whole, _ = finished
+    ranks = None if ranks == 1 else ranks
+    if ranks:
+        whole = tmp_path / "whole"
+        run(script, toy_root, whole, ranks=ranks)
+    out = tmp_path / "cut"
+    process = start(script, toy_root, out, ranks=ranks)
+    wait_for_rows(out, 4, process)
+    if number == signal.SIGKILL:
+        for victim in [*children(process), process.pid]:
+            os.kill(victim, number)
+        process.communicate()
+    else:
+        process.send_signal(number)
+        printed, err = process.communicate(timeout=60)
+        assert "stopped by a signal" in printed, err
+        assert process.returncode == (0 if ranks is None else 1)  # torchrun itself always says 1
+    assert (out / "last.pt").exists() and not (out / "result.json").exists()
+    stopped_at = checkpoint(out)["step"]
+    printed, _ = run(script, toy_root, out, "--workers", "1", ranks=ranks)
+    assert f"after step {stopped_at}" in printed
+    a, b = checkpoint(whole), checkpoint(out)
+    assert a["step"] == b["step"] and equal(a["parts"], b["parts"])
+    assert (whole / "predictions.csv").read_text() == (out / "predictions.csv").read_text()
+    # The first row after a resumption is a mean over fewer steps.
+    losses = [{r["step"]: r.get("loss") for r in rows(folder) if "eval" not in r} for folder in (whole, out)]
+    later = [step for step in losses[0] if step > stopped_at + 2]
+    assert later and all(losses[0][step] == losses[1][step] for step in later)
+
+
+def test_two_ranks_finish_with_status_0(toy_root, tmp_path, finished):
+    """A gloo group can abort the interpreter at its exit; here it never does."""
+    script, _, _ = finished
+    for i in range(int(os.environ.get("RANKS_2_RUNS", 3))):
+        run(script, toy_root, tmp_path / str(i), "--epochs", "0.2", ranks=2)
+
+
+def test_broken_videos(finished, broken_root, tmp_path):
+    """In training another stands in; in the test they are wrong, and both are named."""
+    script, _, _ = finished
+    root, train, test = broken_root
+    out = tmp_path / "out"
+    run(script, root, out, "--epochs", "3")
+    result = json.loads((out / "result.json").read_text())
+    assert (result["videos"], result["unreadable"]) == (20, 1)
+    assert [line.split("\t")[0] for line in (out / "bad_videos.txt").read_text().splitlines()] == [train]
+    said = {row["video"]: row["unreadable"] for row in csv.DictReader(open(out / "predictions.csv"))}
+    assert [name for name, reason in said.items() if reason] == [test]
+    _, err = run(script, root, tmp_path / "strict", "--epochs", "3", "--max_bad", "0.01", status=2)
+    assert "--max_bad" in err and "Traceback" not in err
+
+
+def test_dead_rank_ends_the_run_which_then_resumes(finished, toy_root, tmp_path):
+    script, _, _ = finished
+    out = tmp_path / "out"
+    process = start(script, toy_root, out, ranks=2)
+    wait_for_rows(out, 5, process)
+    os.kill(children(process)[-1], signal.SIGKILL)
+    began = time.time()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.time() - began < 40
+    assert "another rank has died" in err or "Signal 9" in err
+    printed, _ = run(script, toy_root, out, ranks=2)
+    assert "resumed from" in printed and "RESULT" in printed
+
+
+def test_several_nodes(finished, toy_root, tmp_path):
+    """Two torchrun agents that meet at one address, as on two machines."""
+    script, whole, _ = finished
+    out, port = tmp_path / "out", 20000 + os.getpid() % 20000
+    agents = []
+    for node in (0, 1):
+        call = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
+                "--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", str(port)]  # fmt: skip
+        call += command(script, toy_root, out, "--epochs", "0.5")[1:]
+        agents.append(subprocess.Popen(call, cwd=HERE, env=environment(), stderr=subprocess.PIPE))
+    assert [(agent.communicate(timeout=120), agent.returncode)[1] for agent in agents] == [0, 0]
+    assert json.loads((out / "result.json").read_text())["videos"] == 20
+
+
+MISTAKES = {
+    "--data k400 --root /nowhere": "/nowhere",
+    "--data nonsense": "nonsense",
+    "--net resnet3d11": "resnet3d11",
+    "--lr 1e30 --optimizer sgd": "--lr",
+    "--ratio 0": "--ratio",
+    "--ratio 1.5": "--ratio",
+    "--ratio 1": "--lam",
+    "--split 4": "split",
+    "--labelled_list /nowhere.txt": "/nowhere.txt",
+    "--eval /nowhere.pt": "/nowhere.pt",
+    "--out /proc/nowhere": "--out",
+}
+
+
+@pytest.mark.parametrize("flags, word", MISTAKES.items())
+def test_mistakes_are_one_sentence(finished, toy_root, tmp_path, flags, word):
+    script, _, _ = finished
+    call = [a for a in command(script, toy_root, tmp_path / "out")]
+    if "--ratio" in flags or "--labelled_list" in flags:
+        i = call.index("--per_class")
+        del call[i : i + 2]
+    if "--data" in flags:
+        del call[call.index("--root") : call.index("--root") + 2]
+    done = subprocess.run(call + flags.split(), capture_output=True, text=True, cwd=HERE, env=environment())
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and word in last and "Traceback" not in done.stderr, done.stderr
+
+
+def test_restart_by_torchrun(finished, toy_root, tmp_path):
+    """--max-restarts: a rank is killed, torchrun starts all again, the run resumes and ends well."""
+    script, _, _ = finished
+    out = tmp_path / "out"
+    call = command(script, toy_root, out, ranks=2)
+    call[call.index("--standalone") : call.index("--standalone")] = ["--max-restarts", "1"]
+    process = subprocess.Popen(call, cwd=HERE, env=environment(), text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    wait_for_rows(out, 5, process)
+    os.kill(children(process)[-1], signal.SIGKILL)
+    printed, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "resumed from" in printed and "RESULT" in printed
+
+
+def test_ranks_without_their_torchrun_save_and_leave(finished, toy_root, tmp_path):
+    """Some signals (SIGUSR1 of a batch system) end torchrun and not its processes."""
+    script, _, _ = finished
+    out = tmp_path / "out"
+    process = start(script, toy_root, out, ranks=2)
+    wait_for_rows(out, 4, process)
+    orphans = children(process)
+    process.kill()
+    printed, _ = process.communicate(timeout=60)
+    assert "stopped by a signal" in printed and not (out / "result.json").exists()
+    until = time.time() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in orphans):
+        assert time.time() < until
+        time.sleep(0.1)

@@ -1,0 +1,202 @@
+"""The embedded data set: made once, whole and the same; the class is in the motion and not in a frame."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common import UserError, toy
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FEW = dict(train_per_class=1, val_per_class=1, test_per_class=1)
+MAKE = "import sys; from common import toy; toy.make(sys.argv[1], 'c', int(sys.argv[2]), 1, 1)"
+
+
+def start(root, train_per_class):
+    command = [sys.executable, "-c", MAKE, str(root), str(train_per_class)]
+    return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+
+
+def contents(root):
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def decode(path):
+    with av.open(str(path)) as file:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+
+
+def lines(root, name):
+    return (root / name).read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toy") / "data" / "toy"
+    toy.make(root, **FEW)
+    return root
+
+
+def test_lists_name_every_file_with_its_class(made):
+    classes = lines(made, "classes.txt")
+    assert classes == list(toy.VARIANTS[""].classes) and len(classes) == 10
+    listed = {}
+    for part in toy.PARTS:
+        rows = [line.split() for line in lines(made, f"{part}.txt")]
+        assert sorted(int(label) for _, label in rows) == list(range(10))
+        listed |= {name: classes[int(label)] for name, label in rows}
+    assert {name for name in contents(made) if name.endswith(".mp4")} == set(listed)
+    assert all(kind in name for name, kind in listed.items())
+    assert {p.name for p in made.parent.iterdir()} == {"toy", ".toy.lock"}  # nothing unfinished left
+
+
+def test_files_hold_what_was_rendered(made):
+    for part in toy.PARTS:
+        for i, row in enumerate(lines(made, f"{part}.txt")):
+            frames, rendered = decode(made / row.split()[0]), toy.render("", part, i)
+            assert frames.shape == rendered.shape == (48, 48, 48, 3)
+            # In grey: half the resolution of the colours is lost by design (4:2:0).
+            error = np.abs(frames.mean(-1) - rendered.astype(float).mean(-1))
+            assert error.mean() < 4
+
+
+def test_same_arguments_same_bytes(made, tmp_path):
+    toy.make(tmp_path / "again", **FEW)
+    assert contents(tmp_path / "again") == contents(made)
+    toy.make(tmp_path / "other", seed=1, **FEW)
+    first = "train/move_left_0000.mp4"
+    assert contents(tmp_path / "other")[first] != contents(made)[first]
+
+
+def test_videos_differ_between_parts_variants_and_numbers():
+    videos = [toy.render(v, part, i) for v in toy.VARIANTS for part in toy.PARTS for i in (0, 420)]
+    assert len({video.tobytes() for video in videos}) == len(videos)
+
+
+def test_a_set_that_is_there_is_left_alone(made):
+    before = {p: p.stat().st_mtime_ns for p in made.rglob("*")}
+    toy.make(made)
+    assert before == {p: p.stat().st_mtime_ns for p in made.rglob("*")}
+
+
+def test_another_version_variant_or_seed_is_refused(made, monkeypatch):
+    with pytest.raises(UserError, match=r"variant '', but 'a' is wanted: delete it"):
+        toy.make(made, "a")
+    with pytest.raises(UserError, match="seed 0"):
+        toy.make(made, seed=3)
+    monkeypatch.setattr(toy, "VERSION", toy.VERSION + 1)
+    with pytest.raises(UserError, match=f"{made} .*version"):
+        toy.make(made)
+
+
+def test_a_folder_of_something_else_is_kept(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="no toy videos"):
+        toy.make(tmp_path, **FEW)
+    assert contents(tmp_path) == {"mine.txt": b"mine"}
+    with pytest.raises(UserError, match="cannot make the toy videos in .*mine.txt"):
+        toy.make(tmp_path / "mine.txt" / "toy", **FEW)
+
+
+def test_killed_in_the_middle_then_made_whole(tmp_path):
+    root, child = tmp_path / "toy", start(tmp_path / "toy", 2000)
+    try:
+        unfinished = tmp_path / ".toy.unfinished" / "train"
+        for _ in range(600):
+            if unfinished.is_dir() and len(os.listdir(unfinished)) > 5:
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("the child wrote nothing")
+        assert not root.exists()
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert not root.exists() and unfinished.exists()
+    toy.make(root, "c", **FEW)
+    assert len([name for name in contents(root) if name.endswith(".mp4")]) == 3 * 7
+    assert {p.name for p in tmp_path.iterdir()} == {"toy", ".toy.lock"}
+
+
+def test_two_processes_make_it_once(tmp_path):
+    children = [start(tmp_path / "toy", count) for count in (3, 4)]
+    assert [child.wait(120) for child in children] == [0, 0]
+    stamp = json.loads((tmp_path / "toy" / "toy.json").read_text())
+    assert len(lines(tmp_path / "toy", "train.txt")) == 7 * stamp["train"]  # of one of them, not of both
+    assert len(os.listdir(tmp_path / "toy" / "train")) == 7 * stamp["train"]
+
+
+def test_variants_share_some_classes_and_differ_in_size():
+    looks = [toy.VARIANTS[v] for v in "abc"]
+    for i, one in enumerate(looks):
+        assert set(one.classes) <= set(toy.MOTIONS) and len(set(one.classes)) == len(one.classes)
+        for other in looks[:i]:
+            assert set(one.classes) & set(other.classes)
+            assert set(one.classes) - set(other.classes) and set(other.classes) - set(one.classes)
+    assert len({len(look.classes) for look in looks}) == 3
+    assert len({look.train_per_class for look in looks}) == 3
+
+
+# ---- the class is the motion -----------------------------------------------------------------------
+
+TRAIN, HELD_OUT = 300, 150
+CHANCE = 0.1
+SIGMA = (CHANCE * (1 - CHANCE) / HELD_OUT) ** 0.5  # of the accuracy of guesses
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """(N, T, 3, H, W) uint8, decoded from the files; video i is of class i % 10."""
+    root = tmp_path_factory.mktemp("toy") / "toy"
+    toy.make(root, train_per_class=(TRAIN + HELD_OUT) // 10, val_per_class=0, test_per_class=0)
+    clips = np.stack([decode(root / line.split()[0]) for line in lines(root, "train.txt")])
+    return torch.from_numpy(clips).permute(0, 1, 4, 2, 3)
+
+
+def accuracy(x):
+    """Held-out accuracy of a logistic regression on features x, (N, D)."""
+    y = torch.arange(len(x)) % 10
+    x = (x - x[:TRAIN].mean(0)) / (x[:TRAIN].std(0) + 1e-6)
+    weight, bias = torch.zeros(x.shape[1], 10, requires_grad=True), torch.zeros(10, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=50)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x[:TRAIN] @ weight + bias, y[:TRAIN]) + 0.02 * (weight**2).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return ((x @ weight + bias).argmax(1) == y)[TRAIN:].float().mean().item()
+
+
+def picture_features(pictures):
+    """(N, 3, H, W) uint8 -> (N, D): mean, spread, histogram of each channel, and the picture at 12 x 12."""
+    x = pictures.float() / 255
+    histogram = F.one_hot((pictures // 32).long().flatten(2), 8).float().mean(2)
+    parts = [x.mean((2, 3)), x.std((2, 3)), histogram, F.avg_pool2d(x, 4)]
+    return torch.cat([part.flatten(1) for part in parts], 1)
+
+
+@pytest.mark.parametrize("frame", ["first", "middle", "last", "random"])
+def test_one_frame_tells_nothing(videos, frame):
+    t = {"first": 0, "middle": toy.FRAMES // 2, "last": toy.FRAMES - 1}.get(frame)
+    t = np.random.default_rng(0).integers(toy.FRAMES, size=len(videos)) if t is None else t
+    assert accuracy(picture_features(videos[np.arange(len(videos)), t])) < CHANCE + 3 * SIGMA + 0.01
+
+
+def test_two_frames_tell_much(videos):
+    """How well a frame fits the one 3 frames later, shifted by -4 to 4 pixels, even to a linear model."""
+    grey = videos[:, ::3].float().mean(2) / 255  # (N, T, H, W)
+    shifts = [(dy, dx) for dy in (-4, 0, 4) for dx in (-4, 0, 4)]
+    fits = [(grey[:, :-1].roll(shift, (2, 3)) - grey[:, 1:]).abs().mean((1, 2, 3)) for shift in shifts]
+    assert accuracy(torch.stack(fits, 1).log()) > CHANCE + 10 * SIGMA
