@@ -15,8 +15,8 @@ leans on motion where the large one leans on appearance, so each knows classes t
            +-- strong (more frames) -> A  learns F's label  (Eq. 5) <--------------+
     labelled video -- standard ------> F, A  learn the true label  (Eq. 2, 3)
 
-Equations:  Eq. 1, 4, 5 -> pseudo_label + unlabelled_loss     Eq. 2, 3 -> supervised_loss
-            Eq. 6 -> total_loss                               all are called in `train_step`
+Equations:  Eq. 1, 4, 5 -> pseudo_label + unlabelled_loss    Eq. 2, 3 -> supervised_loss
+            Eq. 6 -> total_loss                              all are called in train_step
 
 Names: <what>_<net>_<view>, net pri (F) or aux (A), view l labelled, w weak, s strong; B_l labelled and
 B_u unlabelled clips of a step, K classes, tau the confidence threshold, lam the weight of Eq. 6.
@@ -69,12 +69,14 @@ RECIPES = {
     "ucf101": dict(weight_decay=1e-3),
     "ucf101 0.1": dict(lam=2.0),
     "toy": dict(
-        per_class=4, lam=2.0, tau=0.8, batch=8, mu=3, net="resnet3d10", width=0.25,
+        per_class=4, lam=2.0, tau=0.95, batch=8, mu=3, net="resnet3d10", width=0.25,
         aux="resnet3d10", aux_width=0.125, frames=8, stride=4, aux_frames=16, aux_stride=2, dropout=0.0,
-        size=40, jitter=[48, 56], epochs=25, optimizer="adamw", lr=0.012, weight_decay=0.05,
-        clips=2, crops=1, eval_every=5, offset=0.0, channels_last=True,
+        size=40, jitter=[48, 56], epochs=25, optimizer="adamw", lr=0.04, weight_decay=0.05,
+        clips=2, crops=1, eval_every=12, offset=0.0, workers=1, channels_last=True,
     ),
 }  # fmt: skip
+# 90 real clips of 180 x 144 pixels; a folder with lists.
+RECIPES["weizmann"] = RECIPES["toy"] | dict(per_class=2, batch=4, size=64, jitter=[72, 80], epochs=45)
 FREE = ("workers", "log_every", "eval_every", "max_bad", "root", "compile")  # may change on a resumption
 
 
@@ -132,7 +134,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("run")
     g.add_argument("--out", help="run folder, resumed if used; runs/cmpl_<data>_<seed> if not given")
     g.add_argument("--seed", type=int, default=0, help="of the labelled subset, the networks and every draw")
-    g.add_argument("--workers", type=int, default=1 if name == "toy" else 8, help="loader processes per GPU")
+    g.add_argument("--workers", type=int, default=8, help="loader processes per GPU")
     g.add_argument("--log_every", type=int, default=10, help="steps between rows of log.jsonl")
     g.add_argument("--eval_every", type=float, default=10.0, help="epochs between quick tests")
     g.add_argument("--max_bad", type=float, default=0.05, help="unreadable share that stops")
@@ -142,7 +144,7 @@ def parse_args(argv=None):
     g.add_argument("--eval", metavar="MODEL.PT", help="only test this model")
     g.add_argument("--keep_every", type=int, default=1, help="thin test clips, Fig. 5")
     g.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    g.add_argument("--channels_last", action=argparse.BooleanOptionalAction, help="memory layout of the networks")
+    g.add_argument("--channels_last", action=argparse.BooleanOptionalAction, help="memory layout of networks")
     p.set_defaults(**recipe)
     args = p.parse_args(argv)
     check_args(p, args)
@@ -158,6 +160,9 @@ def check_args(parser, args):
     for name in "batch mu frames stride aux_frames aux_stride clips keep_every log_every".split():
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    for name in "lam offset epochs lr weight_decay warmup seed workers".split():
+        if not 0 <= getattr(args, name) < math.inf:
+            parser.error(f"--{name} must not be negative")
     if args.lam == 0:
         args.aux = "none"  # without Eq. 4 the auxiliary network teaches nobody
     given = [x for x in (args.ratio, args.per_class, args.labelled_list) if x is not None]
@@ -173,16 +178,8 @@ def check_args(parser, args):
 # -------------------------------------------------------------------------------- the method
 
 
-def supervised_loss(logits_l, y_l):
-    """Eq. 2, 3: L_s = 1/B_l sum_i H(y_i, F(T_standard(v_i))).
-
-    logits_l (B_l, K), y_l (B_l,) int64; mean over the labelled clips.
-    """
-    return F.cross_entropy(logits_l, y_l)
-
-
 def pseudo_label(logits_w, tau):
-    """Eq. 1, 4, 5, left half: y_hat_i = arg max p_i and the indicator 1(max p_i >= tau).
+    """Eq. 1, 4, 5, what they share: y_hat_i = arg max p_i and the indicator 1(max p_i >= tau).
 
     logits_w (B_u, K) of the weak views, detached here. Returns y (B_u,) int64, mask (B_u,) float.
     """
@@ -201,8 +198,16 @@ def unlabelled_loss(logits_s, y, mask):
     return (F.cross_entropy(logits_s, y, reduction="none") * mask).mean()
 
 
+def supervised_loss(logits_l, y_l):
+    """Eq. 2, 3: L_s = 1/B_l sum_i H(y_i, F(T_standard(v_i))).
+
+    logits_l (B_l, K), y_l (B_l,) int64; mean over the labelled clips.
+    """
+    return F.cross_entropy(logits_l, y_l)
+
+
 def total_loss(loss_s, loss_u, lam):
-    """Eq. 6: L = (L_s^F + L_s^A) + lam (L_u^F + L_u^A); both arguments are lists over the networks."""
+    """Eq. 6: L = (L_s^F + L_s^A) + lam (L_u^F + L_u^A); both arguments hold one loss per network."""
     return sum(loss_s) + lam * sum(loss_u)
 
 
@@ -219,36 +224,30 @@ def forward(net, x_l, x_w, x_s, joint):
 
 
 def train_step(pri, aux, x_pri, x_aux, y_l, args):
-    """The loss of one step and what the log wants to know of it.
+    """The loss of one step, its terms by name, and {net: pseudo-labels and mask} for the log.
 
     x_pri, x_aux: (labelled, weak, strong) clips (B, C, T, H, W) for each network. `aux` is None for
-    FixMatch and is `pri` itself for `--aux same`.
+    FixMatch and for the supervised baseline, and `pri` itself for `--aux same`.
     """
+    loss_s, loss_u, labels = {}, {}, {}
     logits_l_pri, logits_w_pri, logits_s_pri = forward(pri, *x_pri, args.joint)
-    loss_s = [supervised_loss(logits_l_pri, y_l)]  # Eq. 2
-    if args.lam == 0:
-        return loss_s[0], {"loss_s_pri": loss_s[0]}, {}
-    y_pri, mask_pri = pseudo_label(logits_w_pri, args.tau)
-    if aux is None:
-        loss_u = [unlabelled_loss(logits_s_pri, y_pri, mask_pri)]  # Eq. 1
-        return (
-            total_loss(loss_s, loss_u, args.lam),
-            {"loss_s_pri": loss_s[0], "loss_u_pri": loss_u[0]},
-            {"pri": (y_pri, mask_pri)},
-        )
-    logits_l_aux, logits_w_aux, logits_s_aux = forward(aux, *x_aux, args.joint)
-    y_aux, mask_aux = pseudo_label(logits_w_aux, args.tau)
-    loss_s.append(supervised_loss(logits_l_aux, y_l))  # Eq. 3
-    loss_u = [
-        unlabelled_loss(logits_s_pri, y_aux, mask_aux),  # Eq. 4: A labels for F
-        unlabelled_loss(logits_s_aux, y_pri, mask_pri),  # Eq. 5: F labels for A
-    ]
-    terms = dict(loss_s_pri=loss_s[0], loss_s_aux=loss_s[1], loss_u_pri=loss_u[0], loss_u_aux=loss_u[1])
-    use_s, use_u = args.aux_losses != "unsup", args.aux_losses != "sup"
-    # A loss that Table 6 leaves out has weight 0, so that every parameter still gets a gradient.
-    loss_s[1], loss_u[1] = loss_s[1] * use_s, loss_u[1] * use_u
-    labels = {"pri": (y_pri, mask_pri), "aux": (y_aux, mask_aux)}
-    return total_loss(loss_s, loss_u, args.lam), terms, labels  # Eq. 6
+    if args.lam:
+        labels["pri"] = y_pri, mask_pri = pseudo_label(logits_w_pri, args.tau)
+        if aux is None:
+            loss_u["pri"] = unlabelled_loss(logits_s_pri, y_pri, mask_pri)  # Eq. 1: F labels for itself
+    loss_s["pri"] = supervised_loss(logits_l_pri, y_l)  # Eq. 2
+    if aux is not None:
+        logits_l_aux, logits_w_aux, logits_s_aux = forward(aux, *x_aux, args.joint)
+        labels["aux"] = y_aux, mask_aux = pseudo_label(logits_w_aux, args.tau)
+        loss_s["aux"] = supervised_loss(logits_l_aux, y_l)  # Eq. 3
+        loss_u["pri"] = unlabelled_loss(logits_s_pri, y_aux, mask_aux)  # Eq. 4: A labels for F
+        loss_u["aux"] = unlabelled_loss(logits_s_aux, y_pri, mask_pri)  # Eq. 5: F labels for A
+    terms = {f"loss_s_{net}": loss for net, loss in loss_s.items()}
+    terms |= {f"loss_u_{net}": loss for net, loss in loss_u.items()}
+    if aux is not None:  # a loss that Table 6 leaves out has weight 0: every parameter keeps a gradient
+        loss_s["aux"] = loss_s["aux"] * (args.aux_losses != "unsup")
+        loss_u["aux"] = loss_u["aux"] * (args.aux_losses != "sup")
+    return total_loss(loss_s.values(), loss_u.values(), args.lam), terms, labels  # Eq. 6
 
 
 def pseudo_label_report(labels, y_true):
@@ -337,9 +336,9 @@ def choose_videos(args, data, run):
         raise UserError("every training video has a label: add --lam 0, or lower --ratio")
     digest = datasets.digest(data.train, chosen)
     run.write("labelled.txt", "".join(f"{data.train.name(i)} {data.train.labels[i]}\n" for i in chosen))
-    run.say(f"{data.name}: {len(data.classes)} classes, {len(chosen)} labelled, {len(pool)} "
-            f"unlabelled ({'without' if len(pool) == len(rest) else 'with'} the labelled ones), "
-            f"{len(data.test)} test videos; labelled list {digest[:12]}")  # fmt: skip
+    unlabelled = f"{len(pool)} unlabelled videos{' (the labelled ones too)' * (len(pool) > len(rest))}"
+    run.say(f"{data.name}: {len(data.classes)} classes, {len(chosen)} labelled videos, "
+            f"{unlabelled if args.lam else 'no others'}, {len(data.test)} test videos")  # fmt: skip
     for note in data.notes:
         run.say(note)
     return data.train.subset(chosen), data.train.subset(pool), digest
@@ -354,8 +353,8 @@ def train(args, run):
     if data.multilabel:
         raise UserError(f"{data.name} has several labels per video; CMPL needs one (mml.py takes it)")
     args.flip = data.flip if args.flip is None else args.flip
-    recipe = evaluate.Recipe(args.frames, args.stride, args.clips, args.crops, args.test_size, args.test_size,
-                             args.keep_every)  # fmt: skip
+    side = args.test_size  # short side and crop, D10
+    recipe = evaluate.Recipe(args.frames, args.stride, args.clips, args.crops, side, side, args.keep_every)
     if args.eval:
         return final_test(args, run, data, load_for_test(args, data, run), recipe)
 
@@ -389,7 +388,8 @@ def train(args, run):
     lists = [clips.videos for clips, _ in sources]
     for step, (batch_l, *batch_u) in run.steps(loader, start, total, args.seed, lists):
         if step % every == 0 and step:
-            quick_test(args, run, data, pri, aux, step)
+            with run.untimed():
+                quick_test(args, run, data, pri, aux, step)
         x_l = [to_input(v, run.device) for v in batch_l["views"]]
         x_u = [to_input(v, run.device) for part in batch_u for v in part["views"]] or [None] * 2
         y_l = batch_l["label"].to(run.device)

@@ -22,6 +22,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -90,6 +92,8 @@ class Run:
     def __enter__(self):
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
+        if not self.main:
+            warnings.simplefilter("ignore")  # rank 0 has the same to say
         try:
             self._join_group()
             self.on_main(self._open_folder)
@@ -249,6 +253,13 @@ class Run:
         self.bar.close()
         self.bar = None
 
+    @contextmanager
+    def untimed(self):
+        """What is done inside (a test between two steps) does not count as computing."""
+        began = time.perf_counter()
+        yield
+        self.mark += time.perf_counter() - began
+
     def _orphaned(self):
         """Whether torchrun is gone: some signals end it and leave its processes alone."""
         return "RANK" in os.environ and os.getppid() != self.parent
@@ -328,6 +339,10 @@ class Run:
         """
         if not self.main:
             return
+        nets = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+        if not all(torch.isfinite(p).all() for net in nets for p in net.parameters()):
+            self.say(f"step {step} is not saved: its weights are not finite")
+            return  # the next logged step ends the run
         state = {"script": self.script, "identity": identity, "step": step, "seconds": self.seconds,
                  "parts": {name: part.state_dict() for name, part in parts.items()}}  # fmt: skip
         last, previous = self.out / "last.pt", self.out / "last.prev.pt"

@@ -135,7 +135,7 @@ def _write_set(root, stamp, counts):
         jobs += [(name, part, i) for i, name in enumerate(names)]
     _write_lines(root, "classes.txt", classes)
     # One process: threads wait for each other here, and child processes outlive a killed parent.
-    for name, part, i in tqdm(jobs, "making toy videos", unit=" videos"):
+    for name, part, i in tqdm(jobs, "making toy videos", unit=" videos", mininterval=0.5):
         write(os.path.join(root, name), render(stamp["variant"], part, i, stamp["seed"]))
     _write_lines(root, "toy.json", [json.dumps(stamp | counts)])
 

@@ -100,6 +100,11 @@ def test_foreign_checkpoints_are_refused(tmp_path):
             run.resume(IDENTITY, net=small_net())
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    saved(tmp_path, 1.0, float("nan"))
+    assert resumed(tmp_path) == (1, 1.0)
+
+
 class Malicious:
     def __reduce__(self):
         return os.system, ("touch owned",)

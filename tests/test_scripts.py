@@ -61,13 +61,13 @@ def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(HERE)}
 
 
-def start(*args, **kwargs):
-    return subprocess.Popen(command(*args, **kwargs), cwd=HERE, env=environment(), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+def start(call):
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(call, cwd=HERE, env=environment(), start_new_session=True, **pipes)
 
 
 def run(*args, status=0, **kwargs):
-    process = start(*args, **kwargs)
+    process = start(command(*args, **kwargs))
     try:
         out, err = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
@@ -177,7 +177,7 @@ def test_resumed_run_is_the_uninterrupted_one(finished, toy_root, tmp_path, rank
         whole = tmp_path / "whole"
         run(script, toy_root, whole, ranks=ranks)
     out = tmp_path / "cut"
-    process = start(script, toy_root, out, ranks=ranks)
+    process = start(command(script, toy_root, out, ranks=ranks))
     wait_for_rows(out, 4, process)
     if number == signal.SIGKILL:
         for victim in [*children(process), process.pid]:
@@ -226,7 +226,7 @@ def test_broken_videos(finished, broken_root, tmp_path):
 def test_dead_rank_ends_the_run_which_then_resumes(finished, toy_root, tmp_path):
     script, _, _ = finished
     out = tmp_path / "out"
-    process = start(script, toy_root, out, ranks=2)
+    process = start(command(script, toy_root, out, ranks=2))
     wait_for_rows(out, 5, process)
     os.kill(children(process)[-1], signal.SIGKILL)
     began = time.time()
@@ -243,12 +243,28 @@ def test_several_nodes(finished, toy_root, tmp_path):
     out, port = tmp_path / "out", 20000 + os.getpid() % 20000
     agents = []
     for node in (0, 1):
-        call = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
-                "--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", str(port)]  # fmt: skip
+        call = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", f"{node}"]
+        call += ["--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", f"{port}"]
         call += command(script, toy_root, out, "--epochs", "0.5")[1:]
-        agents.append(subprocess.Popen(call, cwd=HERE, env=environment(), stderr=subprocess.PIPE))
+        agents.append(start(call))
     assert [(agent.communicate(timeout=120), agent.returncode)[1] for agent in agents] == [0, 0]
     assert json.loads((out / "result.json").read_text())["videos"] == 20
+
+
+VARIANTS = {
+    "cmpl": [
+        "--aux same --joint --warmup 1 --optimizer sgd",
+        "--aux_losses sup --offset 1 --unlabelled all --channels_last --keep_every 2",
+        "--aux none --dropout 0.5 --crops 3 --flip",
+        "--lam 0 --no-channels_last",
+    ],
+}
+
+
+@pytest.mark.parametrize("script, flags", [(s, f) for s, every in VARIANTS.items() for f in every])
+def test_baselines_and_ablations_run(script, flags, toy_root, tmp_path):
+    printed, _ = run(script, toy_root, tmp_path / "out", "--epochs", "0.8", *flags.split())
+    assert "RESULT" in printed and len(rows(tmp_path / "out")) == 2
 
 
 MISTAKES = {
@@ -286,8 +302,7 @@ def test_restart_by_torchrun(finished, toy_root, tmp_path):
     out = tmp_path / "out"
     call = command(script, toy_root, out, ranks=2)
     call[call.index("--standalone") : call.index("--standalone")] = ["--max-restarts", "1"]
-    process = subprocess.Popen(call, cwd=HERE, env=environment(), text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    process = start(call)
     wait_for_rows(out, 5, process)
     os.kill(children(process)[-1], signal.SIGKILL)
     printed, err = process.communicate(timeout=120)
@@ -299,7 +314,7 @@ def test_ranks_without_their_torchrun_save_and_leave(finished, toy_root, tmp_pat
     """Some signals (SIGUSR1 of a batch system) end torchrun and not its processes."""
     script, _, _ = finished
     out = tmp_path / "out"
-    process = start(script, toy_root, out, ranks=2)
+    process = start(command(script, toy_root, out, ranks=2))
     wait_for_rows(out, 4, process)
     orphans = children(process)
     process.kill()

@@ -1,0 +1,75 @@
+"""What the README and the docstrings promise: commands that parse, equations that are there."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent.parent
+SCRIPTS = ["cmpl"]
+
+
+def commands():
+    """Command lines of the README and of the scripts' docstrings."""
+    texts = [(HERE / "README.md").read_text()]
+    texts += [importlib.import_module(name).__doc__ for name in SCRIPTS]
+    lines = "\n".join(texts).replace("\\\n", " ").splitlines()
+    pattern = r"^(?:    )?((?:RANKS_2_RUNS=\d+ )?(?:python|torchrun) .*)"
+    return sorted({m[1].split(" # ")[0].strip() for line in lines if (m := re.match(pattern, line))})
+
+
+def test_there_are_commands():
+    assert len(commands()) > 8
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_parses(command):
+    words = shlex.split(command)
+    script = next((w for w in words if w.endswith(".py") and "/" not in w), None)
+    if script:
+        assert (HERE / script).exists()
+        importlib.import_module(script[:-3]).parse_args(words[words.index(script) + 1 :])
+    elif "pytest" in words:
+        assert words[words.index("pytest") - 2 :][:2] == ["python", "-m"]
+    else:  # a module or a tool of ours: what it says of itself must know the words used
+        start = words.index("-m") + 2 if "-m" in words else 2
+        call = [sys.executable, *words[1:start], words[start], "--help"]
+        done = subprocess.run(call, cwd=HERE, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert all(word in done.stdout for word in words[start:] if word.startswith("--"))
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    readme, ci = (HERE / "README.md").read_text(), (HERE / ".ci" / "run").read_text()
+    assert "\npython -m pytest -q\n" in readme and "\npython -m pytest -q\n" in ci
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_equations_are_in_the_papers_order(script):
+    """Reading only the lines with "Eq." tells the method; each promised difference D has its line."""
+    source = (HERE / f"{script}.py").read_text()
+    method = source[source.index("# ---") :]
+    first = [int(n) for n in re.findall(r'"""Eq\. (\d+)', method)]
+    assert first == sorted(first)
+    promised = {int(n) for n in re.findall(r"^D(\d+) ", source, re.M)}
+    kept = {int(n) for line in method.splitlines() for n in re.findall(r"\bD(\d+)\b", line)}
+    flags = {int(n) for n in re.findall(r'help=".*\bD(\d+)', source)}
+    assert promised == set(range(1, len(promised) + 1)) and promised <= kept | flags
+
+
+@pytest.mark.parametrize("path", sorted((HERE / "common").glob("*.py")), ids=lambda p: p.name)
+def test_common_knows_no_arguments_and_no_script(path):
+    source = path.read_text()
+    assert not re.search(r"import (cmpl|tg_distill|jedi|mml|motionfit)\b", source)
+    if path.name not in ("datasets.py", "evaluate.py"):  # these have commands of their own
+        assert "argparse" not in source
+
+
+def test_importing_a_script_does_nothing():
+    code = "import sys, cmpl, torch; assert not torch.distributed.is_initialized(); assert len(sys.argv) == 1"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout and not done.stderr
