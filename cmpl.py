@@ -37,13 +37,16 @@ D4  T_standard is SlowFast's: short side 256-320, crop 224, mirrored half of the
     draws its own. T_weak: short side 256, centre crop, never mirrored.
 D5  T_strong is T_standard, then RandAugment with 2 operations of magnitude up to 9, then a grey square
     of half the side (Cutout), as FixMatch has them; sizes are not in the paper.
-D6  Weak and strong view show the same frames. The windows of F and A lie t_s = `--offset` seconds
-    apart, before or after by chance, as far as the video allows (the unit is not in the paper).
+D6  Weak and strong view show the same frames. The windows of F and A, of labelled videos too, lie
+    t_s = `--offset` seconds apart, before or after by chance, as far as the video allows. The unit
+    and the t_s of Table 1 are not in the paper: 10, its best, is the default. Tables 3, 4 and 6
+    share their 12.90 with Table 2 without temporal locations: they are runs with `--offset 0`.
 D7  The weak views have their own forward pass without gradient, in training mode; `--joint` puts them
     through with the rest, so that batch normalisation sees the mixture. See README for both.
 D8  Batch normalisation is per GPU, over the labelled and strong clips of a step together.
 D9  Dropout 0.5 before the classifier and a zero-initialised last BN per block, as in SlowFast; no
-    learning-rate warm-up (`--warmup`), no moving average: none is mentioned.
+    learning-rate warm-up (`--warmup`), no moving average: none is mentioned. Weight decay acts on
+    every parameter.
 D10 A 256 x 256 test crop is pooled to one vector; SlowFast averages overlapping 224 x 224 windows.
 """
 
@@ -77,7 +80,8 @@ RECIPES = {
 }  # fmt: skip
 # 90 real clips of 180 x 144 pixels; a folder with lists.
 RECIPES["weizmann"] = RECIPES["toy"] | dict(per_class=2, batch=4, size=64, jitter=[72, 80], epochs=45)
-FREE = ("workers", "log_every", "eval_every", "max_bad", "root", "compile")  # may change on a resumption
+# What may change on a resumption.
+FREE = ("out", "root", "workers", "log_every", "eval_every", "max_bad", "compile")
 
 
 def parse_args(argv=None):
@@ -132,7 +136,7 @@ def parse_args(argv=None):
     g.add_argument("--weight_decay", type=float, default=1e-4, help="1e-3 on UCF-101")
     g.add_argument("--warmup", type=float, default=0.0, help="epochs of linear warm-up, D9")
     g = p.add_argument_group("run")
-    g.add_argument("--out", help="run folder, resumed if used; runs/cmpl_<data>_<seed> if not given")
+    g.add_argument("--out", help="run folder, resumed if used; runs/cmpl_<data>_<labels>_<seed>")
     g.add_argument("--seed", type=int, default=0, help="of the labelled subset, the networks and every draw")
     g.add_argument("--workers", type=int, default=8, help="loader processes per GPU")
     g.add_argument("--log_every", type=int, default=10, help="steps between rows of log.jsonl")
@@ -157,12 +161,14 @@ def check_args(parser, args):
         parser.error(f"--ratio is a share in (0, 1], not {args.ratio}; 1 % is 0.01")
     if not 0 <= args.tau <= 1:
         parser.error(f"--tau is a probability, not {args.tau}")
-    for name in "batch mu frames stride aux_frames aux_stride clips keep_every log_every".split():
+    for name in "size batch mu frames stride aux_frames aux_stride clips keep_every log_every".split():
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    for name in "lam offset epochs lr weight_decay warmup seed workers".split():
+    for name in "lam offset epochs lr weight_decay warmup seed workers eval_every max_bad".split():
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name} must not be negative")
+    if not 1 <= args.jitter[0] <= args.jitter[1]:
+        parser.error(f"--jitter is a range such as 256 320, not {args.jitter[0]} {args.jitter[1]}")
     if args.lam == 0:
         args.aux = "none"  # without Eq. 4 the auxiliary network teaches nobody
     given = [x for x in (args.ratio, args.per_class, args.labelled_list) if x is not None]
@@ -171,8 +177,11 @@ def check_args(parser, args):
     if not given:
         args.ratio = 0.01
     args.test_size = args.test_size or round(args.size * 8 / 7)
-    name = f"{Path(args.data).name.replace(':', '-')}_{args.seed}"
-    args.out = args.out or (f"{Path(args.eval).parent}/eval_{name}" if args.eval else f"runs/cmpl_{name}")
+    data, labels = Path(args.data).name.replace(":", "-"), args.ratio or args.per_class or "list"
+    tested = args.eval and f"{Path(args.eval).parent}/eval_{data}"
+    args.out = args.out or tested or f"runs/cmpl_{data}_{labels}_{args.seed}"
+    if args.eval and Path(args.out, "last.pt").exists():
+        parser.error(f"--out {args.out} is the folder of a training run: choose another for --eval")
 
 
 # -------------------------------------------------------------------------------- the method
@@ -232,13 +241,15 @@ def train_step(pri, aux, x_pri, x_aux, y_l, args):
     loss_s, loss_u, labels = {}, {}, {}
     logits_l_pri, logits_w_pri, logits_s_pri = forward(pri, *x_pri, args.joint)
     if args.lam:
-        labels["pri"] = y_pri, mask_pri = pseudo_label(logits_w_pri, args.tau)
+        y_pri, mask_pri = pseudo_label(logits_w_pri, args.tau)
+        labels["pri"] = y_pri, mask_pri
         if aux is None:
             loss_u["pri"] = unlabelled_loss(logits_s_pri, y_pri, mask_pri)  # Eq. 1: F labels for itself
     loss_s["pri"] = supervised_loss(logits_l_pri, y_l)  # Eq. 2
     if aux is not None:
         logits_l_aux, logits_w_aux, logits_s_aux = forward(aux, *x_aux, args.joint)
-        labels["aux"] = y_aux, mask_aux = pseudo_label(logits_w_aux, args.tau)
+        y_aux, mask_aux = pseudo_label(logits_w_aux, args.tau)
+        labels["aux"] = y_aux, mask_aux
         loss_s["aux"] = supervised_loss(logits_l_aux, y_l)  # Eq. 3
         loss_u["pri"] = unlabelled_loss(logits_s_pri, y_aux, mask_aux)  # Eq. 4: A labels for F
         loss_u["aux"] = unlabelled_loss(logits_s_aux, y_pri, mask_pri)  # Eq. 5: F labels for A
@@ -254,7 +265,7 @@ def pseudo_label_report(labels, y_true):
     """Shares of the unlabelled batch, for the log alone: the true labels never train.
 
     kept_*: confident; right_*: confident and right (Fig. 2); agree: both say the same class;
-    aux_kept_*_right: confident for A and right according to the net named (Fig. 6).
+    aux_kept_pri_right: confident for A, and F is right (Fig. 6, where A's own curve is right_aux).
     """
     found = {}
     for name, (y, mask) in labels.items():
@@ -327,21 +338,28 @@ def unlabelled_views(clips, args):
     return tuple(view(clip, args) for clip in clips for view in (weak, strong))
 
 
+def clips_of_networks(views_l, views_u):
+    """(labelled, weak, strong) clips for F and for A, out of what the two functions above return."""
+    if not views_u:  # supervised
+        return (views_l[0], None, None), None
+    if len(views_l) == 1:  # FixMatch: no A
+        return (views_l[0], *views_u), None
+    return (views_l[0], *views_u[:2]), (views_l[1], *views_u[2:])
+
+
 def choose_videos(args, data, run):
-    """(labelled, unlabelled) Videos, and the digest of the labelled list, which goes into the run folder."""
+    """(labelled, unlabelled) Videos."""
     chosen = datasets.labelled(data, args.ratio, args.per_class, args.seed, args.labelled_list)
     rest = np.setdiff1d(np.arange(len(data.train)), chosen)
     pool = rest if args.unlabelled == "rest" and len(rest) else np.arange(len(data.train))
     if args.lam and not len(rest):
         raise UserError("every training video has a label: add --lam 0, or lower --ratio")
-    digest = datasets.digest(data.train, chosen)
-    run.write("labelled.txt", "".join(f"{data.train.name(i)} {data.train.labels[i]}\n" for i in chosen))
     unlabelled = f"{len(pool)} unlabelled videos{' (the labelled ones too)' * (len(pool) > len(rest))}"
     run.say(f"{data.name}: {len(data.classes)} classes, {len(chosen)} labelled videos, "
             f"{unlabelled if args.lam else 'no others'}, {len(data.test)} test videos")  # fmt: skip
     for note in data.notes:
         run.say(note)
-    return data.train.subset(chosen), data.train.subset(pool), digest
+    return data.train.subset(chosen), data.train.subset(pool)
 
 
 # -------------------------------------------------------------------------------- training
@@ -356,15 +374,15 @@ def train(args, run):
     side = args.test_size  # short side and crop, D10
     recipe = evaluate.Recipe(args.frames, args.stride, args.clips, args.crops, side, side, args.keep_every)
     if args.eval:
-        return final_test(args, run, data, load_for_test(args, data, run), recipe)
+        return final_test(args, run, data, *load_for_test(args, data, run))
 
-    videos_l, videos_u, digest = choose_videos(args, data, run)
+    videos_l, videos_u = choose_videos(args, data, run)
     sample, view_l, view_u = (partial(f, args=args) for f in (windows, labelled_views, unlabelled_views))
     sources = [(video.Clips(videos_l, sample, view_l, 2 * args.seed), args.batch)]
     if args.lam:
         sources.append((video.Clips(videos_u, sample, view_u, 2 * args.seed + 1), args.batch * args.mu))
     epoch = math.ceil(len(videos_u) / (args.batch * args.mu * run.world))  # D1
-    total, every = round(args.epochs * epoch), max(1, round(args.eval_every * epoch))
+    total, every = max(1, round(args.epochs * epoch)), max(1, round(args.eval_every * epoch))
 
     torch.manual_seed(args.seed)
     nets, pri, aux, build = build_networks(args, len(data.classes), run)
@@ -374,36 +392,35 @@ def train(args, run):
         optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=args.weight_decay)
     else:
         optimizer = torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay)
-    factor = partial(lr_factor, total=total, warmup=args.warmup * epoch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    parts = dict(pri=nets[0].module, optimizer=optimizer, schedule=schedule)
-    if len(nets) == 2:
-        parts["aux"] = nets[1].module
+    parts = dict(zip(("pri", "aux"), (net.module for net in nets), strict=False), optimizer=optimizer)
+    digest = datasets.digest(videos_l, range(len(videos_l)))
     identity = dict(labelled=digest, classes=len(data.classes), net=f"{args.net} x{args.width}", aux=args.aux)
 
     start = run.resume(identity, **parts)
-    run.say(f"{total} steps, {epoch} an epoch; clips a step: {sources[0][1] * run.world} labelled, "
-            f"{sum(b for _, b in sources[1:]) * run.world} unlabelled; learning rate {lr:.4g}")  # fmt: skip
+    run.write("labelled.txt", datasets.as_list(videos_l))
+    clips = " + ".join(f"{batch * run.world}" for _, batch in sources)
+    run.say(f"{total} steps, {epoch} an epoch, of {clips} clips; {run.world} x {run.device.type}; lr {lr:.4g}")
     loader = video.train_loader(sources, start, total, run.rank, run.world, args.workers)
     lists = [clips.videos for clips, _ in sources]
     for step, (batch_l, *batch_u) in run.steps(loader, start, total, args.seed, lists):
         if step % every == 0 and step:
             with run.untimed():
                 quick_test(args, run, data, pri, aux, step)
-        x_l = [to_input(v, run.device) for v in batch_l["views"]]
-        x_u = [to_input(v, run.device) for part in batch_u for v in part["views"]] or [None] * 2
+        views_l = [to_input(x, run.device) for x in batch_l["views"]]
+        views_u = [to_input(x, run.device) for part in batch_u for x in part["views"]]
+        x_pri, x_aux = clips_of_networks(views_l, views_u)
         y_l = batch_l["label"].to(run.device)
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda"):
-            x_pri, x_aux = (x_l[0], *x_u[:2]), (x_l[-1], *x_u[2:])
+        # Without the cache: weights that the labelling pass has cast carry no gradient.
+        with torch.autocast(run.device.type, torch.bfloat16, run.device.type == "cuda", cache_enabled=False):
             loss, terms, labels = train_step(pri, aux, x_pri, x_aux, y_l, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * lr_factor(step, total, args.warmup * epoch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        now = schedule.get_last_lr()[0]
-        schedule.step()
         if labels:
             terms |= pseudo_label_report(labels, batch_u[0]["label"].to(run.device))
-        row = run.track(step, now, loss=loss, **terms)
+        row = run.track(step, optimizer.param_groups[0]["lr"], loss=loss, **terms)
         if row:
             run.log(row)
         if (step + 1) % epoch == 0 or step + 1 == total:
@@ -414,6 +431,7 @@ def train(args, run):
     if run.main:
         whole = replace(recipe, keep_every=1)
         evaluate.save_model(run.out / "model.pt", pri.module, build, data.classes, whole)
+    quick_test(args, run, data, pri, aux, total)
     final_test(args, run, data, pri.module, recipe)
 
 
@@ -428,8 +446,8 @@ def lr_factor(step, total, warmup):
 
 
 def quick_test(args, run, data, pri, aux, step):
-    """One view per video for F and A, into the log."""
-    row = {"step": step, "eval": "quick"}
+    """One view per test video for F and A into the log: accuracies, and how they would label."""
+    row, labels = {"step": step, "eval": "quick"}, {}
     frames = {"pri": (pri, args.frames, args.stride), "aux": (aux, args.aux_frames, args.aux_stride)}
     for name, (net, t, stride) in frames.items():
         if net is not None:
@@ -439,15 +457,19 @@ def quick_test(args, run, data, pri, aux, step):
                 return
             found = evaluate.metrics(scores)
             row |= {f"{name}_{key}": round(found[key], 4) for key in ("top1", "top5", "mean_class")}
-    run.log(row)
+            probs = torch.from_numpy(scores.probs)
+            labels[name] = pseudo_label(probs.clamp_min(1e-9).log(), args.tau)
+    report = pseudo_label_report(labels, torch.from_numpy(data.test.labels))
+    run.log(row | {key: round(share.item(), 4) for key, share in report.items()})
 
 
 def load_for_test(args, data, run):
-    """The network of --eval, which must know the classes of this data set."""
-    net, _, classes, _ = evaluate.load_model(args.eval)
+    """The network of --eval, which must know the classes of this data set, and its recipe."""
+    net, _, classes, recipe = evaluate.load_model(args.eval)
     if classes != data.classes:
         raise UserError(f"{args.eval} knows {len(classes)} other classes, not those of {data.name}")
-    return net.to(run.device)
+    recipe = replace(recipe, clips=args.clips, crops=args.crops, keep_every=args.keep_every)
+    return net.to(run.device), recipe
 
 
 def final_test(args, run, data, net, recipe):
@@ -459,7 +481,7 @@ def final_test(args, run, data, net, recipe):
     found = evaluate.metrics(scores)
     if run.main:
         evaluate.write_files(run.out, scores, data.test, data.classes)
-    wanted = dict(ratio=args.ratio) if args.per_class is None else dict(per_class=args.per_class)
+    wanted = {k: vars(args)[k] for k in ("ratio", "per_class", "labelled_list") if vars(args)[k] is not None}
     run.result({"script": "cmpl", "data": data.name, **wanted, "seed": args.seed, **found,
                 "seconds": round(run.seconds)})  # fmt: skip
 

@@ -235,6 +235,12 @@ def digest(videos, indices):
     return sha.hexdigest()
 
 
+def as_list(videos):
+    """The text of a list file, lines 'path label' or 'path label label', that `labelled` reads again."""
+    labels = [np.flatnonzero(y) if videos.labels.ndim == 2 else [y] for y in videos.labels]
+    return "".join(f"{videos.name(i)} {' '.join(map(str, ys))}\n" for i, ys in enumerate(labels))
+
+
 # ---- names and files -------------------------------------------------------------------------------
 
 MISSING, AMBIGUOUS = -1, -2

@@ -80,9 +80,11 @@ class Scores:
 def score(net, videos, recipe, run, workers=0, bar=False):
     """Score `videos` with all ranks of `run`; every rank returns the same Scores.
 
-    The ranks meet only at the end, in one gather over CPU memory. None is returned on all ranks if a
-    signal has stopped one of them.
+    The ranks begin with the batch-norm statistics of rank 0 and meet again only at the end, in one
+    gather over CPU memory. None is returned on all ranks if a signal has stopped one of them.
     """
+    for buffer in net.buffers():  # since the last step of DDP each rank has had its own
+        dist.broadcast(buffer, 0)
     was_training = net.training
     net.eval()
     views = video.Views(videos, recipe.sample, recipe.view, short_side=recipe.short_side)
@@ -91,7 +93,7 @@ def score(net, videos, recipe, run, workers=0, bar=False):
     multilabel = videos.labels.ndim == 2
     rows, bad, halted = [], {}, False
     quiet = not (bar and run.main and sys.stderr.isatty())
-    for batch in tqdm(loader, desc="scoring", leave=False, disable=quiet):
+    for batch in tqdm(video.watched(loader), total=len(loader), desc="scoring", leave=False, disable=quiet):
         bad.update(batch["bad"])
         if batch["views"] is not None:
             x = augment.normalise(batch["views"].to(run.device, non_blocking=True), recipe.mean, recipe.std)
@@ -244,8 +246,9 @@ def predict(model, path, device="cpu", top=5):
     if item["bad"]:
         raise UserError(f"{path} cannot be read: {item['bad']}")
     logits = net(augment.normalise(item["views"].to(device), recipe.mean, recipe.std)).float().cpu()
-    p = logits.softmax(1).mean(0) if recipe.average == "softmax" else logits.mean(0).softmax(0)
-    return [(classes[int(k)], float(p[k])) for k in p.argsort(descending=True)[:top]]
+    batch = {"counts": [len(logits)], "label": [-1], "index": [0]}
+    p = average_views(logits, batch, recipe.average, multilabel=False)[0][1]
+    return [(classes[k], float(p[k])) for k in np.argsort(-p, kind="stable")[:top]]
 
 
 class OneFile:

@@ -1,10 +1,12 @@
 """One run of a script: process group, run folder, log, checkpoint, stop signal.
 
     with Run("cmpl", out, vars(args)) as run:
-        step = run.resume(identity, net=net, optimizer=optimizer)
-        for step, batch in run.steps(loader, step, total, seed):
+        start = run.resume(identity, net=net, optimizer=optimizer)
+        for step, batch in run.steps(loader, start, total, seed, [videos]):
             ...
-            run.track(loss=loss.detach())
+            if row := run.track(step, lr, loss=loss):
+                run.log(row)
+            run.save(step + 1, identity, net=net, optimizer=optimizer)
 
 The run folder (all of it readable without this package):
 
@@ -18,6 +20,7 @@ import gc
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,14 +35,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import UserError, files
+from common import UserError, files, video
 
 try:
     import fcntl
 except ImportError:  # not POSIX: two runs in one folder are then not noticed
     fcntl = None
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 # What an error of torch means to the person who started the run: (text in the error, our sentence).
 TROUBLES = (
@@ -49,9 +50,11 @@ TROUBLES = (
         "another rank has died; its own message says why. The same command resumes from last.pt",
     ),
     (
-        ("DataLoader worker", "unable to open shared memory", "unable to mmap"),
-        "a loader worker died or hung (memory or /dev/shm full, or stalled storage): try fewer "
-        "--workers. The same command resumes from last.pt",
+        ("DataLoader worker (pid", "DataLoader timed out", "shared memory", "unable to mmap",
+         "unable to write to file", "unable to resize file"),
+        "a loader worker died or hung (memory or /dev/shm full, stalled storage, or a file that crashes "
+        "the decoder, which python -m common.datasets check names): try fewer --workers. The same command "
+        "resumes from last.pt",
     ),
     (("out of memory",), "the GPU is out of memory: lower --batch, --frames or --size, or use more GPUs"),
 )
@@ -81,8 +84,8 @@ class Run:
         self.stop = False  # this rank has got a signal
         self.stopped = False  # all ranks have agreed to stop
         self.sums, self.count, self.wait, self.mark = {}, 0, 0.0, 0.0
-        self.bad, self.new_bad, self.videos = set(), {}, 0
-        self.save_failed = None
+        self.bad, self.new_bad, self.videos, self.total = set(), {}, 0, None
+        self.save_failed = self.log_failed = None
         self.began, self.seconds_before = time.time(), 0.0
         self.lock = self.bar = None
         self.parent = os.getppid()
@@ -90,13 +93,13 @@ class Run:
     # ---------------------------------------------------------------------------- begin and end
 
     def __enter__(self):
-        for number in SIGNALS:
+        for number in video.SIGNALS:
             signal.signal(number, self._on_signal)
         if not self.main:
             warnings.simplefilter("ignore")  # rank 0 has the same to say
         try:
             self._join_group()
-            self.on_main(self._open_folder)
+            self.bad = self.on_main(self._open_folder)
         except BaseException as error:
             if not self.__exit__(type(error), error, error.__traceback__):
                 raise
@@ -132,19 +135,22 @@ class Run:
         if fcntl:
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise UserError(f"--out {self.out} is in use by another run") from None
+            except OSError:  # a file system without locks
+                self.say(f"{self.out} cannot be locked: do not start two runs there")
         for stale in self.out.glob("*.tmp"):
             stale.unlink()
         self._check_config()
-        if (self.out / "bad_videos.txt").exists():
-            lines = (self.out / "bad_videos.txt").read_text(errors="surrogateescape").splitlines()
-            self.bad = {line.split("\t")[0] for line in lines}
+        bad = self.out / "bad_videos.txt"
+        lines = bad.read_text(errors="surrogateescape").splitlines() if bad.exists() else []
+        return {line.split("\t")[0] for line in lines}
 
     def _check_config(self):
         path = self.out / "config.json"
         args = json.loads(json.dumps(self.config))  # as a reader of the file will see them
-        if path.exists():
+        begun = any((self.out / name).exists() for name in ("last.pt", "last.prev.pt", "result.json"))
+        if begun and path.exists():
             try:
                 old = json.loads(path.read_text())
                 old_args = old["args"]
@@ -152,15 +158,12 @@ class Run:
                 raise UserError(f"{path} is damaged: delete it or choose another --out") from None
             if old.get("script") != self.script:
                 raise UserError(f"--out {self.out} holds a run of {old.get('script')}, not {self.script}")
-            for key in args.keys() | old_args.keys():
+            for key in sorted(args.keys() | old_args.keys()):
                 if key not in self.free and args.get(key) != old_args.get(key):
                     raise UserError(
                         f"--out {self.out} holds a run with --{key} {old_args.get(key)}, not "
                         f"{args.get(key)}: choose another --out, or delete that folder"
                     )
-            if old.get("world") != self.world:
-                self.say(f"this run had {old.get('world')} ranks and has {self.world} now: "
-                         "the batch of a step changes with it")  # fmt: skip
         config = {"script": self.script, "args": args, "world": self.world, "device": str(self.device),
                   "versions": versions(), "command": " ".join(sys.argv)}  # fmt: skip
         files.write(path, json.dumps(config, indent=1))
@@ -175,7 +178,7 @@ class Run:
             self.bar.close()
         message, status = explain(error)
         if message is not None:
-            for number in SIGNALS:
+            for number in video.SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
             if not self.main and self.world > 1:
                 time.sleep(5)  # rank 0 says the same, and torchrun then ends this rank
@@ -188,9 +191,11 @@ class Run:
             dist.destroy_process_group()
             if self.lock:
                 self.lock.close()
-            if self.save_failed:
-                print(f"{self.script}: {self.save_failed}", file=sys.stderr)
-                sys.exit(1)
+            for failed in filter(None, (self.save_failed, self.log_failed)):
+                print(f"{self.script}: {failed}", file=sys.stderr)
+                status = 1
+            if status:
+                sys.exit(status)
         return False
 
     # ---------------------------------------------------------------------------- words and ranks
@@ -198,7 +203,7 @@ class Run:
     def say(self, sentence):
         """Print a line from rank 0, above the progress bar."""
         if self.main:
-            tqdm.write(sentence)
+            tqdm.write(sentence.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
             sys.stdout.flush()
 
     def on_main(self, function, *args):
@@ -229,11 +234,12 @@ class Run:
         for the loader and computing are timed apart. Unreadable videos, (index, reason) in the "bad" of
         each dict, are named in bad_videos.txt at the next logged step.
         """
+        self.total = total
         self.videos = sum(len(source) for source in videos)
         self.bar = tqdm(total=total, initial=start, dynamic_ncols=True, smoothing=0.05,
                         disable=not (self.main and sys.stderr.isatty()))  # fmt: skip
         self.mark = time.perf_counter()
-        batches = iter(loader)
+        batches = video.watched(loader)
         for step in range(start, total):
             asked = time.perf_counter()
             batch = next(batches)
@@ -267,14 +273,14 @@ class Run:
     def track(self, step, lr, **terms):
         """Add the scalar tensors `terms` of one step to the running means; None when no row is due.
 
-        Every `log_every` steps returns the means since the last row, over all ranks, to be given to
-        `log`. Raises UserError on every rank when one of them is not finite.
+        Every `log_every` steps, and at the last, returns the means since the last row, over all ranks,
+        to be given to `log`. Raises UserError on every rank when one of them is not finite.
         """
         for name, value in terms.items():
             value = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.count += 1
-        if (step + 1) % self.log_every:
+        if (step + 1) % self.log_every and step + 1 != self.total:
             return None
         self._gather_bad()
         packed = torch.stack(list(self.sums.values())).cpu() / self.count  # waits for the GPU
@@ -284,26 +290,34 @@ class Run:
         dist.all_reduce(both)
         *values, wait, compute = (both / self.world).tolist()
         row = dict(step=step + 1, lr=lr, **dict(zip(self.sums, values, strict=True)))
-        row.update(unreadable=len(self.bad), seconds_data=round(wait, 5), seconds_compute=round(compute, 5))
+        row |= {"unreadable": len(self.bad), "seconds_data": wait, "seconds_compute": compute}
         self.sums, self.count, self.wait, self.mark = {}, 0, 0.0, now
-        for name, value in row.items():
-            if not math.isfinite(value):
-                raise UserError(f"{name} is {value} at step {step + 1} (learning rate {lr:.3g}): lower --lr; "
-                                "last.pt is from before")  # fmt: skip
+        wrong = [name for name, value in row.items() if not math.isfinite(value)]
+        if wrong:
+            raise UserError(f"not finite at step {step + 1}: {', '.join(wrong)}; lower --lr ({lr:.3g} now), "
+                            "last.pt is from before")  # fmt: skip
         return row
 
     def log(self, row):
         """Append one JSON object to log.jsonl and show it (rank 0)."""
         if not self.main:
             return
-        with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._append("log.jsonl", json.dumps(row) + "\n")
         numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
         shown = " ".join(f"{k} {v:.4g}" for k, v in numbers.items())
         if "eval" in row or self.bar is None or self.bar.disable:
             self.say(f"{row.get('eval', 'train')} step {row['step']} {shown}")
         else:
             self.bar.set_postfix_str(shown[:160], refresh=False)
+
+    def _append(self, name, line):
+        """Add a line to a file of the run folder; a full disk does not end the run for it."""
+        try:
+            with open(self.out / name, "a", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(line)
+        except OSError as error:
+            self.log_failed = f"{self.out / name} could not be written: {error.strerror}"
+            self.say(self.log_failed)
 
     def _gather_bad(self):
         """Let all ranks know all unreadable videos; rank 0 names each once in bad_videos.txt.
@@ -318,14 +332,12 @@ class Run:
                     self.bad.add(name)
                     self.say(f"unreadable, another video stands in: {name}: {reason}")
                     if self.main:
-                        line = f"{name}\t{' '.join(reason.split())}\n"
-                        with open(self.out / "bad_videos.txt", "a", errors="surrogateescape") as file:
-                            file.write(line)
+                        self._append("bad_videos.txt", f"{name}\t{' '.join(reason.split())}\n")
         self.new_bad = {}
         if len(self.bad) > self.max_bad * self.videos:
             raise UserError(
                 f"{len(self.bad)} of {self.videos} training videos are unreadable, more than --max_bad "
-                f"{self.max_bad}: {self.out / 'bad_videos.txt'} names them"
+                f"{self.max_bad}; mend what {self.out / 'bad_videos.txt'} names, and delete that file"
             )
 
     # ---------------------------------------------------------------------------- checkpoints
@@ -335,16 +347,16 @@ class Run:
 
         `identity` is a flat dict of what a resumption must share (labelled list, classes, networks).
         The file is complete or absent, and the one before is kept. A disk that cannot take it is
-        reported; training goes on, and the run ends with status 1.
+        reported; training goes on, and the run ends with status 1. Raises UserError on every rank
+        when the weights are not finite.
         """
+        nets = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+        if not all(torch.isfinite(p).all() for net in nets for p in net.parameters()):  # equal on all ranks
+            raise UserError(f"weights not finite after step {step}: lower --lr, last.pt is from before")
         if not self.main:
             return
-        nets = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
-        if not all(torch.isfinite(p).all() for net in nets for p in net.parameters()):
-            self.say(f"step {step} is not saved: its weights are not finite")
-            return  # the next logged step ends the run
-        state = {"script": self.script, "identity": identity, "step": step, "seconds": self.seconds,
-                 "parts": {name: part.state_dict() for name, part in parts.items()}}  # fmt: skip
+        state = {"script": self.script, "identity": identity, "step": step, "world": self.world,
+                 "seconds": self.seconds, "parts": {name: part.state_dict() for name, part in parts.items()}}  # fmt: skip
         last, previous = self.out / "last.pt", self.out / "last.prev.pt"
         try:
             with files.replacing(last, keep=previous) as file:
@@ -361,18 +373,28 @@ class Run:
     def resume(self, identity, **parts):
         """Load last.pt into `parts` if it is there; returns the number of finished steps, else 0.
 
-        Only rank 0 reads the file. A damaged one falls back to last.prev.pt with a warning. Raises
-        UserError for another script, another identity, or files that are all damaged.
+        Only rank 0 reads the file. A damaged one falls back to last.prev.pt with a warning. A run
+        that goes on with another number of ranks has steps of another size: their number is
+        converted, so that it has seen as many samples. Raises UserError for another script, another
+        identity, or files that are all damaged.
         """
         state = self.on_main(self._read_checkpoint, identity)
+        self.on_main(self._truncate_log, state["step"] if state else 0)
         if state is None:
             return 0
-        for name, part in parts.items():
-            part.load_state_dict(state["parts"][name])
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state["parts"][name])
+        except (KeyError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self.out} has a checkpoint of another {name}: {reason}") from None
         self.seconds_before = state["seconds"]
-        self.on_main(self._truncate_log, state["step"])
-        self.say(f"resumed from {self.out / 'last.pt'} after step {state['step']}")
-        return state["step"]
+        self.say(f"resumed from {state['path']} after step {state['step']}")
+        step = state["step"] * state["world"] // self.world
+        if state["world"] != self.world:
+            self.say(f"that was with {state['world']} ranks; with {self.world} it is step {step}, and the "
+                     "batch of a step, and a learning rate that follows it, are others")  # fmt: skip
+        return step
 
     def _read_checkpoint(self, identity):
         paths = [p for p in (self.out / "last.pt", self.out / "last.prev.pt") if p.exists()]
@@ -382,14 +404,18 @@ class Run:
                 step = state["step"]
             except (UserError, KeyError, TypeError) as error:
                 self.say(f"{error}; trying the one before")
+                path.replace(path.with_name("last.damaged.pt"))  # so that it never replaces a good one
                 continue
             if state.get("script") != self.script:
                 raise UserError(f"{path} is a checkpoint of {state.get('script')}, not of {self.script}")
-            for key in identity.keys() | state["identity"].keys():
+            for key in sorted(identity.keys() | state["identity"].keys()):
                 old, new = state["identity"].get(key), identity.get(key)
+                if old != new and key == "labelled":
+                    raise UserError(f"the labelled videos are not those of {self.out / 'labelled.txt'}: have "
+                                    "files gone or come? Put them back, or choose another --out")  # fmt: skip
                 if old != new:
                     raise UserError(f"{path} was trained with {key} {old}, not {new}: choose another --out")
-            return {**state, "step": step}
+            return {**state, "step": step, "path": str(path)}
         if paths:
             raise UserError(f"every checkpoint in {self.out} is damaged: delete them to start again")
         return None
@@ -441,8 +467,8 @@ def step_seed(seed, step, rank):
 
 def explain(error):
     """(sentence, exit status) for an error that a user can understand, else (None, None)."""
-    if isinstance(error, UserError):
-        return str(error), 2
+    if isinstance(error, UserError):  # one from a loader worker has the worker's traceback before it
+        return re.sub(r"^[\w.]+Error: ", "", str(error).strip().splitlines()[-1]), 2
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full, {error.filename or 'a file'} could not be written", 1
     if isinstance(error, RuntimeError):
@@ -458,7 +484,10 @@ def versions():
     import torchvision
 
     here = Path(__file__).parent
-    git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    except OSError:
+        git = ""
     return {"python": sys.version.split()[0], "torch": torch.__version__, "av": av.__version__,
             "torchvision": torchvision.__version__, "numpy": np.__version__,
-            "commit": git.stdout.strip() or None}  # fmt: skip
+            "commit": git.strip() or None}  # fmt: skip

@@ -15,6 +15,7 @@ import re
 import signal
 from bisect import bisect_right
 from contextlib import ExitStack, contextmanager
+from multiprocessing import forkserver
 
 import av
 import numpy as np
@@ -23,9 +24,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as TF
 
+from common import UserError
+
 MAX_PIXELS = 2**26  # a picture of 8192 x 8192; a larger one is damage, or an attack on the memory
 JUMP = 2  # a seek costs about as much as decoding this many packets
 STAND_INS = 10  # unreadable videos in a row after which training gives up
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # those that stop a run
 TIMEOUT = 600  # seconds to wait for one batch: a hung disk ends the run with an error
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 PLAYLISTS = {"concat", "dash", "hls", "imf"}  # formats that open other files
@@ -36,7 +40,7 @@ FAULTS += (Image.DecompressionBombError,)
 TAGS = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
-class VideoError(Exception):
+class VideoError(UserError):
     """A file that cannot give its frames; str() is the reason, in one line."""
 
 
@@ -553,11 +557,44 @@ def _loader(dataset, batches, collate, workers):
     if workers:  # no plain fork: the main process has threads, and CUDA does not survive it
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torchvision.transforms.v2", "av"])  # once, not per worker
-        options.update(num_workers=workers, multiprocessing_context=context, timeout=TIMEOUT)
+        _start_forkserver()
+        options.update(num_workers=workers, multiprocessing_context=context)
     return DataLoader(dataset, worker_init_fn=_ignore_signals, **options)
+
+
+def watched(loader):
+    """The batches of a loader; RuntimeError when one takes more than TIMEOUT seconds (main thread only).
+
+    The loader's own time-out would also hide for as long that a worker has died.
+    """
+
+    def hung(*_):
+        raise RuntimeError(f"DataLoader timed out after {TIMEOUT} seconds")
+
+    before, batches = signal.signal(signal.SIGALRM, hung), iter(loader)
+    try:
+        while True:
+            signal.alarm(TIMEOUT)
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                signal.alarm(0)
+            yield batch
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def _start_forkserver():
+    """Start it deaf to the signals that stop a run: it and its workers must outlive the last step."""
+    before = [(number, signal.signal(number, signal.SIG_IGN)) for number in SIGNALS]
+    forkserver.ensure_running()
+    for number, handler in before:
+        signal.signal(number, handler)
 
 
 def _ignore_signals(worker):
     """The main process decides when to stop: Ctrl-C and batch systems signal its workers as well."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

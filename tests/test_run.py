@@ -17,6 +17,7 @@ import torch
 from common import UserError, files
 from common.datasets import Videos
 from common.run import Run, explain, step_seed
+from common.video import VideoError
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +79,9 @@ def test_damaged_newest_falls_back(kind, tmp_path, capsys):
     damage(kind, tmp_path / "last.pt")
     assert resumed(tmp_path) == (1, 1.0)
     assert "trying the one before" in capsys.readouterr().out
+    with Run("cmpl", tmp_path, {}) as run:  # and the damaged one never takes the place of the good one
+        run.save(2, IDENTITY, net=small_net(2.0))
+    assert resumed(tmp_path) == (2, 2.0)
 
 
 def test_all_damaged_is_one_sentence(tmp_path):
@@ -91,7 +95,7 @@ def test_all_damaged_is_one_sentence(tmp_path):
 def test_foreign_checkpoints_are_refused(tmp_path):
     saved(tmp_path, 1.0)
     with Run("cmpl", tmp_path, {}) as run:
-        with pytest.raises(UserError, match="labelled abc, not other"):
+        with pytest.raises(UserError, match="labelled.txt"):
             run.resume(IDENTITY | {"labelled": "other"}, net=small_net())
         with pytest.raises(UserError, match="classes 3, not 5"):
             run.resume(IDENTITY | {"classes": 5}, net=small_net())
@@ -101,7 +105,9 @@ def test_foreign_checkpoints_are_refused(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    saved(tmp_path, 1.0, float("nan"))
+    saved(tmp_path, 1.0)
+    with Run("cmpl", tmp_path, {}) as run, pytest.raises(UserError, match="not finite after step 2"):
+        run.save(2, IDENTITY, net=small_net(float("nan")))
     assert resumed(tmp_path) == (1, 1.0)
 
 
@@ -166,14 +172,59 @@ def test_disk_that_cannot_take_a_checkpoint(tmp_path):
 
 def test_other_configuration_is_refused(tmp_path, capfd):
     config = {"lr": 0.1, "workers": 2}
-    with Run("cmpl", tmp_path, config, free=("workers",)):
-        pass
+    with Run("cmpl", tmp_path, config, free=("workers",)) as run:
+        run.save(1, IDENTITY, net=small_net())
     with Run("cmpl", tmp_path, config | {"workers": 4}, free=("workers",)):
         pass
     free = ("workers",)
     with Run("cmpl", tmp_path, config, free) as run, pytest.raises(UserError, match="--lr 0.1, not 0.2"):
         run.config["lr"] = 0.2
         run._check_config()
+
+
+def test_a_mistake_before_the_first_checkpoint_can_be_mended(tmp_path):
+    with Run("cmpl", tmp_path, {"batch": 2}):
+        pass
+    with Run("cmpl", tmp_path, {"batch": 1}):
+        pass
+    assert json.loads((tmp_path / "config.json").read_text())["args"] == {"batch": 1}
+
+
+def test_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    def unable(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("common.run.fcntl.flock", unable)
+    with Run("cmpl", tmp_path, {}):
+        pass
+    assert "cannot be locked" in capsys.readouterr().out
+
+
+def test_other_number_of_ranks_goes_on_at_the_same_sample(tmp_path, capsys):
+    saved(tmp_path, *range(1, 8))
+    with Run("cmpl", tmp_path, {}) as run:
+        run.world = 2  # as far as the arithmetic goes
+        assert run.resume(IDENTITY, net=small_net()) == 3
+    assert "with 2 it is step 3" in capsys.readouterr().out
+
+
+def test_more_processes_than_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="nproc_per_node 1"):
+        Run("cmpl", tmp_path, {})._join_group()
+
+
+def test_log_on_a_full_disk(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit) as end, Run("cmpl", tmp_path, {}) as run:
+        with monkeypatch.context() as patch:
+            def full(*_, **__):
+                raise OSError(28, "No space left on device")
+
+            patch.setattr("builtins.open", full)
+            run.log({"step": 1})
+    assert end.value.code == 1 and "log.jsonl" in run.log_failed
 
 
 def test_two_runs_in_one_folder(tmp_path):
@@ -214,7 +265,7 @@ def test_resumption_forgets_later_rows(tmp_path):
 
 def test_loss_that_is_not_finite(tmp_path):
     with Run("cmpl", tmp_path, {}, log_every=1) as run:
-        with pytest.raises(UserError, match="loss_u is nan at step 8"):
+        with pytest.raises(UserError, match="not finite at step 8: loss_u;"):
             run.track(7, 0.1, loss=torch.tensor(1.0), loss_u=torch.tensor(float("nan")))
 
 
@@ -254,6 +305,11 @@ def test_step_randomness_depends_on_all_three():
     (UserError("--x is wrong"), 2, "--x is wrong"),
     (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"), 1, "another rank has died"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 1, "--workers"),
+    (RuntimeError("DataLoader timed out after 600 seconds"), 1, "--workers"),
+    (RuntimeError("unable to allocate shared memory(shm) for file </t>: No space left on device"), 1, "shm"),
+    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nstack expects"), None, None),
+    (VideoError("Caught VideoError in DataLoader worker process 0.\nTraceback\n"
+                "common.video.VideoError: 10 videos in a row are unreadable"), 2, "10 videos in a row"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 1, "--batch"),
     (OSError(28, "No space left on device", "runs/x/log.jsonl"), 1, "runs/x/log.jsonl"),
     (RuntimeError("shape mismatch"), None, None),

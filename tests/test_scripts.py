@@ -125,6 +125,7 @@ def test_run_folder_is_complete(finished, toy_root):
     assert line.startswith(f"RESULT script={script} data=toy ") and f"top1={result['top1']:.2f}" in line
     assert re.search(r"videos=20 unreadable=0 seconds=\d+$", line)
     log = rows(out)
+    assert log[-1]["eval"] == "quick" and {"pri_top1", "aux_top1", "kept_aux", "agree"} <= log[-1].keys()
     steps = [row["step"] for row in log if "eval" not in row]
     assert steps == list(range(2, steps[-1] + 1, 2))
     assert {"lr", "loss", "seconds_data", "seconds_compute"} <= log[0].keys()
@@ -159,7 +160,7 @@ def test_scores_do_not_depend_on_ranks_or_workers(finished, toy_root, tmp_path):
     results = []
     for ranks, workers in ((None, "0"), (2, "0"), (3, "1")):
         folder = tmp_path / f"{ranks}"
-        flags = ("--eval", str(out / "model.pt"), "--workers", workers)
+        flags = ("--eval", str(out / "model.pt"), "--workers", workers, "--clips", "8", "--crops", "3")
         run(script, toy_root, folder, *flags, ranks=ranks)
         result = json.loads((folder / "result.json").read_text())
         result.pop("seconds")
@@ -237,6 +238,57 @@ def test_dead_rank_ends_the_run_which_then_resumes(finished, toy_root, tmp_path)
     assert "resumed from" in printed and "RESULT" in printed
 
 
+def test_result_of_two_ranks_is_that_of_their_model(finished, toy_root, tmp_path):
+    """Batch-norm statistics differ between ranks after a step; a score must not."""
+    script, flags = finished[0], ("--clips", "8", "--crops", "3")  # 24 views: blocks of 2 videos
+    run(script, toy_root, tmp_path / "a", "--epochs", "1", *flags, ranks=2)
+    run(script, toy_root, tmp_path / "b", *flags, "--eval", str(tmp_path / "a" / "model.pt"))
+    a, b = ((tmp_path / x / "predictions.csv").read_text() for x in "ab")
+    assert a == b
+
+
+RAISES = """
+import sys
+from common.run import Run
+with Run("cmpl", sys.argv[1], {}) as run:
+    for step, _ in run.steps([[]] * 9, 0, 9, 0, []):
+        if step == 2 and run.rank == 1:
+            raise ValueError("boom")
+"""
+
+
+def test_a_rank_that_raises(tmp_path):
+    (tmp_path / "raises.py").write_text(RAISES)
+    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = start([*call, str(tmp_path / "raises.py"), str(tmp_path / "out")])
+    _, err = process.communicate(timeout=60)
+    assert process.returncode and "ValueError: boom" in err
+
+
+def test_signal_to_all_processes_with_workers(finished, toy_root, tmp_path):
+    """As batch systems and Ctrl-C do it; nothing is left running."""
+    out = tmp_path / "out"
+    process = start(command(finished[0], toy_root, out, "--workers", "2"))
+    wait_for_rows(out, 4, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    printed, err = process.communicate(timeout=90)
+    assert "stopped by a signal" in printed and process.returncode == 0, err
+    until = time.time() + 20
+    while subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True).stdout:
+        assert time.time() < until
+        time.sleep(0.1)
+
+
+def test_a_killed_loader_worker_is_noticed(finished, toy_root, tmp_path):
+    out = tmp_path / "out"
+    process = start(command(finished[0], toy_root, out, "--workers", "1"))
+    wait_for_rows(out, 2, process)
+    found = subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(max(map(int, found)), signal.SIGKILL)  # the youngest process
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "--workers" in err and "Traceback" not in err, err
+
+
 def test_several_nodes(finished, toy_root, tmp_path):
     """Two torchrun agents that meet at one address, as on two machines."""
     script, whole, _ = finished
@@ -264,7 +316,7 @@ VARIANTS = {
 @pytest.mark.parametrize("script, flags", [(s, f) for s, every in VARIANTS.items() for f in every])
 def test_baselines_and_ablations_run(script, flags, toy_root, tmp_path):
     printed, _ = run(script, toy_root, tmp_path / "out", "--epochs", "0.8", *flags.split())
-    assert "RESULT" in printed and len(rows(tmp_path / "out")) == 2
+    assert "RESULT" in printed and rows(tmp_path / "out")[-1]["eval"] == "quick"
 
 
 MISTAKES = {
@@ -278,6 +330,8 @@ MISTAKES = {
     "--split 4": "split",
     "--labelled_list /nowhere.txt": "/nowhere.txt",
     "--eval /nowhere.pt": "/nowhere.pt",
+    "--jitter 24 20": "--jitter",
+    "--workers -1": "--workers",
     "--out /proc/nowhere": "--out",
 }
 
