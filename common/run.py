@@ -356,7 +356,8 @@ class Run:
         if not self.main:
             return
         state = {"script": self.script, "identity": identity, "step": step, "world": self.world,
-                 "seconds": self.seconds, "parts": {name: part.state_dict() for name, part in parts.items()}}  # fmt: skip
+                 "parts": {name: part.state_dict() for name, part in parts.items()},
+                 "seconds": self.seconds}  # fmt: skip
         last, previous = self.out / "last.pt", self.out / "last.prev.pt"
         try:
             with files.replacing(last, keep=previous) as file:
