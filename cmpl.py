@@ -398,8 +398,8 @@ def train(args, run):
 
     start = run.resume(identity, **parts)
     run.write("labelled.txt", datasets.as_list(videos_l))
-    clips, where = " + ".join(f"{batch * run.world}" for _, batch in sources), f"{run.world} {run.device.type}"
-    run.say(f"{total} steps, {epoch} an epoch, of {clips} clips; learning rate {lr:.4g}; on {where}")
+    clips = " + ".join(f"{batch * run.world}" for _, batch in sources)
+    run.say(f"{total} steps, {epoch} an epoch, of {clips} clips; learning rate {lr:.4g}; {run.device.type}")
     loader = video.train_loader(sources, start, total, run.rank, run.world, args.workers)
     lists = [clips.videos for clips, _ in sources]
     for step, (batch_l, *batch_u) in run.steps(loader, start, total, args.seed, lists):
