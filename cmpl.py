@@ -63,7 +63,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
 from common import UserError, augment, backbones, datasets, evaluate, video
-from common.run import Run
+from common.run import Run, leave
 
 # Defaults per data set (the flags' own defaults are Kinetics-400 at 1 %). Sec. 4.1 unless said.
 RECIPES = {
@@ -100,6 +100,7 @@ def parse_args(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="Recipes (other defaults): " + "; ".join(f"{k}: {v}" for k, v in RECIPES.items()),
     )  # fmt: skip
+    p.error = partial(leave, "cmpl")  # a sentence, from one rank
     g = p.add_argument_group("data")
     g.add_argument("--data", default="toy", help="k400, ucf101, hmdb51, ssv2, ..., or a folder")
     g.add_argument("--root", help="where the data set is; data/<name> if not given")

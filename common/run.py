@@ -178,13 +178,7 @@ class Run:
             self.bar.close()
         message, status = explain(error)
         if message is not None:
-            for number in video.SIGNALS:
-                signal.signal(number, signal.SIG_DFL)
-            if not self.main and self.world > 1:
-                time.sleep(5)  # rank 0 says the same, and torchrun then ends this rank
-            print(f"{self.script}: {message}", file=sys.stderr, flush=True)
-            sys.stderr.flush()
-            os._exit(status)  # peers may be gone: no collective clean-up can be trusted to end
+            leave(self.script, message, status)
         if error is None:
             # A gloo group that still knows a DDP module can abort the interpreter at its exit.
             gc.collect()
@@ -464,6 +458,16 @@ class Run:
 def step_seed(seed, step, rank):
     """A 63-bit seed for what is random in one step of one rank (dropout, on-device noise)."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def leave(script, message, status=2):
+    """End the process with one sentence, said by rank 0 alone if all ranks have it; `error` for a parser."""
+    for number in video.SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)  # rank 0 says the same, and torchrun then ends this rank
+    print(f"{script}: {message}", file=sys.stderr, flush=True)
+    os._exit(status)  # peers may be gone: no collective clean-up can be trusted to end
 
 
 def explain(error):
