@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-from common import video
+from common import datasets, video
 
 LENGTH, STRIDE, SIDE = 8, 8, 256  # the clip that is asked for: frames, stride, short side
 
@@ -231,19 +231,41 @@ def decode(args):
             print(f"{name:24}{numbers}  {', '.join(sorted(verdicts[name]))}", flush=True)
 
 
+def shrink(args):
+    """Clips/s of common.video.read from a 720p file, key frame every 250, before and after shrinking."""
+    torch.set_num_threads(1)
+    before, after = os.path.join(args.folder, "before"), os.path.join(args.folder, "after")
+    os.makedirs(before, exist_ok=True)
+    for part in ("train", "test"):
+        encode(f"{before}/{part}.mp4", scene(1280, 720, args.frames), "libx264", 250, 1280, 720)
+        with open(f"{before}/{part}.txt", "w") as file:
+            file.write(f"{part}.mp4 0\n")
+    assert datasets.main(["shrink", before, "--out", after, "--workers", "0"]) == 0
+    rng, times = np.random.default_rng(0), {before: [], after: []}
+    for _ in range(args.windows):
+        indices = video.dense(args.frames, LENGTH, STRIDE, rng)
+        for folder in rng.permutation([before, after]):
+            start = time.process_time()
+            video.read(f"{folder}/train.mp4", indices, SIDE)
+            times[str(folder)].append(time.process_time() - start)
+    old, new = (1e3 * np.median(times[folder]) for folder in (before, after))
+    rate = os.path.getsize(f"{before}/train.mp4") * 8 * 30 / args.frames / 1000
+    print(f"{rate:.0f} kb/s: {old:.1f} ms a clip before, {new:.1f} ms after, {old / new:.1f}x")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("decode", help=decode.__doc__)
-    command.add_argument("--windows", type=int, default=16, help="random clips per file")
-    command.add_argument("--frames", type=int, default=300, help="frames per file")
-    command.add_argument("--only", default="", help="only kinds of file whose name has this in it")
-    command.add_argument(
-        "--folder", default=None, help="keep the files here (default: a temporary folder)"
-    )
-    command.set_defaults(run=decode)
+    for run in (decode, shrink):
+        command = commands.add_parser(run.__name__, help=run.__doc__)
+        command.add_argument("--windows", type=int, default=16, help="random clips per file")
+        command.add_argument("--frames", type=int, default=300, help="frames per file")
+        command.add_argument("--folder", help="keep the files here (default: a temporary folder)")
+        command.set_defaults(run=run)
+        if run is decode:
+            command.add_argument("--only", default="", help="only kinds of file whose name has this in it")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         args.folder = args.folder or folder

@@ -1049,19 +1049,22 @@ def test_shrink_goes_on_where_it_stopped(videos, tmp_path, capsys):
         [sys.executable, "-m", "common.datasets", *command],
         stderr=subprocess.DEVNULL,
         cwd=Path(__file__).parents[1],
+        start_new_session=True,
     )
     deadline = time.time() + 60
     while not list(out.rglob("*.mp4")) and time.time() < deadline:
         time.sleep(0.01)
     started.kill()
     started.wait()
+    while subprocess.run(["pgrep", "-s", str(started.pid)], capture_output=True).stdout:
+        assert time.time() < deadline  # its workers see that it is gone
+        time.sleep(0.05)
     done = {path: path.stat().st_mtime_ns for path in out.rglob("*.mp4")}
     assert done
     for path in done:
         with Video(path) as video:
             video.get(range(len(video)))
-    (out / "train/run/x.mp4.1-2.tmp").write_bytes(b"half")
-    time.sleep(0.3)  # the worker has seen that its parent is gone
+    (next(iter(done)).parent / "x.mp4.1-2.tmp").write_bytes(b"half")
     command[-1] = "0"
     assert datasets.main(command) == 0
     assert len(list(out.rglob("*.mp4"))) == 6 and not list(out.rglob("*.tmp"))
