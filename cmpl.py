@@ -50,20 +50,18 @@ D9  Dropout 0.5 before the classifier and a zero-initialised last BN per block, 
 D10 A 256 x 256 test crop is pooled to one vector; SlowFast averages overlapping 224 x 224 windows.
 """
 
-import argparse
 import math
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.nn.parallel import DistributedDataParallel
 
-from common import UserError, augment, backbones, datasets, evaluate, video
-from common.run import Run, leave
+from common import UserError, augment, backbones, datasets, evaluate, optim, video
+from common.flags import FREE, Parser, wanted
+from common.run import Run
 
 # Defaults per data set (the flags' own defaults are Kinetics-400 at 1 %). Sec. 4.1 unless said.
 RECIPES = {
@@ -80,38 +78,12 @@ RECIPES = {
 }  # fmt: skip
 # 90 real clips of 180 x 144 pixels; a folder with lists.
 RECIPES["weizmann"] = RECIPES["toy"] | dict(per_class=2, batch=4, size=64, jitter=[72, 80], epochs=45)
-# What may change on a resumption.
-FREE = ("out", "root", "workers", "log_every", "eval_every", "max_bad", "compile")
 
 
 def parse_args(argv=None):
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--data", default="toy")
-    first.add_argument("--ratio", type=float)
-    first.add_argument("--labelled_list")
-    known, _ = first.parse_known_args(argv)
-    name = Path(known.data).name.split(":")[0]
-    recipe = RECIPES.get(name, {}) | RECIPES.get(f"{name} {known.ratio}", {})
-    if known.ratio is not None or known.labelled_list is not None:
-        recipe.pop("per_class", None)
-
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="Recipes (other defaults): " + "; ".join(f"{k}: {v}" for k, v in RECIPES.items()),
-    )  # fmt: skip
-    p.error = partial(leave, "cmpl")  # a sentence, from one rank
-    g = p.add_argument_group("data")
-    g.add_argument("--data", default="toy", help="k400, ucf101, hmdb51, ssv2, ..., or a folder")
-    g.add_argument("--root", help="where the data set is; data/<name> if not given")
-    g.add_argument("--split", type=int, default=1, help="official split of UCF-101 and HMDB-51")
-    g.add_argument("--ratio", type=float, help="share of labelled videos; 0.01 by default")
-    g.add_argument("--per_class", type=int, help="labelled videos per class, instead of --ratio")
-    g.add_argument("--labelled_list", help="a file that names the labelled videos, instead of --ratio")
-    g.add_argument("--unlabelled", choices=["rest", "all"], default="rest", help="see D3")
-    g.add_argument("--size", type=int, default=224, help="training crop in pixels")
+    p = Parser("cmpl", __doc__, RECIPES)
+    g = p.data()
     g.add_argument("--jitter", type=int, nargs=2, default=[256, 320], help="short side before the crop, D4")
-    g.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror clips; if labels allow it")
     g = p.add_argument_group("method")
     g.add_argument("--lam", type=float, default=5.0, help="weight of L_u, Eq. 6; 0: supervised baseline")
     g.add_argument("--tau", type=float, default=0.9, help="confidence threshold, Eq. 1, 4, 5 and Fig. 4a")
@@ -136,53 +108,18 @@ def parse_args(argv=None):
     g.add_argument("--lr", type=float, default=0.1, help="for 32 labelled clips a step, D2; cosine to 0")
     g.add_argument("--weight_decay", type=float, default=1e-4, help="1e-3 on UCF-101")
     g.add_argument("--warmup", type=float, default=0.0, help="epochs of linear warm-up, D9")
-    g = p.add_argument_group("run")
-    g.add_argument("--out", help="run folder, resumed if used; runs/cmpl_<data>_<labels>_<seed>")
-    g.add_argument("--seed", type=int, default=0, help="of the labelled subset, the networks and every draw")
-    g.add_argument("--workers", type=int, default=8, help="loader processes per GPU")
-    g.add_argument("--log_every", type=int, default=10, help="steps between rows of log.jsonl")
-    g.add_argument("--eval_every", type=float, default=10.0, help="epochs between quick tests")
-    g.add_argument("--max_bad", type=float, default=0.05, help="unreadable share that stops")
-    g.add_argument("--clips", type=int, default=10, help="test clips per video")
-    g.add_argument("--crops", type=int, choices=[1, 3], default=3, help="test crops per clip")
-    g.add_argument("--test_size", type=int, help="side of a test crop; 8/7 of --size if not given")
-    g.add_argument("--eval", metavar="MODEL.PT", help="only test this model")
+    g = p.run()
     g.add_argument("--keep_every", type=int, default=1, help="thin test clips, Fig. 5")
-    g.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    g.add_argument("--channels_last", action=argparse.BooleanOptionalAction, help="memory layout of networks")
-    p.set_defaults(**recipe)
-    args = p.parse_args(argv)
-    check_args(p, args)
-    return args
-
-
-def check_args(parser, args):
-    """Refuse what cannot work, and fill in what follows from other flags."""
-    if args.ratio is not None and not 0 < args.ratio <= 1:
-        parser.error(f"--ratio is a share in (0, 1], not {args.ratio}; 1 % is 0.01")
+    args = p.parse(argv)
     if not 0 <= args.tau <= 1:
-        parser.error(f"--tau is a probability, not {args.tau}")
-    for name in "size batch mu frames stride aux_frames aux_stride clips keep_every log_every".split():
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
-    for name in "lam offset epochs lr weight_decay warmup seed workers eval_every max_bad".split():
-        if not 0 <= getattr(args, name) < math.inf:
-            parser.error(f"--{name} must not be negative")
+        p.error(f"--tau is a probability, not {args.tau}")
+    p.at_least(1, args, "batch", "mu", "frames", "stride", "aux_frames", "aux_stride", "keep_every")
+    p.at_least(0, args, "lam", "offset", "epochs", "lr", "weight_decay", "warmup")
     if not 1 <= args.jitter[0] <= args.jitter[1]:
-        parser.error(f"--jitter is a range such as 256 320, not {args.jitter[0]} {args.jitter[1]}")
+        p.error(f"--jitter is a range such as 256 320, not {args.jitter[0]} {args.jitter[1]}")
     if args.lam == 0:
         args.aux = "none"  # without Eq. 4 the auxiliary network teaches nobody
-    given = [x for x in (args.ratio, args.per_class, args.labelled_list) if x is not None]
-    if len(given) > 1:
-        parser.error("give one of --ratio, --per_class and --labelled_list")
-    if not given:
-        args.ratio = 0.01
-    args.test_size = args.test_size or round(args.size * 8 / 7)
-    data, labels = Path(args.data).name.replace(":", "-"), args.ratio or args.per_class or "list"
-    tested = args.eval and f"{Path(args.eval).parent}/eval_{data}"
-    args.out = args.out or tested or f"runs/cmpl_{data}_{labels}_{args.seed}"
-    if args.eval and Path(args.out, "last.pt").exists():
-        parser.error(f"--out {args.out} is the folder of a training run: choose another for --eval")
+    return args
 
 
 # -------------------------------------------------------------------------------- the method
@@ -288,12 +225,7 @@ def build_networks(args, classes, run):
     nets = [backbones.build(**build)]
     if args.aux not in ("none", "same"):
         nets.append(backbones.build(**build | dict(name=args.aux, width=args.aux_width)))
-    for i, net in enumerate(nets):
-        memory = torch.channels_last_3d if args.channels_last else torch.contiguous_format
-        net.to(run.device, memory_format=memory)
-        if args.compile:
-            net.compile()
-        nets[i] = DistributedDataParallel(net)
+    nets = [run.distribute(net, args.channels_last, args.compile) for net in nets]
     pri = nets[0]
     aux = {"none": None, "same": pri}.get(args.aux, nets[-1])
     return nets, pri, aux, build
@@ -348,21 +280,6 @@ def clips_of_networks(views_l, views_u):
     return (views_l[0], *views_u[:2]), (views_l[1], *views_u[2:])
 
 
-def choose_videos(args, data, run):
-    """(labelled, unlabelled) Videos."""
-    chosen = datasets.labelled(data, args.ratio, args.per_class, args.seed, args.labelled_list)
-    rest = np.setdiff1d(np.arange(len(data.train)), chosen)
-    pool = rest if args.unlabelled == "rest" and len(rest) else np.arange(len(data.train))
-    if args.lam and not len(rest):
-        raise UserError("every training video has a label: add --lam 0, or lower --ratio")
-    unlabelled = f"{len(pool)} unlabelled videos{' (the labelled ones too)' * (len(pool) > len(rest))}"
-    run.say(f"{data.name}: {len(data.classes)} classes, {len(chosen)} labelled videos, "
-            f"{unlabelled if args.lam else 'no others'}, {len(data.test)} test videos")  # fmt: skip
-    for note in data.notes:
-        run.say(note)
-    return data.train.subset(chosen), data.train.subset(pool)
-
-
 # -------------------------------------------------------------------------------- training
 
 
@@ -375,9 +292,16 @@ def train(args, run):
     side = args.test_size  # short side and crop, D10
     recipe = evaluate.Recipe(args.frames, args.stride, args.clips, args.crops, side, side, args.keep_every)
     if args.eval:
-        return final_test(args, run, data, *load_for_test(args, data, run))
+        changes = dict(clips=args.clips, crops=args.crops, keep_every=args.keep_every)
+        net, recipe = evaluate.load_for(args.eval, data, run.device, **changes)
+        evaluate.report(net, data, recipe, run, args.workers, **wanted(args), seed=args.seed)
+        return
 
-    videos_l, videos_u = choose_videos(args, data, run)
+    videos_l, videos_u = datasets.semi_supervised(
+        data, args.ratio, args.per_class, args.seed, args.labelled_list, args.unlabelled, run.say
+    )  # D3
+    if args.lam and len(videos_l) == len(data.train):
+        raise UserError("every training video has a label: add --lam 0, or lower --ratio")
     sample, view_l, view_u = (partial(f, args=args) for f in (windows, labelled_views, unlabelled_views))
     sources = [(video.Clips(videos_l, sample, view_l, 2 * args.seed), args.batch)]
     if args.lam:
@@ -389,10 +313,7 @@ def train(args, run):
     nets, pri, aux, build = build_networks(args, len(data.classes), run)
     parameters = [p for net in nets for p in net.parameters()]
     lr = args.lr * args.batch * run.world / 32  # D2
-    if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=args.weight_decay)
-    else:
-        optimizer = torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay)
+    optimizer = optim.build(args.optimizer, parameters, lr, args.weight_decay)
     parts = dict(zip(("pri", "aux"), (net.module for net in nets), strict=False), optimizer=optimizer)
     digest = datasets.digest(videos_l, range(len(videos_l)))
     identity = dict(labelled=digest, classes=len(data.classes), net=f"{args.net} x{args.width}", aux=args.aux)
@@ -407,15 +328,13 @@ def train(args, run):
         if step % every == 0 and step:
             with run.untimed():
                 quick_test(args, run, data, pri, aux, step)
-        views_l = [to_input(x, run.device) for x in batch_l["views"]]
-        views_u = [to_input(x, run.device) for part in batch_u for x in part["views"]]
+        views_l = [recipe.to_input(x, run.device) for x in batch_l["views"]]
+        views_u = [recipe.to_input(x, run.device) for part in batch_u for x in part["views"]]
         x_pri, x_aux = clips_of_networks(views_l, views_u)
         y_l = batch_l["label"].to(run.device)
-        # Without the cache: weights that the labelling pass has cast carry no gradient.
-        with torch.autocast(run.device.type, torch.bfloat16, run.device.type == "cuda", cache_enabled=False):
+        with run.autocast():
             loss, terms, labels = train_step(pri, aux, x_pri, x_aux, y_l, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * lr_factor(step, total, args.warmup * epoch)
+        optim.set_lr(optimizer, lr * optim.warmup_cosine(step, total, args.warmup * epoch))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -433,17 +352,7 @@ def train(args, run):
         whole = replace(recipe, keep_every=1)
         evaluate.save_model(run.out / "model.pt", pri.module, build, data.classes, whole)
     quick_test(args, run, data, pri, aux, total)
-    final_test(args, run, data, pri.module, recipe)
-
-
-def to_input(x, device):
-    """uint8 (B, T, C, H, W) of the loader to the float (B, C, T, H, W) of the networks."""
-    return augment.normalise(x.to(device, non_blocking=True), evaluate.Recipe.mean, evaluate.Recipe.std)
-
-
-def lr_factor(step, total, warmup):
-    """Linear warm-up, then half a cosine to 0."""
-    return min(1.0, (step + 1) / max(1.0, warmup)) * 0.5 * (1 + math.cos(math.pi * step / total))
+    evaluate.report(pri.module, data, recipe, run, args.workers, **wanted(args), seed=args.seed)
 
 
 def quick_test(args, run, data, pri, aux, step):
@@ -462,29 +371,6 @@ def quick_test(args, run, data, pri, aux, step):
             labels[name] = pseudo_label(probs.clamp_min(1e-9).log(), args.tau)
     report = pseudo_label_report(labels, torch.from_numpy(data.test.labels))
     run.log(row | {key: round(share.item(), 4) for key, share in report.items()})
-
-
-def load_for_test(args, data, run):
-    """The network of --eval, which must know the classes of this data set, and its recipe."""
-    net, _, classes, recipe = evaluate.load_model(args.eval)
-    if classes != data.classes:
-        raise UserError(f"{args.eval} knows {len(classes)} other classes, not those of {data.name}")
-    recipe = replace(recipe, clips=args.clips, crops=args.crops, keep_every=args.keep_every)
-    return net.to(run.device), recipe
-
-
-def final_test(args, run, data, net, recipe):
-    """All views of every test video: predictions.csv, per_class.csv, result.json and the RESULT line."""
-    scores = evaluate.score(net, data.test, recipe, run, args.workers, bar=True)
-    if scores is None:
-        run.say("stopped by a signal during the test; the same command tests again")
-        return
-    found = evaluate.metrics(scores)
-    if run.main:
-        evaluate.write_files(run.out, scores, data.test, data.classes)
-    wanted = {k: vars(args)[k] for k in ("ratio", "per_class", "labelled_list") if vars(args)[k] is not None}
-    run.result({"script": "cmpl", "data": data.name, **wanted, "seed": args.seed, **found,
-                "seconds": round(run.seconds)})  # fmt: skip
 
 
 @record

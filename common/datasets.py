@@ -192,6 +192,22 @@ def labelled(data, ratio=None, per_class=None, seed=0, listfile=None):
     return np.sort(np.concatenate([rng.permutation(members)[:per_class] for members in classes]))
 
 
+def semi_supervised(data, ratio, per_class, seed, listfile, unlabelled="rest", say=print):
+    """(labelled, unlabelled) Videos: those of `labelled`, and the "rest" of data.train, or "all" of it.
+
+    The rest is all of it, too, where every video has a label. The counts and data.notes are said.
+    """
+    chosen, everything = labelled(data, ratio, per_class, seed, listfile), np.arange(len(data.train))
+    rest = np.setdiff1d(everything, chosen)
+    pool = rest if unlabelled == "rest" and len(rest) else everything
+    also = " (the labelled ones too)" * (len(pool) > len(rest))
+    say(f"{data.name}: {len(data.classes)} classes, {len(chosen)} labelled videos, "
+        f"{len(pool)} unlabelled videos{also}, {len(data.test)} test videos")
+    for note in data.notes:
+        say(note)
+    return data.train.subset(chosen), data.train.subset(pool)
+
+
 def _in_list(data, listfile):
     """The training videos that a list file names; see labelled."""
     videos, rows, indices = data.train, _read_list(listfile, []), {}

@@ -11,7 +11,7 @@ import argparse
 import csv
 import io
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -60,6 +60,10 @@ class Recipe:
             crops = [crop for clip in clips for crop in augment.three_crops(clip, self.size)]
         return torch.stack(crops)
 
+    def to_input(self, x, device):
+        """uint8 (B, T, C, H, W) of a loader to the float (B, C, T, H, W) of the network, on `device`."""
+        return augment.normalise(x.to(device, non_blocking=True), self.mean, self.std)
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -83,6 +87,43 @@ def score(net, videos, recipe, run, workers=0, bar=False):
     The ranks begin with the batch-norm statistics of rank 0 and meet again only at the end, in one
     gather over CPU memory. None is returned on all ranks if a signal has stopped one of them.
     """
+    def of_videos(logits, batch):
+        return average_views(logits, batch, recipe.average, videos.labels.ndim == 2)
+
+    found = _each_video(net, net, of_videos, videos, recipe, run, workers, bar)
+    if found is None:
+        return None
+    rows, bad = found
+    probs = np.zeros((len(videos), len(rows[0][1])), np.float32)
+    hits, counts = np.zeros(len(videos), np.int64), np.full(len(videos), recipe.views)
+    for index, p, right, count in rows:
+        probs[index], hits[index], counts[index] = p, right, count
+    return Scores(probs, hits, counts, videos.labels, bad)
+
+
+@torch.no_grad()
+def embed(net, videos, recipe, run, workers=0, bar=False):
+    """(features (N, D) float32, bad): net.embed averaged over the views of each video, on every rank.
+
+    Rows of unreadable videos are zero, bad: index -> reason. None if a signal has stopped a rank.
+    """
+
+    def of_videos(z, batch):
+        parts = zip(batch["index"].tolist(), z.split(batch["counts"].tolist()), strict=True)
+        return [(index, part.mean(0).numpy()) for index, part in parts if len(part)]
+
+    found = _each_video(net, net.embed, of_videos, videos, recipe, run, workers, bar)
+    if found is None:
+        return None
+    rows, bad = found
+    features = np.zeros((len(videos), len(rows[0][1])), np.float32)
+    for index, z in rows:
+        features[index] = z
+    return features, bad
+
+
+def _each_video(net, call, of_videos, videos, recipe, run, workers, bar):
+    """(rows, bad) of all ranks; a row is (index, ...) from of_videos(call(views of a block), block)."""
     for buffer in net.buffers():  # since the last step of DDP each rank has had its own
         dist.broadcast(buffer, 0)
     was_training = net.training
@@ -90,21 +131,20 @@ def score(net, videos, recipe, run, workers=0, bar=False):
     views = video.Views(videos, recipe.sample, recipe.view, short_side=recipe.short_side)
     block = max(1, VIEWS_PER_BATCH // recipe.views)
     loader = video.test_loader(views, block, run.rank, run.world, workers)
-    multilabel = videos.labels.ndim == 2
     rows, bad, halted = [], {}, False
     quiet = not (bar and run.main and sys.stderr.isatty())
     for batch in tqdm(video.watched(loader), total=len(loader), desc="scoring", leave=False, disable=quiet):
         bad.update(batch["bad"])
         if batch["views"] is not None:
-            x = augment.normalise(batch["views"].to(run.device, non_blocking=True), recipe.mean, recipe.std)
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda"):
-                logits = torch.cat([net(part) for part in x.split(VIEWS_PER_BATCH)])
-            rows += average_views(logits.float().cpu(), batch, recipe.average, multilabel)
+            x = recipe.to_input(batch["views"], run.device)
+            with run.autocast():
+                y = torch.cat([call(part) for part in x.split(VIEWS_PER_BATCH)])
+            rows += of_videos(y.float().cpu(), batch)
         if run.stop:
             halted = True
             break
     net.train(was_training)
-    return _gather(rows, bad, halted, videos, recipe.views, run.world)
+    return _gather(rows, bad, halted, videos, run.world)
 
 
 def average_views(logits, batch, average, multilabel):
@@ -126,7 +166,7 @@ def average_views(logits, batch, average, multilabel):
     return rows
 
 
-def _gather(rows, bad, halted, videos, views, world):
+def _gather(rows, bad, halted, videos, world):
     everyone = [(rows, bad, halted)]
     if world > 1:
         everyone = [None] * world
@@ -139,11 +179,7 @@ def _gather(rows, bad, halted, videos, views, world):
         raise RuntimeError("a test video was scored twice or not at all")
     if not rows:
         raise UserError(f"none of the {len(videos)} test videos can be read: {next(iter(bad.values()))}")
-    probs = np.zeros((len(videos), len(rows[0][1])), np.float32)
-    hits, counts = np.zeros(len(videos), np.int64), np.full(len(videos), views)
-    for index, p, right, count in rows:
-        probs[index], hits[index], counts[index] = p, right, count
-    return Scores(probs, hits, counts, videos.labels, bad)
+    return rows, bad
 
 
 # -------------------------------------------------------------------------------- metrics
@@ -226,15 +262,44 @@ def save_model(path, net, build, classes, recipe):
                     "input": asdict(recipe)}, file)  # fmt: skip
 
 
-def load_model(path):
-    """(net in eval mode on the CPU, build arguments, class names, Recipe) of a model.pt; UserError."""
+def load_model(path, recipe=Recipe):
+    """(net in eval mode on the CPU, build arguments, class names, recipe) of a model.pt; UserError.
+
+    recipe: the class that knows the file's input, where a script has one of its own.
+    """
     model = files.load(path)
     try:
         net = backbones.build(**model["build"])
         net.load_state_dict(model["net"])
-        return net.eval(), model["build"], tuple(model["classes"]), Recipe(**model["input"])
+        return net.eval(), model["build"], tuple(model["classes"]), recipe(**model["input"])
     except (KeyError, TypeError, RuntimeError):
-        raise UserError(f"{path} is not a model.pt of these scripts") from None
+        own = "" if recipe is not Recipe else ", or has an input that only its script makes"
+        raise UserError(f"{path} is not a model.pt of these scripts{own}") from None
+
+
+def load_for(path, data, device, recipe=Recipe, **changes):
+    """(net on `device`, recipe with `changes`) of a model.pt that must know the classes of `data`."""
+    net, _, classes, found = load_model(path, recipe)
+    if classes != data.classes:
+        raise UserError(f"{path} knows {len(classes)} other classes, not those of {data.name}")
+    return net.to(device), replace(found, **changes)
+
+
+def report(net, data, recipe, run, workers, **words):
+    """The last test of a run: all views of every test video.
+
+    Writes predictions.csv, per_class.csv and result.json, prints RESULT with `words` in front. Returns
+    False if a signal has stopped it.
+    """
+    scores = score(net, data.test, recipe, run, workers, bar=True)
+    if scores is None:
+        run.say("stopped by a signal during the test; the same command tests again")
+        return False
+    if run.main:
+        write_files(run.out, scores, data.test, data.classes)
+    run.result({"script": run.script, "data": data.name, **words, **metrics(scores),
+                "seconds": round(run.seconds)})  # fmt: skip
+    return True
 
 
 @torch.no_grad()
@@ -245,7 +310,7 @@ def predict(model, path, device="cpu", top=5):
     item = views[0]
     if item["bad"]:
         raise UserError(f"{path} cannot be read: {item['bad']}")
-    logits = net(augment.normalise(item["views"].to(device), recipe.mean, recipe.std)).float().cpu()
+    logits = net(recipe.to_input(item["views"], device)).float().cpu()
     batch = {"counts": [len(logits)], "label": [-1], "index": [0]}
     p = average_views(logits, batch, recipe.average, multilabel=False)[0][1]
     return [(classes[k], float(p[k])) for k in np.argsort(-p, kind="stable")[:top]]

@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import UserError, files, video
@@ -217,6 +218,24 @@ class Run:
     def seconds(self):
         """Wall seconds of this run, the time before a resumption included."""
         return self.seconds_before + time.time() - self.began
+
+    # ---------------------------------------------------------------------------- networks
+
+    def distribute(self, net, channels_last=False, compile=False):
+        """The network on this rank's device under DistributedDataParallel."""
+        memory = torch.channels_last_3d if channels_last else torch.contiguous_format
+        net.to(self.device, memory_format=memory)
+        if compile:
+            net.compile()
+        return DistributedDataParallel(net)
+
+    def autocast(self):
+        """The context of a forward pass: bfloat16 on CUDA, float32 on the CPU.
+
+        Without the cache: weights that a pass without gradient has cast carry none in the next.
+        """
+        cuda = self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=cuda, cache_enabled=False)
 
     # ---------------------------------------------------------------------------- steps and log
 

@@ -448,6 +448,7 @@ class Views(Dataset):
     """Test views: views[i] belongs to video i, which nothing ever replaces.
 
     sample(video) -> list of index arrays; view(list of uint8 (T, C, H, W)) -> (V, T, C, H, W).
+    What is random in `view` (torch's default generator) is a function of i.
     views[i] = dict(views=(V, T, C, H, W) or None if unreadable, label, index, bad=reason or None).
     """
 
@@ -463,7 +464,9 @@ class Views(Dataset):
             clips = _clips(self.videos, i, self.short_side, self.sample)
         except VideoError as error:
             return dict(item, bad=str(error))
-        return dict(item, views=self.view(clips))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(i)
+            return dict(item, views=self.view(clips))
 
 
 def _clips(videos, index, short_side, sample, *rng):

@@ -199,9 +199,3 @@ def test_recipes_are_the_papers(data, ratio, lam, decay):
     assert (args.lam, args.weight_decay, args.tau, args.batch, args.mu) == (lam, decay, 0.9, 2, 5)
     assert (args.epochs, args.lr, args.clips, args.crops, args.test_size) == (200, 0.1, 10, 3, 256)
     assert (args.frames, args.stride, args.aux_frames, args.aux_stride) == (8, 8, 16, 4)
-
-
-def test_lr_factor_by_hand():
-    assert cmpl.lr_factor(0, 100, 0) == 1.0
-    assert cmpl.lr_factor(50, 100, 0) == pytest.approx(0.5)
-    assert cmpl.lr_factor(0, 100, 10) == pytest.approx(0.1)

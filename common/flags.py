@@ -1,0 +1,110 @@
+"""Command lines: flags that mean the same in every script, recipes of defaults, shared checks.
+
+    p = Parser("cmpl", __doc__, RECIPES)
+    g = p.data()                         # --data, --root, --split, ... and the script's own
+    g = p.add_argument_group("method")
+    g.add_argument("--lam", type=float, default=5.0, help="weight of L_u, Eq. 6")
+    p.run()                              # --out, --seed, --workers, ...
+    args = p.parse(argv)
+"""
+
+import argparse
+import math
+from functools import partial
+from pathlib import Path
+
+from common.run import leave
+
+# What may change between a run and its resumption.
+FREE = ("out", "root", "workers", "log_every", "eval_every", "max_bad", "compile")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser of one script.
+
+    recipes: name of a data set -> other defaults for it; "name 0.1" adds to them at that --ratio.
+    A mistake is one sentence from rank 0 and exit status 2.
+    """
+
+    def __init__(self, script, doc, recipes):
+        super().__init__(
+            description=doc.split("\n")[0], allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            epilog="Recipes (other defaults): " + "; ".join(f"{k}: {v}" for k, v in recipes.items()),
+        )  # fmt: skip
+        self.script, self.recipes, self.error = script, recipes, partial(leave, script)
+
+    def data(self, unlabelled="rest"):
+        """Add the flags that say which videos and labels; the group, for more of them."""
+        g = self.add_argument_group("data")
+        g.add_argument("--data", default="toy", help="k400, ucf101, hmdb51, ssv2, ..., or a folder")
+        g.add_argument("--root", help="where the data set is; data/<name> if not given")
+        g.add_argument("--split", type=int, default=1, help="official split of UCF-101 and HMDB-51")
+        g.add_argument("--ratio", type=float, help="share of labelled videos; 0.01 by default")
+        g.add_argument("--per_class", type=int, help="labelled videos per class, instead of --ratio")
+        g.add_argument("--labelled_list", help="a file that names the labelled videos, instead of --ratio")
+        g.add_argument("--unlabelled", choices=["rest", "all"], default=unlabelled,
+                       help="videos without a label, or the labelled ones too")  # fmt: skip
+        g.add_argument("--size", type=int, default=224, help="training crop in pixels")
+        g.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror clips; if labels allow")
+        return g
+
+    def run(self):
+        """Add the flags of any run and of any test; the group, for more of them."""
+        g = self.add_argument_group("run")
+        g.add_argument("--out", help=f"run folder, resumed; runs/{self.script}_<data>_<labels>_<seed>")
+        g.add_argument("--seed", type=int, default=0, help="of the labelled subset, networks and every draw")
+        g.add_argument("--workers", type=int, default=8, help="loader processes per GPU")
+        g.add_argument("--log_every", type=int, default=10, help="steps between rows of log.jsonl")
+        g.add_argument("--eval_every", type=float, default=10.0, help="epochs between quick tests")
+        g.add_argument("--max_bad", type=float, default=0.05, help="unreadable share that stops")
+        g.add_argument("--clips", type=int, default=10, help="test clips per video")
+        g.add_argument("--crops", type=int, choices=[1, 3], default=3, help="test crops per clip")
+        g.add_argument("--test_size", type=int, help="side of a test crop; 8/7 of --size if not given")
+        g.add_argument("--eval", metavar="MODEL.PT", help="only test this model")
+        g.add_argument("--compile", action="store_true", help="torch.compile the networks")
+        g.add_argument("--channels_last", action=argparse.BooleanOptionalAction, help="memory layout")
+        return g
+
+    def parse(self, argv=None):
+        """The arguments, with the defaults of the recipe, checked; what follows from others is filled in."""
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--data", default="toy")
+        first.add_argument("--ratio", type=float)
+        first.add_argument("--labelled_list")
+        known, _ = first.parse_known_args(argv)
+        name = Path(known.data).name.split(":")[0]
+        recipe = self.recipes.get(name, {}) | self.recipes.get(f"{name} {known.ratio}", {})
+        if known.ratio is not None or known.labelled_list is not None:
+            recipe.pop("per_class", None)
+        self.set_defaults(**recipe)
+        args = self.parse_args(argv)
+
+        if args.ratio is not None and not 0 < args.ratio <= 1:
+            self.error(f"--ratio is a share in (0, 1], not {args.ratio}; 1 % is 0.01")
+        self.at_least(1, args, "size", "clips", "log_every")
+        self.at_least(0, args, "seed", "workers", "eval_every", "max_bad")
+        given = [x for x in (args.ratio, args.per_class, args.labelled_list) if x is not None]
+        if len(given) > 1:
+            self.error("give one of --ratio, --per_class and --labelled_list")
+        if not given:
+            args.ratio = 0.01
+        args.test_size = args.test_size or round(args.size * 8 / 7)
+        data, labels = Path(args.data).name.replace(":", "-"), args.ratio or args.per_class or "list"
+        tested = args.eval and f"{Path(args.eval).parent}/eval_{data}"
+        args.out = args.out or tested or f"runs/{self.script}_{data}_{labels}_{args.seed}"
+        if args.eval and Path(args.out, "last.pt").exists():
+            self.error(f"--out {args.out} is the folder of a training run: choose another for --eval")
+        return args
+
+    def at_least(self, least, args, *names):
+        """Refuse numbers below `least`, infinite ones and NaN."""
+        for name in names:
+            if not least <= getattr(args, name) < math.inf:
+                self.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
+
+
+def wanted(args):
+    """Which labels were asked for, {flag: value}, for the RESULT line."""
+    flags = {name: getattr(args, name) for name in ("ratio", "per_class", "labelled_list")}
+    return {name: value for name, value in flags.items() if value is not None}
