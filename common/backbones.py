@@ -2,7 +2,7 @@
 
     net = build("resnet3d50", classes=400)
     net(x)            (B, K) logits, x a float clip (B, C, T, H, W)
-    net.features(x)   list of the outputs of res2 to res5, each (B, C', T, H', W')
+    net.features(x)   list of the outputs of the four stages, each (B, C', T', H', W')
     net.embed(x)      (B, D) the average of the last stage over time and space
 
 resnet3d{10,18,34,50,101} is the slow-only 3D-ResNet of Feichtenhofer et al., SlowFast Networks for
@@ -11,13 +11,21 @@ kernels of 3 in the last two stages only. 10, 18 and 34 have basic blocks, 50 an
 resnet3d10-small and so on leave out the max-pool, for pictures of 32 to 64 pixels: the last stage
 has stride 16 in place of 32, at about three times the operations.
 
-What rebuilds a network is plain values: build(name, classes, in_channels, width, dropout).
+r3d_{10,18,34} is R3D of Tran et al., A Closer Look at Spatiotemporal Convolutions for Action
+Recognition, CVPR 2018, of torchvision's parts: r3d_18 is torchvision's, tensor by tensor. Temporal
+kernels of 3 everywhere, and the last three stages have stride 2 in time as in space.
+r3d_18-pool and so on, with the same tensors, have SlowFast's max-pool after the stem. That is the
+network of Xiao et al., Learning from Temporal Gradient, CVPR 2022 (Table 4: conv1 gives L x 56 x 56
+from 224, conv5 L/8 x 7 x 7); torchvision's, without it, has four times the operations in the stages.
+
+What rebuilds a network is plain values: build(name, classes, in_channels, width, dropout, bn_eps).
 """
 
 import os
 
 import torch
 from torch import nn
+from torchvision.models.video.resnet import BasicBlock, Conv3DSimple
 
 from common import UserError, files
 
@@ -29,6 +37,7 @@ BLOCKS = {
     101: (3, 4, 23, 3),
 }
 NAMES = tuple(f"resnet3d{depth}{suffix}" for suffix in ("", "-small") for depth in BLOCKS)
+NAMES += tuple(f"r3d_{depth}{suffix}" for suffix in ("", "-pool") for depth in (10, 18, 34))
 
 
 def build(
@@ -38,6 +47,7 @@ def build(
     width: float = 1.0,
     dropout: float = 0.0,
     weights: str | None = None,
+    bn_eps: float = 1e-5,
 ) -> nn.Module:
     """A network by its name (one of NAMES), initialised from torch's default generator.
 
@@ -48,9 +58,10 @@ def build(
             parameters).
         dropout: probability before the last layer, in training only (SlowFast trains with 0.5).
         weights: file to start from, see `load_weights`.
+        bn_eps: epsilon of every batch norm (the code of Learning from Temporal Gradient has 1e-3).
 
     Raises:
-        UserError: unknown name, impossible width or dropout, unfit weights.
+        UserError: unknown name, impossible width, dropout or epsilon, unfit weights.
     """
     if name not in NAMES:
         raise UserError(f"there is no backbone {name!r}: choose one of {', '.join(NAMES)}")
@@ -58,8 +69,15 @@ def build(
         raise UserError(f"a backbone width of {width} is not between 1/64 and 16")
     if not 0 <= dropout < 1:
         raise UserError(f"a dropout of {dropout} is not in [0, 1)")
-    depth, _, small = name.removeprefix("resnet3d").partition("-")
-    net = ResNet3D(int(depth), classes, in_channels, width, dropout, small=bool(small))
+    if not 0 < bn_eps < 1:
+        raise UserError(f"a batch-norm epsilon of {bn_eps} is not between 0 and 1")
+    family = R3D if name.startswith("r3d_") else ResNet3D
+    depth, _, suffix = name.removeprefix("r3d_").removeprefix("resnet3d").partition("-")
+    pool = suffix == "pool" if family is R3D else suffix != "small"
+    net = family(int(depth), classes, in_channels, width, dropout, pool)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            module.eps = bn_eps
     if weights is not None:
         load_weights(net, weights)
     return net
@@ -103,16 +121,46 @@ class Block(nn.Module):
         return self.relu(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
-class ResNet3D(nn.Module):
+class Backbone(nn.Module):
+    """What the families share; each has its `features`, `dropout` and `fc`."""
+
+    FIRST: str  # name of the first convolution's weight
+
+    def _initialise(self):
+        """He normal by fan out, last layer std 0.01; SlowFast's blocks have their last batch norm 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, Block):
+                # Modules come parents first, and batch norms already hold ones and zeros.
+                nn.init.zeros_((module.conv3 or module.conv2).bn.weight)
+        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.zeros_(self.fc.bias)
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, D) average of the last stage over time and space; D is `net.fc.in_features`."""
+        return self.features(x)[-1].mean((2, 3, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.dropout(self.embed(x)))
+
+
+def max_pool():
+    return nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
+
+
+class ResNet3D(Backbone):
     """The slow-only 3D-ResNet; see the top of this file and `build`."""
 
-    def __init__(self, depth, classes, in_channels=3, width=1.0, dropout=0.0, small=False):
+    FIRST = "stem.conv.weight"
+
+    def __init__(self, depth, classes, in_channels=3, width=1.0, dropout=0.0, pool=True):
         super().__init__()
         bottleneck = depth >= 50
         c_in = round(64 * width)
         self.stem = ConvBN(in_channels, c_in, (1, 7, 7), stride=2)
         self.relu = nn.ReLU(inplace=True)
-        self.pool = nn.Identity() if small else nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
+        self.pool = max_pool() if pool else nn.Identity()
         for i, blocks in enumerate(BLOCKS[depth]):
             c_mid = round(64 * 2**i * width)
             c_out = 4 * c_mid if bottleneck else c_mid
@@ -127,17 +175,6 @@ class ResNet3D(nn.Module):
         self.fc = nn.Linear(c_in, classes)
         self._initialise()
 
-    def _initialise(self):
-        """As SlowFast: He normal by fan out, a block's last batch norm 0, last layer std 0.01."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv3d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, Block):
-                # Modules come parents first, and batch norms already hold ones and zeros.
-                nn.init.zeros_((module.conv3 or module.conv2).bn.weight)
-        nn.init.normal_(self.fc.weight, std=0.01)
-        nn.init.zeros_(self.fc.bias)
-
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Outputs of res2 to res5, each (B, C', T, H', W') with the T of the clip."""
         x = self.pool(self.relu(self.stem(x)))
@@ -147,15 +184,49 @@ class ResNet3D(nn.Module):
             stages.append(x)
         return stages
 
-    def embed(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, D) average of the last stage over time and space; D is `net.fc.in_features`."""
-        return self.features(x)[-1].mean((2, 3, 4))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.dropout(self.embed(x)))
+class R3D(Backbone):
+    """R3D with the names, and for one seed the weights, of torchvision's; see the top of this file."""
+
+    FIRST = "stem.0.weight"
+
+    def __init__(self, depth, classes, in_channels=3, width=1.0, dropout=0.0, pool=False):
+        super().__init__()
+        c_in = round(64 * width)
+        self.stem = nn.Sequential(
+            nn.Conv3d(in_channels, c_in, (3, 7, 7), (1, 2, 2), (1, 3, 3), bias=False),
+            nn.BatchNorm3d(c_in),
+            nn.ReLU(inplace=True),
+        )
+        self.pool = max_pool() if pool else nn.Identity()
+        for i, blocks in enumerate(BLOCKS[depth]):
+            c_out = round(64 * 2**i * width)
+            stage = nn.Sequential()
+            for j in range(blocks):
+                stride, project = 1, None
+                if i > 0 and j == 0:
+                    stride = 2
+                    project = nn.Sequential(
+                        nn.Conv3d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm3d(c_out)
+                    )
+                stage.append(BasicBlock(c_in, c_out, Conv3DSimple, stride, project))
+                c_in = c_out
+            self.add_module(f"layer{i + 1}", stage)
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(c_in, classes)
+        self._initialise()
+
+    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Outputs of layer1 to layer4, each (B, C', T', H', W'); T' is T, T/2, T/4, T/8, rounded up."""
+        x = self.pool(self.stem(x))
+        stages = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            stages.append(x)
+        return stages
 
 
-def load_weights(net: nn.Module, path: str) -> None:
+def load_weights(net: Backbone, path: str) -> None:
     """Fill a network from a file: a model.pt of a run, or a bare state_dict saved by torch.save.
 
     - Prefixes of DistributedDataParallel and torch.compile are taken off the names.
@@ -176,7 +247,7 @@ def load_weights(net: nn.Module, path: str) -> None:
     state = {_plain(key): value for key, value in state.items()}
 
     own = net.state_dict()
-    first, last = "stem.conv.weight", {"fc.weight", "fc.bias"}
+    first, last = net.FIRST, {"fc.weight", "fc.bias"}
     c_in = own[first].shape[1]
     if first in state and state[first].dim() == 5 and state[first].shape[1] != c_in:
         state[first] = state[first].float().mean(1, keepdim=True).expand(-1, c_in, -1, -1, -1)
