@@ -117,6 +117,8 @@ def parse_args(argv=None):
     p.at_least(0, args, "lam", "offset", "epochs", "lr", "weight_decay", "warmup")
     if not 1 <= args.jitter[0] <= args.jitter[1]:
         p.error(f"--jitter is a range such as 256 320, not {args.jitter[0]} {args.jitter[1]}")
+    if args.rand_augment[0] < 0 or not 0 <= args.rand_augment[1] <= 10:
+        p.error(f"--rand_augment is a number of operations and a magnitude up to 10, not {args.rand_augment}")
     if args.lam == 0:
         args.aux = "none"  # without Eq. 4 the auxiliary network teaches nobody
     return args

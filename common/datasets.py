@@ -798,7 +798,7 @@ def _activitynet(root, split, variant, notes):
 
 READERS = dict(k400=_k400, ucf101=_ucf101, hmdb51=_hmdb51, ssv2=_ssv2, charades=_charades, toy=_toy)
 READERS |= {"activitynet": _activitynet, "activitynet:whole": _activitynet, "hmdb51:all": _hmdb51}
-READERS |= {"toy:a": _toy, "toy:b": _toy, "toy:c": _toy}
+READERS |= {f"toy:{variant}": _toy for variant in ("a", "b", "c", "busy")}
 
 
 # ---- commands --------------------------------------------------------------------------------------

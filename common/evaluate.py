@@ -122,6 +122,18 @@ def embed(net, videos, recipe, run, workers=0, bar=False):
     return features, bad
 
 
+def save_features(path, net, videos, classes, recipe, run, workers=0):
+    """Write `embed` of the readable videos: .npz of features (N, D), labels and names (N,), classes (K,)."""
+    found = embed(net, videos, recipe, run, workers, bar=True)
+    if found is not None and run.main:
+        features, bad = found
+        good = np.setdiff1d(np.arange(len(videos)), list(bad))
+        names = np.array([videos.name(i) for i in good])
+        with files.replacing(path) as file:
+            np.savez(file, features=features[good], labels=videos.labels[good], names=names,
+                     classes=np.array(classes))  # fmt: skip
+
+
 def _each_video(net, call, of_videos, videos, recipe, run, workers, bar):
     """(rows, bad) of all ranks; a row is (index, ...) from of_videos(call(views of a block), block)."""
     for buffer in net.buffers():  # since the last step of DDP each rank has had its own

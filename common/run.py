@@ -221,10 +221,14 @@ class Run:
 
     # ---------------------------------------------------------------------------- networks
 
+    def place(self, net, channels_last=False):
+        """The network on this rank's device, in the memory format asked for."""
+        memory = torch.channels_last_3d if channels_last else torch.contiguous_format
+        return net.to(self.device, memory_format=memory)
+
     def distribute(self, net, channels_last=False, compile=False):
         """The network on this rank's device under DistributedDataParallel."""
-        memory = torch.channels_last_3d if channels_last else torch.contiguous_format
-        net.to(self.device, memory_format=memory)
+        self.place(net, channels_last)
         if compile:
             net.compile()
         return DistributedDataParallel(net)

@@ -64,6 +64,7 @@ class Look(NamedTuple):
     outlines: tuple[str, ...] = ("blob", "star")
     inverted: bool = False  # dark shapes on bright ground
     clutter: int = 0  # at most so many small shapes that stand still
+    busy: bool = False  # a ground as bright and as sharply textured as the shapes, that stands still
 
 
 ALL = tuple(MOTIONS)
@@ -72,6 +73,7 @@ VARIANTS = {
     "a": Look((*ALL[:4], *ALL[6:10]), 60, textures=("waves",), outlines=("blob",)),
     "b": Look((*ALL[:2], *ALL[4:6], *ALL[10:]), 90, textures=("stripes",), inverted=True),
     "c": Look(ALL[2:9], 40, textures=("checks",), outlines=("star",), clutter=4),
+    "busy": Look((*ALL[:4], *ALL[6:]), 80, clutter=4, busy=True),
 }
 PARTS = ("train", "val", "test")
 
@@ -160,8 +162,13 @@ def render(variant, part, i, seed=0):
 
     x, y, *_ = drifting().astype(np.float32)[..., None, None]
     grid = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE
-    ground = _texture(grid - x, grid[:, None] - y, rng, look, cycles=2, sharpness=1)
-    pictures = _between(rng.uniform(0, 10, 3), rng.uniform(10, 30, 3), ground)  # (3, T, H, W)
+    if look.busy:
+        x, y = np.broadcast_to(x[:1], x.shape), np.broadcast_to(y[:1], y.shape)
+        ground = _texture(grid - x, grid[:, None] - y, rng, look, cycles=4, sharpness=3)
+        pictures = _between(rng.uniform(0, 160, 3), rng.uniform(120, 255, 3), ground)
+    else:
+        ground = _texture(grid - x, grid[:, None] - y, rng, look, cycles=2, sharpness=1)
+        pictures = _between(rng.uniform(0, 10, 3), rng.uniform(10, 30, 3), ground)  # (3, T, H, W)
 
     for _ in range(rng.integers(look.clutter + 1)):
         still = np.broadcast_to(rng.uniform(size=(4, 1)), (4, FRAMES))

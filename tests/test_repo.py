@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent.parent
-SCRIPTS = ["cmpl"]
+SCRIPTS = ["cmpl", "tg_distill"]
 
 
 def commands():
@@ -69,7 +69,8 @@ def test_common_knows_no_arguments_and_no_script(path):
         assert "argparse" not in source
 
 
-def test_importing_a_script_does_nothing():
-    code = "import sys, cmpl, torch; assert not torch.distributed.is_initialized(); assert len(sys.argv) == 1"
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_importing_a_script_does_nothing(script):
+    code = f"import {script}, torch; assert not torch.distributed.is_initialized()"
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stdout and not done.stderr
