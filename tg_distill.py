@@ -92,11 +92,15 @@ RECIPES = {
     "k400": dict(epochs=45, warmup=10, sup_warmup=10, batch=8),
     "k400 0.1": dict(epochs=90, warmup=15, sup_warmup=15),
     "toy": dict(
-        per_class=4, batch=8, net="r3d_10-pool", width=0.25, stride=4, size=40, area=[0.5, 1.0],
+        per_class=8, tau=0.95, batch=8, net="r3d_10-pool", width=0.25, stride=4, size=40, area=[0.5, 1.0],
         dropout=0.0, epochs=8, optimizer="adamw", lr=0.08, weight_decay=0.05, warmup=0.5, sup_warmup=1,
         precise_bn=200, clips=2, crops=1, eval_every=2, workers=1, channels_last=True,
     ),
 }  # fmt: skip
+# 90 real clips of 180 x 144 pixels; a folder with lists.
+RECIPES["weizmann"] = RECIPES["toy"] | dict(
+    per_class=2, size=64, epochs=50, warmup=3, sup_warmup=6, precise_bn=60, eval_every=25
+)
 
 
 def parse_args(argv=None):
