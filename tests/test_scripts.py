@@ -26,8 +26,9 @@ HERE = Path(__file__).resolve().parent.parent
 TINY = {
     "cmpl": "--per_class 2 --width 0.0625 --aux_width 0.0625 --size 16 --test_size 16 --jitter 20 24 "
     "--batch 2 --mu 2 --epochs 10 --clips 1 --tau 0.2 --log_every 2 --eval_every 1 --workers 0",
-    "tg_distill": "--per_class 2 --width 0.0625 --size 16 --test_size 16 --batch 2 --mu 2 --epochs 5 "
-    "--clips 1 --tau 0.1 --warmup 1 --sup_warmup 1 --precise_bn 10 --log_every 2 --eval_every 1 --workers 0",
+    "tg_distill": "--per_class 2 --width 0.0625 --size 16 --test_size 16 --batch 2 --mu 2 --unlabelled rest "
+    "--epochs 10 --clips 1 --tau 0.1 --warmup 1 --sup_warmup 1 --precise_bn 10 --log_every 2 --eval_every 1 "
+    "--workers 0",
 }
 # What the last line of log.jsonl, a quick test, says of the networks.
 LOGGED = {"cmpl": {"pri_top1", "aux_top1", "kept_aux", "agree"}, "tg_distill": {"rgb_top1", "tg_top1"}}
@@ -320,7 +321,7 @@ VARIANTS = {
         "--w_kd 0 --w_clr 0 --optimizer sgd --average softmax --crops 3",
         "--nets tg --no-tg_round --interval 7 --precise_bn 0 --no-train_accuracy",
         "--align l1 --align_stages 3,4 --no-stopgrad --w_clr 0 --pseudo tg --dropout 0.5 --clip_grad 0",
-        "--w_kd 0 --pseudo self --flip --unlabelled rest --no-channels_last --net r3d_10",
+        "--w_kd 0 --pseudo self --flip --unlabelled all --no-channels_last --net r3d_10",
     ],
 }
 
