@@ -111,14 +111,12 @@ def parse_args(argv=None):
     g = p.run()
     g.add_argument("--keep_every", type=int, default=1, help="thin test clips, Fig. 5")
     args = p.parse(argv)
-    if not 0 <= args.tau <= 1:
-        p.error(f"--tau is a probability, not {args.tau}")
+    p.share(args, "tau")
+    p.rand_augment(args)
     p.at_least(1, args, "batch", "mu", "frames", "stride", "aux_frames", "aux_stride", "keep_every")
     p.at_least(0, args, "lam", "offset", "epochs", "lr", "weight_decay", "warmup")
     if not 1 <= args.jitter[0] <= args.jitter[1]:
         p.error(f"--jitter is a range such as 256 320, not {args.jitter[0]} {args.jitter[1]}")
-    if args.rand_augment[0] < 0 or not 0 <= args.rand_augment[1] <= 10:
-        p.error(f"--rand_augment is a number of operations and a magnitude up to 10, not {args.rand_augment}")
     if args.lam == 0:
         args.aux = "none"  # without Eq. 4 the auxiliary network teaches nobody
     return args
@@ -296,7 +294,7 @@ def train(args, run):
     if args.eval:
         changes = dict(clips=args.clips, crops=args.crops, keep_every=args.keep_every)
         net, recipe = evaluate.load_for(args.eval, data, run.device, **changes)
-        evaluate.report(net, data, recipe, run, args.workers, **wanted(args), seed=args.seed)
+        evaluate.report(net, data, recipe, run, args.workers, **wanted(args))
         return
 
     videos_l, videos_u = datasets.semi_supervised(
@@ -304,6 +302,8 @@ def train(args, run):
     )  # D3
     if args.lam and len(videos_l) == len(data.train):
         raise UserError("every training video has a label: add --lam 0, or lower --ratio")
+    if not args.lam:
+        run.say("supervised: of the unlabelled videos only the number counts, for the steps (D1)")
     sample, view_l, view_u = (partial(f, args=args) for f in (windows, labelled_views, unlabelled_views))
     sources = [(video.Clips(videos_l, sample, view_l, 2 * args.seed), args.batch)]
     if args.lam:
@@ -354,7 +354,7 @@ def train(args, run):
         whole = replace(recipe, keep_every=1)
         evaluate.save_model(run.out / "model.pt", pri.module, build, data.classes, whole)
     quick_test(args, run, data, pri, aux, total)
-    evaluate.report(pri.module, data, recipe, run, args.workers, **wanted(args), seed=args.seed)
+    evaluate.report(pri.module, data, recipe, run, args.workers, **wanted(args))
 
 
 def quick_test(args, run, data, pri, aux, step):

@@ -6,16 +6,16 @@ Few videos have a label, most have none. A network that sees the temporal gradie
 two near frames, learns actions from few labels far better than one that sees the frames: what stands still
 is gone, and so are its colours. Here both are trained side by side as FixMatch on labels they make
 together, and the RGB network is pulled to the TG network, in every stage of the backbone and in a common
-embedding. Only the RGB network is kept, so a test costs what it did.
+embedding. A test needs the RGB network alone, so it costs what it did.
 
-    frames t     -- crop, flip --> x_rgb --> RGB student --> f_1..f_4, z, p_rgb --+
-                    (the same)                 ^    ^                             +-- (p_rgb + p_tg) / 2
-    frames t + n -- crop, flip --> x_tg  -->   |    |                             |     >= tau ? --> label y
-             x_tg = (x_t - x_t+n + 255) / 2    |    |                             |
-                                  TG teacher --+----+----> f_1..f_4, z, p_tg -----+
-                              f: alignment, Eq. 9  z: contrast, Eq. 10
+    frames t      } one crop   x_rgb --> RGB student --> four stages, embedding, p_rgb --+
+    frames t + n  } and flip                                  ^           ^              |  mean >= tau ?
+                                                              | Eq. 9     | Eq. 10       +----> label y
+             their difference  x_tg  --> TG teacher  --> four stages, embedding, p_tg  --+     (Eq. 2, 5)
 
-    labelled, weak: all of the above;    strong = RandAugment(weak): both networks learn y (Eq. 3)
+    weak x_rgb, x_tg:     all of the above
+    strong, RandAugment of either: both networks learn y (Eq. 3)
+    labelled x_rgb, x_tg: both learn the true label (Eq. 1); Eq. 9 and 10 as for weak ones
 
 Equations:  Eq. 1 -> supervised_loss    Eq. 2, 5 -> fuse + pseudo_label    Eq. 3 -> unlabelled_loss
             Eq. 4, 6 -> fixmatch_loss   Eq. 7, 8 -> distance    Eq. 9 -> alignment_loss
@@ -48,19 +48,22 @@ D6  TG is made of the cropped frames, so that student and teacher see the same p
 D7  The strong view is the weak one after RandAugment, on TG as if it were a picture and drawn for RGB
     and TG apart, as in the code. The code's has a fixed strength, signs drawn once per process, and also
     inversion and Cutout; here strength and sign are drawn for each clip.
-D8  All clips of a network go through it in one pass, so batch norm sees the mixture, as in the code.
+D8  All clips of a network go through it in one pass, as in the code: batch norm, synchronised over GPUs
+    (`--no-sync_bn`), sees the mixture, and the weak views that make labels have dropout. Weight decay
+    acts on every parameter.
 D9  Eq. 8 has no normaliser: means over clips and positions, 1 - cos in place of -cos (the same gradient),
     and for L1 and L2 mean absolute and mean squared differences. Eq. 9 sums over the stages.
 D10 Eq. 10 both ways, RGB to TG and back, halved; negatives are of the other modality only, from all
-    GPUs, with their gradient, as in the code. The heads are of the backbone's width (512), with batch
-    norm after each layer, the last without scale and shift.
+    GPUs, with their gradient, as in the code. The heads are of the backbone's width (512), drawn with
+    deviation 0.01, with batch norm after each layer, the last without scale and shift.
 D11 The warm-ups last 30 epochs on UCF-101, 60 on HMDB-51, 10 and 15 on Kinetics-400, as in the code: the
     learning rate rises from a tenth, and Eq. 3 counts only afterwards. Gradients are clipped to norm 40.
+    On Kinetics-400 a GPU has 8 + 8 clips, as in the code; Sec. 4.2 says 5 + 5 for all.
 D12 PreciseBN renews the statistics of a copy, at every test and for the network tested, from centre crops
     of `--precise_bn` training videos; the code's 200 batches of 40 (HMDB-51: 120). They pool all clips,
     where the code averages the variances of batches.
-D13 Test clips are spread evenly from the first to the last frame, and their logits are averaged, as in
-    the code; `--average softmax`.
+D13 Test clips are spread evenly from the first to the last frame; the code's stand in the middle of ten
+    equal parts. Their logits are averaged, as in the code; `--average softmax`.
 D14 Corruptions (Table 5) have imgaug's range, a factor in 0.5 to 1.5, drawn once per video.
 """
 
@@ -76,7 +79,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms.v2 import functional as V
 
 from common import UserError, augment, backbones, datasets, evaluate, optim, show, video
@@ -84,7 +86,6 @@ from common.flags import FREE, Parser, wanted
 from common.run import Run
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # D6
-PRECISE_BLOCK = 40  # clips that go through the network at once for PreciseBN: the code's 8 x 5, D12
 # Defaults per data set (the flags' own defaults are UCF-101's). Sec. 4.2 and D11.
 RECIPES = {
     "ucf101": {},
@@ -142,18 +143,19 @@ def parse_args(argv=None):
     g.add_argument("--precise_bn", type=int, default=8000, help="training videos; 0: off, Table 3f, D12")
     g = p.run()
     g.add_argument("--average", choices=["logits", "softmax"], default="logits", help="of test views, D13")
-    g.add_argument("--train_accuracy", action=argparse.BooleanOptionalAction, default=True, help="Table 6")
+    g.add_argument("--train_accuracy", action=argparse.BooleanOptionalAction, default=True,
+                   help="test the labelled videos too, Table 6")  # fmt: skip
     g.add_argument("--corrupt", choices=list(CORRUPTIONS), help="test videos of --eval, Table 5")
     g.add_argument("--cam", metavar="DIR", help="Grad-CAM sheets of --eval, Fig. 4")
     g.add_argument("--cam_with", metavar="MODEL.PT", nargs="*", default=[], help="more models for the sheets")
     g.add_argument("--cam_videos", type=int, default=8, help="number of sheets")
     g.add_argument("--features", metavar="FILE.NPZ", help="embeddings of the test set by --eval, Fig. 5")
-    args = p.parse(argv)
+    args = p.parse(argv, also=["corrupt"])
     p.at_least(1, args, "batch", "mu", "frames", "stride", "interval", "cam_videos")
     p.at_least(0, args, "w_fm", "w_kd", "w_clr", "lam_u", "epochs", "lr", "weight_decay", "warmup",
                "sup_warmup", "clip_grad", "precise_bn")  # fmt: skip
-    if not 0 <= args.tau <= 1:
-        p.error(f"--tau is a probability, not {args.tau}")
+    p.share(args, "tau")
+    p.rand_augment(args)
     if not 0 < args.temperature < math.inf:
         p.error(f"--temperature must be positive, not {args.temperature}")
     if not 0 < args.area[0] <= args.area[1] <= 1:
@@ -161,8 +163,6 @@ def parse_args(argv=None):
     stages = args.align_stages.split(",")
     if not set(stages) <= set("1234") or len(set(stages)) < len(stages):
         p.error(f"--align_stages lists stages such as 1,2,3,4, not {args.align_stages}")
-    if args.rand_augment[0] < 0 or not 0 <= args.rand_augment[1] <= 10:
-        p.error(f"--rand_augment is a number of operations and a magnitude up to 10, not {args.rand_augment}")
     if args.cam_with and not args.cam:
         p.error("--cam_with needs the folder of the sheets: --cam DIR")
     if not args.eval and (args.corrupt or args.cam or args.features):
@@ -264,11 +264,12 @@ def contrastive_loss(z_rgb, z_tg, temperature):
     on all ranks, gradient into both; the mean over queries and both ways. With the ranks' gradients
     averaged, as DDP does, that is the loss and gradient of the joint batch.
     """
-    q_rgb, q_tg = F.normalize(z_rgb.float(), dim=1), F.normalize(z_tg.float(), dim=1)
-    k_rgb, k_tg = gather(q_rgb), gather(q_tg)  # (B of all ranks, D)
-    positive = torch.arange(len(q_rgb), device=q_rgb.device) + rank() * len(q_rgb)
-    to_tg = F.cross_entropy(q_rgb @ k_tg.T / temperature, positive)
-    to_rgb = F.cross_entropy(q_tg @ k_rgb.T / temperature, positive)
+    with torch.autocast(z_rgb.device.type, enabled=False):  # similarities in float32
+        q_rgb, q_tg = F.normalize(z_rgb.float(), dim=1), F.normalize(z_tg.float(), dim=1)
+        k_rgb, k_tg = gather(q_rgb), gather(q_tg)  # (B of all ranks, D)
+        positive = torch.arange(len(q_rgb), device=q_rgb.device) + rank() * len(q_rgb)
+        to_tg = F.cross_entropy(q_rgb @ k_tg.T / temperature, positive)
+        to_rgb = F.cross_entropy(q_tg @ k_rgb.T / temperature, positive)
     return (to_tg + to_rgb) / 2  # D10
 
 
@@ -323,7 +324,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)  # every rank's loss depends on this rank's part
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -357,12 +358,12 @@ class Network(nn.Module):
         self.backbone = backbone
         self.head = projection_head(backbone.fc.in_features) if project else None
 
-    def forward(self, x, n):
-        """Logits (B, K) of all clips; of the first n the four stages' outputs and the embedding (n, D)."""
+    def forward(self, x, first):
+        """Logits (B, K) of all clips; of the `first` ones the four stages' outputs and the embedding."""
         stages = self.backbone.features(x)
         z = stages[-1].mean((2, 3, 4))
         logits = self.backbone.fc(self.backbone.dropout(z))
-        return logits, [stage[:n] for stage in stages], self.head(z[:n]) if self.head else None
+        return logits, [stage[:first] for stage in stages], self.head(z[:first]) if self.head else None
 
 
 def projection_head(D):
@@ -388,48 +389,6 @@ def build_networks(args, classes, run):
     return nets, build
 
 
-@torch.no_grad()
-def precise_bn(net, videos, recipe, run, workers):
-    """Give every batch norm of `net` the mean and variance of its inputs over all clips of `videos`.
-
-    PreciseBN (Wu and Johnson 2021; Table 3f). A layer's inputs are normalised before it by the statistics of
-    blocks of PRECISE_BLOCK clips, which do not depend on the number of ranks; all clips of all ranks
-    count alike. Unreadable videos are left out, and a block that has one clip, which has no variance. A
-    signal ends it early: the test that follows then stops as well. UserError if nothing can be read.
-    """
-    norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
-    sums = [torch.zeros(3, norm.num_features, dtype=torch.float64, device=run.device) for norm in norms]
-
-    def add(total, module, inputs):  # numbers, sums and squares
-        x = inputs[0].float()
-        n = x.numel() // x.shape[1]
-        var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
-        mean, var = mean.double(), var.double()
-        total += n * torch.stack([torch.ones_like(mean), mean, var + mean**2])
-
-    pairs = list(zip(norms, sums, strict=True))
-    hooks = [norm.register_forward_pre_hook(partial(add, total)) for norm, total in pairs]
-    views = video.Views(videos, recipe.sample, recipe.view)
-    net.train()
-    for batch in video.watched(video.test_loader(views, PRECISE_BLOCK, run.rank, run.world, workers)):
-        if batch["views"] is not None and len(batch["views"]) > 1:
-            with run.autocast():
-                net.embed(recipe.to_input(batch["views"], run.device))
-        if run.stop:
-            break
-    for hook in hooks:
-        hook.remove()
-    for norm, total in pairs:
-        dist.all_reduce(total)
-        n = total[0].clamp_min(2)
-        mean, square = total[1] / n, total[2] / n
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_((square - mean**2) * n / (n - 1))
-    if not sums[0].any() and not run.stop:
-        raise UserError(f"none of the {len(videos)} videos of --precise_bn can be read")
-    net.eval()
-
-
 def for_test(net, build, args, data, recipe, run):
     """A copy of the backbone of `net` with exact batch-norm statistics (D12); training never sees it."""
     copy = backbones.build(**build)
@@ -438,7 +397,7 @@ def for_test(net, build, args, data, recipe, run):
     if args.precise_bn:
         chosen = np.random.default_rng(args.seed).permutation(len(data.train))[: args.precise_bn]
         centre = replace(recipe, clips=1, crops=1, size=args.size)
-        precise_bn(copy, data.train.subset(np.sort(chosen)), centre, run, args.workers)
+        evaluate.precise_bn(copy, data.train.subset(np.sort(chosen)), centre, run, args.workers)
     return copy
 
 
@@ -447,8 +406,9 @@ def for_test(net, build, args, data, recipe, run):
 
 def windows(source, rng, args):
     """Indices of the frames t of a clip and, behind them, of the frames t + n, decoded together."""
-    n = max(1, len(source) - args.interval)  # frames with one after them
-    return [with_next(video.dense(n, args.frames, args.stride, rng), len(source), args.interval)]
+    usable = max(1, len(source) - args.interval)  # frames with one n after them; for RGB alone as well
+    t = video.dense(usable, args.frames, args.stride, rng)
+    return [t if args.nets == "rgb" else with_next(t, len(source), args.interval)]
 
 
 def with_next(t, length, interval):
@@ -467,21 +427,23 @@ def strong(clip, args):
     return augment.rand_augment(clip.to(torch.uint8), *args.rand_augment)
 
 
-def both(clip, args):
-    """{net: (T, C, H, W)} of the two halves of a clip, which went through the same crop and flip."""
+def networks_views(clip, args):
+    """{net: (T, C, H, W)} of a clip of frames t and t + n, which went through one crop and flip."""
+    if args.nets == "rgb":
+        return {"rgb": clip}
     x, x_next = clip.chunk(2)
-    views = {"rgb": x, "tg": temporal_gradient(x, x_next, args.tg_round)}
-    return views if args.nets == "both" else {args.nets: views[args.nets]}
+    tg = temporal_gradient(x, x_next, args.tg_round)
+    return {"rgb": x, "tg": tg} if args.nets == "both" else {"tg": tg}
 
 
 def labelled_views(clips, args):
     """The weak view of each network."""
-    return tuple(both(weak(clips[0], args), args).values())
+    return tuple(networks_views(weak(clips[0], args), args).values())
 
 
 def unlabelled_views(clips, args):
     """(weak, strong) of each network."""
-    views = both(weak(clips[0], args), args).values()
+    views = networks_views(weak(clips[0], args), args).values()
     return tuple(view for x in views for view in (x, strong(x, args)))
 
 
@@ -499,7 +461,7 @@ CORRUPTIONS = {
 
 
 @dataclass(frozen=True)
-class Input(evaluate.Recipe):
+class TestRecipe(evaluate.Recipe):
     """A Recipe for a network on TG (interval n, or 0 for RGB), or for corrupted videos."""
 
     interval: int = 0
@@ -510,8 +472,8 @@ class Input(evaluate.Recipe):
         """Frame indices of the clips; for TG the frames t and then the frames t + n."""
         if not self.interval:
             return super().sample(source)
-        n = max(1, len(source) - self.interval)
-        clips = video.dense_test(n, self.frames, self.stride, self.clips)
+        usable = max(1, len(source) - self.interval)
+        clips = video.dense_test(usable, self.frames, self.stride, self.clips)
         return [with_next(t, len(source), self.interval) for t in clips]
 
     def view(self, clips):
@@ -528,7 +490,7 @@ def recipes_of(args):
     side = args.test_size  # short side and crop
     same = dict(clips=args.clips, crops=args.crops, short_side=side, size=side, average=args.average)
     rgb = evaluate.Recipe(args.frames, args.stride, **same, mean=MEAN, std=STD)
-    return {"rgb": rgb, "tg": Input(**asdict(rgb), interval=args.interval, rounded=args.tg_round)}
+    return {"rgb": rgb, "tg": TestRecipe(**asdict(rgb), interval=args.interval, rounded=args.tg_round)}
 
 
 # -------------------------------------------------------------------------------- training
@@ -623,7 +585,7 @@ def quick_test(args, run, data, nets, build, recipes, step):
 
 def final_test(args, run, data, net, recipe, videos_l):
     """All views of every test video and, for Table 6, of the labelled videos."""
-    words = wanted(args) | {"seed": args.seed} | ({"corrupt": args.corrupt} if args.corrupt else {})
+    words = wanted(args, also=["corrupt"])
     if videos_l is not None and args.train_accuracy:
         scores = evaluate.score(net, videos_l, recipe, run, args.workers, bar=True)
         words |= {} if scores is None else {"train_top1": evaluate.metrics(scores)["top1"]}
@@ -634,16 +596,18 @@ def final_test(args, run, data, net, recipe, videos_l):
 
 
 def test_only(args, data, run):
-    """--eval: the test, the training accuracy if labelled.txt lies beside the model, and the figures."""
+    """--eval: the test, the accuracy on the labelled videos that lie beside the model, and the figures."""
     changes = dict(clips=args.clips, crops=args.crops, average=args.average, corrupt=args.corrupt)
-    net, recipe = evaluate.load_for(args.eval, data, run.device, Input, **changes)
-    beside = Path(args.eval).with_name("labelled.txt")
-    videos_l = None
-    if beside.exists() and not args.corrupt:
-        videos_l = data.train.subset(datasets.labelled(data, listfile=str(beside)))
+    net, recipe = evaluate.load_for(args.eval, data, run.device, TestRecipe, **changes)
+    beside, videos_l = Path(args.eval).with_name("labelled.txt"), None
+    if args.train_accuracy and beside.exists() and not args.corrupt:
+        try:
+            videos_l = data.train.subset(datasets.labelled(data, listfile=str(beside)))
+        except UserError as error:  # trained on another data set
+            run.say(f"no accuracy on labelled videos: {error}")
     if args.cam:
         models = {args.eval: (net, recipe)}
-        models |= {path: evaluate.load_for(path, data, run.device, Input) for path in args.cam_with}
+        models |= {path: evaluate.load_for(path, data, run.device, TestRecipe) for path in args.cam_with}
         run.on_main(show.cam_sheets, args.cam, data.test, data.classes, models, args.cam_videos, run.device)
     if args.features:
         evaluate.save_features(args.features, net, data.test, data.classes, recipe, run, args.workers)

@@ -12,10 +12,13 @@ import csv
 import io
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 from common import UserError, augment, backbones, files, video
@@ -124,14 +127,18 @@ def embed(net, videos, recipe, run, workers=0, bar=False):
 
 def save_features(path, net, videos, classes, recipe, run, workers=0):
     """Write `embed` of the readable videos: .npz of features (N, D), labels and names (N,), classes (K,)."""
-    found = embed(net, videos, recipe, run, workers, bar=True)
-    if found is not None and run.main:
-        features, bad = found
-        good = np.setdiff1d(np.arange(len(videos)), list(bad))
+
+
+    def write(features, good):
         names = np.array([videos.name(i) for i in good])
         with files.replacing(path) as file:
             np.savez(file, features=features[good], labels=videos.labels[good], names=names,
                      classes=np.array(classes))  # fmt: skip
+
+    run.on_main(files.make_folder, Path(path).parent)  # before the long work
+    found = embed(net, videos, recipe, run, workers, bar=True)
+    if found is not None:
+        run.on_main(write, found[0], np.setdiff1d(np.arange(len(videos)), list(found[1])))
 
 
 def _each_video(net, call, of_videos, videos, recipe, run, workers, bar):
@@ -143,7 +150,7 @@ def _each_video(net, call, of_videos, videos, recipe, run, workers, bar):
     views = video.Views(videos, recipe.sample, recipe.view, short_side=recipe.short_side)
     block = max(1, VIEWS_PER_BATCH // recipe.views)
     loader = video.test_loader(views, block, run.rank, run.world, workers)
-    rows, bad, halted = [], {}, False
+    rows, bad = [], {}
     quiet = not (bar and run.main and sys.stderr.isatty())
     for batch in tqdm(video.watched(loader), total=len(loader), desc="scoring", leave=False, disable=quiet):
         bad.update(batch["bad"])
@@ -153,10 +160,9 @@ def _each_video(net, call, of_videos, videos, recipe, run, workers, bar):
                 y = torch.cat([call(part) for part in x.split(VIEWS_PER_BATCH)])
             rows += of_videos(y.float().cpu(), batch)
         if run.stop:
-            halted = True
             break
     net.train(was_training)
-    return _gather(rows, bad, halted, videos, run.world)
+    return _gather(rows, bad, run.stop, videos, run.world)  # also of a rank without videos
 
 
 def average_views(logits, batch, average, multilabel):
@@ -192,6 +198,46 @@ def _gather(rows, bad, halted, videos, world):
     if not rows:
         raise UserError(f"none of the {len(videos)} test videos can be read: {next(iter(bad.values()))}")
     return rows, bad
+
+
+@torch.no_grad()
+def precise_bn(net, videos, recipe, run, workers=0, block=40):
+    """Give every batch norm of `net` the mean and variance of its inputs over all clips of `videos`.
+
+    PreciseBN (Wu and Johnson 2021, section 3). The layers before it are normalised by the statistics of
+    blocks of `block` videos, which do not depend on the number of ranks; all clips of all ranks count
+    alike. Left out are unreadable videos, and a block of a single clip, which may have no variance; with
+    nothing left the statistics stay. A signal ends it early: the test that follows then stops as well.
+    """
+    norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    sums = [torch.zeros(3, norm.num_features, dtype=torch.float64, device=run.device) for norm in norms]
+
+    def add(total, module, inputs):  # numbers, sums and squares
+        x = inputs[0].float()
+        count = x.numel() // x.shape[1]
+        var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+        mean, var = mean.double(), var.double()
+        total += count * torch.stack([torch.ones_like(mean), mean, var + mean**2])
+
+    pairs = list(zip(norms, sums, strict=True))
+    hooks = [norm.register_forward_pre_hook(partial(add, total)) for norm, total in pairs]
+    views = video.Views(videos, recipe.sample, recipe.view)
+    net.train()
+    for batch in video.watched(video.test_loader(views, block, run.rank, run.world, workers)):
+        if batch["views"] is not None and len(batch["views"]) > 1:
+            with run.autocast():
+                net.embed(recipe.to_input(batch["views"], run.device))
+        if run.stop:
+            break
+    for hook in hooks:
+        hook.remove()
+    for norm, total in pairs:
+        dist.all_reduce(total)
+        if total.any():
+            count, mean, square = total[0], total[1] / total[0], total[2] / total[0]
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_((square - mean**2) * count / (count - 1))
+    net.eval()
 
 
 # -------------------------------------------------------------------------------- metrics
@@ -300,18 +346,16 @@ def load_for(path, data, device, recipe=Recipe, **changes):
 def report(net, data, recipe, run, workers, **words):
     """The last test of a run: all views of every test video.
 
-    Writes predictions.csv, per_class.csv and result.json, prints RESULT with `words` in front. Returns
-    False if a signal has stopped it.
+    Writes predictions.csv, per_class.csv and result.json, prints RESULT with `words` in front.
     """
     scores = score(net, data.test, recipe, run, workers, bar=True)
     if scores is None:
         run.say("stopped by a signal during the test; the same command tests again")
-        return False
+        return
     if run.main:
         write_files(run.out, scores, data.test, data.classes)
     run.result({"script": run.script, "data": data.name, **words, **metrics(scores),
                 "seconds": round(run.seconds)})  # fmt: skip
-    return True
 
 
 @torch.no_grad()

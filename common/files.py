@@ -1,6 +1,7 @@
 """Files that are complete or absent, and checkpoints that are safe to read."""
 
 import os
+import tempfile
 import threading
 import zipfile
 from pathlib import Path
@@ -14,6 +15,16 @@ def free_bytes(folder):
     """Bytes that can still be written to the disk of `folder`."""
     disk = os.statvfs(folder)
     return disk.f_bavail * disk.f_frsize
+
+
+def make_folder(path):
+    """Make a folder where there is none, and try to write in it: OSError before long work, not after."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 class replacing:

@@ -66,8 +66,11 @@ class Parser(argparse.ArgumentParser):
         g.add_argument("--channels_last", action=argparse.BooleanOptionalAction, help="memory layout")
         return g
 
-    def parse(self, argv=None):
-        """The arguments, with the defaults of the recipe, checked; what follows from others is filled in."""
+    def parse(self, argv=None, also=()):
+        """The arguments, with the defaults of the recipe, checked; what follows from others is filled in.
+
+        also: flags of --eval whose values make it another test, in another folder.
+        """
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--data", default="toy")
         first.add_argument("--ratio", type=float)
@@ -91,11 +94,26 @@ class Parser(argparse.ArgumentParser):
             args.ratio = 0.01
         args.test_size = args.test_size or round(args.size * 8 / 7)
         data, labels = Path(args.data).name.replace(":", "-"), args.ratio or args.per_class or "list"
-        tested = args.eval and f"{Path(args.eval).parent}/eval_{data}"
+        net = Path(args.eval or "").stem.removeprefix("model")
+        test = "_".join(filter(None, ["eval", data, net, *(getattr(args, name) for name in also)]))
+        tested = args.eval and f"{Path(args.eval).parent}/{test}"
         args.out = args.out or tested or f"runs/{self.script}_{data}_{labels}_{args.seed}"
         if args.eval and Path(args.out, "last.pt").exists():
             self.error(f"--out {args.out} is the folder of a training run: choose another for --eval")
         return args
+
+    def share(self, args, *names):
+        """Refuse what is not in [0, 1]."""
+        for name in names:
+            if not 0 <= getattr(args, name) <= 1:
+                self.error(f"--{name} is a share in [0, 1], not {getattr(args, name)}")
+
+    def rand_augment(self, args):
+        """Refuse what augment.rand_augment cannot do."""
+        operations, magnitude = args.rand_augment
+        if operations < 0 or not 0 <= magnitude <= 10:
+            self.error(f"--rand_augment is a number of operations and a magnitude up to 10, not {operations} "
+                       f"{magnitude}")  # fmt: skip
 
     def at_least(self, least, args, *names):
         """Refuse numbers below `least`, infinite ones and NaN."""
@@ -104,7 +122,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
 
 
-def wanted(args):
-    """Which labels were asked for, {flag: value}, for the RESULT line."""
-    flags = {name: getattr(args, name) for name in ("ratio", "per_class", "labelled_list")}
-    return {name: value for name, value in flags.items() if value is not None}
+def wanted(args, also=()):
+    """What was asked for, {flag: value}, for the RESULT line: labels and seed, or which model to test."""
+    names = ("eval", *also) if args.eval else ("ratio", "per_class", "labelled_list", "seed")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}

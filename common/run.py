@@ -202,13 +202,18 @@ class Run:
             sys.stdout.flush()
 
     def on_main(self, function, *args):
-        """Run `function` on rank 0 alone; its value, or its UserError, reaches every rank."""
+        """Run `function` on rank 0 alone; its value, or its UserError, reaches every rank.
+
+        A file that cannot be written is a UserError, too.
+        """
         box = [None, None]
         if self.main:
             try:
                 box[0] = function(*args)
             except UserError as error:
                 box[1] = str(error)
+            except OSError as error:
+                box[1] = f"{error.filename} cannot be written: {error.strerror}"
         dist.broadcast_object_list(box)
         if box[1] is not None:
             raise UserError(box[1])
@@ -252,7 +257,7 @@ class Run:
         each dict, are named in bad_videos.txt at the next logged step.
         """
         self.total = total
-        self.videos = sum(len(source) for source in videos)
+        self.videos = len({source.name(i) for source in videos for i in range(len(source))})
         self.bar = tqdm(total=total, initial=start, dynamic_ncols=True, smoothing=0.05,
                         disable=not (self.main and sys.stderr.isatty()))  # fmt: skip
         self.mark = time.perf_counter()
@@ -278,9 +283,10 @@ class Run:
 
     @contextmanager
     def untimed(self):
-        """What is done inside (a test between two steps) does not count as computing."""
+        """What is done inside (a test between two steps) is not timed and leaves the step's randomness."""
         began = time.perf_counter()
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
         self.mark += time.perf_counter() - began
 
     def _orphaned(self):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from common import UserError, evaluate, files, video
+from common import evaluate, files, video
 
 CAPTION = 14  # pixels of a line of text
 
@@ -39,44 +39,42 @@ def heat(clip, values):
     return ((clip + colours) / 2).to(torch.uint8)
 
 
-def grad_cam(net, x, y, size):
+def grad_cam(net, x, y):
     """Grad-CAM of the last stage (Selvaraju et al. 2017, Eq. 1, 2).
 
-    x (B, C, T, H, W), y (B,) classes. Returns (B, *size) in 0..1, size a clip (T, H, W):
-    where the channels that speak for y respond, ReLU(sum_c a_c A_c), a_c the mean of d logit_y / dA_c.
+    x (B, C, T, H, W), y (B,) classes. Returns (B, T, H, W) in 0..1: where the channels that speak for y
+    respond, ReLU(sum_c a_c A_c), a_c the mean of d logit_y / dA_c.
     """
     f = net.features(x)[-1]  # (B, D, T', H', W')
     logits = net.fc(f.mean((2, 3, 4)))
     grad = torch.autograd.grad(logits.gather(1, y[:, None]).sum(), f)[0]
     cam = (grad.mean((2, 3, 4), keepdim=True) * f).sum(1, keepdim=True).relu()
-    cam = F.interpolate(cam.detach().float(), size, mode="trilinear")[:, 0]
+    cam = F.interpolate(cam.detach().float(), x.shape[2:], mode="trilinear")[:, 0]
     return cam / cam.amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
 
 
 def cam_sheets(folder, videos, classes, models, count, device):
-    """Grad-CAM of `models` {name: (net, recipe)} on the same frames: one PNG for each of `count` videos.
+    """Grad-CAM of `models` {name: (net, recipe)} on the same videos: one PNG for each of `count` videos.
 
-    The videos are spread evenly over the list; rows are the central clip and, for each model, where it
-    looks for the true class, with the class it says. A video that cannot be read is left out.
+    The videos are spread evenly over the list; rows are the central clip and, for each model, what it
+    sees of that, under where it looks for the true class, with the class it says. A video that cannot
+    be read is left out. Raises OSError if the folder cannot be written.
     """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--cam {folder} cannot be written: {error.strerror}") from None
+    files.make_folder(folder)
     chosen = np.linspace(0, len(videos) - 1, min(count, len(videos))).round().astype(int)
     for i in chosen.tolist():
         rows, captions = [], []
         for name, (net, recipe) in models.items():
             recipe = replace(recipe, clips=1, crops=1)
-            item = video.Views(videos, recipe.sample, recipe.view)[i]
+            item = video.Views(videos, recipe.sample, recipe.view, recipe.short_side)[i]
             if item["bad"]:
                 break
             if not rows:
                 seen = evaluate.Recipe(recipe.frames, recipe.stride, 1, 1, recipe.short_side, recipe.size)
-                rows.append(video.Views(videos, seen.sample, seen.view)[i]["views"][0])
+                rows.append(video.Views(videos, seen.sample, seen.view, seen.short_side)[i]["views"][0])
                 captions.append(f"{videos.name(i)}: {classes[item['label']]}")
             x, y = recipe.to_input(item["views"], device), item["label"][None].to(device)
-            rows.append(heat(rows[0], grad_cam(net, x, y, rows[0][:, 0].shape)[0].cpu()))
+            rows.append(heat(item["views"][0], grad_cam(net, x, y)[0].cpu()))
             with torch.no_grad():
                 captions.append(f"{name}: {classes[net(x).argmax(1)]}")
         if rows:

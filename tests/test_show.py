@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 
 from common import show
 from common.datasets import Videos
@@ -70,21 +71,30 @@ X = torch.tensor([[[[[1.0, 2.0], [3.0, 4.0]]], [[[1.0, 1.0], [5.0, 1.0]]]]])  # 
 
 @pytest.mark.parametrize("y, cam", [(0, [[0, 1 / 3], [0, 1]]), (1, [[0, 0], [1, 0]])])
 def test_grad_cam_by_hand(y, cam):
-    found = show.grad_cam(Tiny(), X, torch.tensor([y]), (1, 2, 2))
+    found = show.grad_cam(Tiny(), X, torch.tensor([y]))
     assert found.shape == (1, 1, 2, 2) and not found.requires_grad
     assert found[0, 0].numpy() == pytest.approx(np.array(cam), abs=1e-6)
 
 
 def test_grad_cam_of_each_clip_and_its_own_class():
     x = torch.cat([X, 10 * X, -X])  # the last: what speaks for class 1 there speaks for class 0 in the first
-    found = show.grad_cam(Tiny(), x, torch.tensor([0, 1, 1]), (1, 2, 2))[:, 0]
+    found = show.grad_cam(Tiny(), x, torch.tensor([0, 1, 1]))[:, 0]
     assert torch.allclose(found[2], found[0]) and found[1].tolist() == [[0, 0], [1, 0]]
     assert found.amax((1, 2)).tolist() == [1, 1, 1]
 
 
+class Coarse(Tiny):
+    """The same with a stage of half the clip's size."""
+
+    def features(self, x):
+        return super().features(F.avg_pool3d(x, (1, 2, 2)))
+
+
 def test_grad_cam_is_resized_and_may_be_empty():
-    found = show.grad_cam(Tiny(), torch.cat([X, torch.ones(1, 2, 1, 2, 2)]), torch.tensor([0, 0]), (3, 8, 6))
-    assert found.shape == (2, 3, 8, 6) and found.min() == 0 and found[0].max() == 1
+    x = torch.cat([X, torch.ones(1, 2, 1, 2, 2)]).expand(2, 2, 3, 2, 2)
+    x = x.repeat_interleave(2, 3).repeat_interleave(2, 4)  # (2, 2, 3, 4, 4)
+    found = show.grad_cam(Coarse(), x, torch.tensor([0, 0]))
+    assert found.shape == (2, 3, 4, 4) and found.min() == 0 and found[0].max() == 1
     assert not found[1].any()  # no channel speaks for the class
     assert found[0, 0, -1, -1] == 1 and found[0, 0, 0, 0] == 0 and torch.equal(found[0, 0], found[0, 2])
 

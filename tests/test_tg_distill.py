@@ -83,7 +83,7 @@ def test_tg_of_views_is_that_of_each():
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 9, 64, 65, 72, 300])
 def test_frames_t_and_t_plus_n(length, interval):
     args = arguments(interval=interval)
-    recipe = tg_distill.Input(8, 8, 3, 1, interval=interval)
+    recipe = tg_distill.TestRecipe(8, 8, 3, 1, interval=interval)
     drawn = [tg_distill.windows(range(length), np.random.default_rng(s), args) for s in range(50)]
     assert all(len(clips) == 1 for clips in drawn)  # one array, so one decode and one crop
     for window in [clips[0] for clips in drawn] + recipe.sample(range(length)):
@@ -102,7 +102,7 @@ def test_windows_start_anywhere():
     args, drawn = arguments(), range(300)
     starts = {int(tg_distill.windows(range(72), np.random.default_rng(s), args)[0][0]) for s in drawn}
     assert starts == set(range(8))
-    recipe = tg_distill.Input(8, 8, 3, 1, interval=1)
+    recipe = tg_distill.TestRecipe(8, 8, 3, 1, interval=1)
     assert [int(w[0]) for w in recipe.sample(range(72))] in ([0, 3, 7], [0, 4, 7])
     plain = evaluate.Recipe(8, 8, 3, 1).sample(range(72))
     assert np.array_equal(replace(recipe, interval=0).sample(range(72)), plain)  # interval 0: RGB
@@ -123,7 +123,7 @@ def test_student_and_teacher_share_crop_and_flip(rounded):
     mirrored, corners = [], set()
     for seed in range(60):
         torch.manual_seed(seed)
-        views = tg_distill.both(tg_distill.weak(clip, args), args)
+        views = tg_distill.networks_views(tg_distill.weak(clip, args), args)
         rgb, tg = views["rgb"], views["tg"]
         assert rgb.shape == tg.shape == (4, 3, 16, 16) and rgb.dtype == torch.uint8
         assert torch.equal(tg, tg_distill.temporal_gradient(rgb, rgb[:, [1, 0, 2]], rounded))
@@ -144,7 +144,8 @@ def seeded(seed, function, *args):
 
 @pytest.mark.parametrize("nets", ["both", "rgb", "tg"])
 def test_strong_view_is_randaugment_of_the_weak_one(nets):
-    clip, names = positions(), ["rgb", "tg"] if nets == "both" else [nets]
+    names = ["rgb", "tg"] if nets == "both" else [nets]
+    clip = positions()[: 4 if nets == "rgb" else 8]  # RGB alone needs no frames t + n
     plain, args = arguments(nets=nets, rand_augment=[0, 9]), arguments(nets=nets)
     changed = 0
     for seed in range(8):
@@ -154,7 +155,7 @@ def test_strong_view_is_randaugment_of_the_weak_one(nets):
         shared = seeded(seed, tg_distill.weak, clip, args)
         assert list(x) == names
         for net, views in x.items():
-            expected = tg_distill.both(shared, arguments())[net]
+            expected = tg_distill.networks_views(shared, args)[net]
             assert len(views) == 3 and all(torch.equal(view, expected) for view in views)
         # With RandAugment: the same crop, then a draw for each network.
         views_u = seeded(seed, tg_distill.unlabelled_views, [clip], args)
@@ -434,9 +435,10 @@ def on_a_rank(rank, folder, names):
     for x in found:  # DDP's average
         dist.all_reduce(x)
         x /= 2
-    net, tg_distill.PRECISE_BLOCK = tiny_backbone(), 3
-    run = SimpleNamespace(rank=rank, world=2, device=torch.device("cpu"), autocast=contextlib.nullcontext)
-    tg_distill.precise_bn(net, Videos.make(folder, names, [0] * len(names)), SMALL, run, 0)
+    net = tiny_backbone()
+    run = SimpleNamespace(rank=rank, world=2, stop=False, device=torch.device("cpu"),
+                          autocast=contextlib.nullcontext)  # fmt: skip
+    evaluate.precise_bn(net, Videos.make(folder, names, [0] * len(names)), SMALL, run, block=3)
     torch.save((found, statistics(net)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -483,10 +485,9 @@ def test_eq10_of_two_ranks_is_that_of_the_joint_batch(two_ranks):
     assert not torch.allclose(contrast_of(slice(4))[0], whole[0], atol=0.1)  # negatives of the other rank
 
 
-def test_precise_bn_of_two_ranks_is_that_of_one(two_ranks, folder, run, monkeypatch):
-    monkeypatch.setattr(tg_distill, "PRECISE_BLOCK", 3)
+def test_precise_bn_of_two_ranks_is_that_of_one(two_ranks, folder, run):
     net, names = tiny_backbone(), [*NAMES[:4], "none", *NAMES[4:]]
-    tg_distill.precise_bn(net, Videos.make(folder, names, [0] * 11), SMALL, run, 0)
+    evaluate.precise_bn(net, Videos.make(folder, names, [0] * 11), SMALL, run, block=3)
     for _, found in two_ranks:
         assert all(torch.allclose(a, b, 1e-6) for a, b in zip(found, statistics(net), strict=True))
 
@@ -500,17 +501,16 @@ def whole_set(videos, recipe=SMALL):
 
 
 @pytest.mark.parametrize("block", [40, 10, 4, 2])
-def test_precise_bn_of_the_first_layer_is_that_of_all_clips(block, videos, run, monkeypatch):
-    monkeypatch.setattr(tg_distill, "PRECISE_BLOCK", block)
+def test_precise_bn_of_the_first_layer_is_that_of_all_clips(block, videos, run):
     net = tiny_backbone()
     x = net.stem[0](whole_set(videos)).detach().double().transpose(0, 1).flatten(1)  # (C, N)
-    tg_distill.precise_bn(net, videos, SMALL, run, 0)
+    evaluate.precise_bn(net, videos, SMALL, run, block=block)
     assert torch.allclose(net.stem[1].running_mean.double(), x.mean(1), rtol=1e-5, atol=1e-7)
     assert torch.allclose(net.stem[1].running_var.double(), x.var(1), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("recipe", [
-    SMALL, tg_distill.Input(4, 1, 1, 1, 16, 16, mean=tg_distill.MEAN, std=tg_distill.STD, interval=1),
+    SMALL, tg_distill.TestRecipe(4, 1, 1, 1, 16, 16, mean=tg_distill.MEAN, std=tg_distill.STD, interval=1),
 ], ids=["rgb", "tg"])  # fmt: skip
 def test_precise_bn_of_one_block_is_a_training_pass(recipe, videos, run):
     net = tiny_backbone()
@@ -518,7 +518,7 @@ def test_precise_bn_of_one_block_is_a_training_pass(recipe, videos, run):
     for module in reference.modules():
         if isinstance(module, nn.BatchNorm3d):
             module.momentum = 1.0  # the statistics of the last batch, the variance unbiased
-    tg_distill.precise_bn(net, videos, recipe, run, 0)
+    evaluate.precise_bn(net, videos, recipe, run, 0)
     with torch.no_grad():
         reference(whole_set(videos, recipe))
     assert len(statistics(net)) == 24
@@ -527,17 +527,23 @@ def test_precise_bn_of_one_block_is_a_training_pass(recipe, videos, run):
     assert not net.training and all(map(torch.equal, net.parameters(), before))
 
 
-@pytest.mark.parametrize("block", [40, 1])  # a block that is unreadable in part, and one as a whole
-def test_precise_bn_leaves_out_what_cannot_be_read(block, folder, videos, run, monkeypatch):
-    monkeypatch.setattr(tg_distill, "PRECISE_BLOCK", block)
+@pytest.mark.parametrize("block", [40, 5])
+def test_precise_bn_leaves_out_what_cannot_be_read(block, folder, videos, run):
     found = []
     for names in (NAMES, ["none", *NAMES[:4], "none", "gone", *NAMES[4:]]):
-        # The stem alone: one clip is too little for the last layers, which have one place for each.
+        # The stem alone: what the layers after it see depends on the blocks.
         net = nn.Sequential(*tiny_backbone().stem)
         net.embed = net.forward
-        tg_distill.precise_bn(net, Videos.make(folder, names, [0] * len(names)), SMALL, run, 0)
+        evaluate.precise_bn(net, Videos.make(folder, names, [0] * len(names)), SMALL, run, block=block)
         found.append(statistics(net))
     assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(*found, strict=True))
+
+
+def test_precise_bn_without_a_block_of_two_keeps_what_was_there(folder, run):
+    net = tiny_backbone()
+    before = [buffer.clone() for buffer in statistics(net)]
+    evaluate.precise_bn(net, Videos.make(folder, ["none", "gone", NAMES[0]], [0] * 3), SMALL, run)
+    assert all(map(torch.equal, statistics(net), before)) and not net.training
 
 
 def test_for_test_is_a_copy_with_exact_statistics(videos, run):
@@ -549,7 +555,7 @@ def test_for_test_is_a_copy_with_exact_statistics(videos, run):
     many = replace(SMALL, clips=3, crops=3, size=20, short_side=18)  # the views of a test, not of PreciseBN
     copied = tg_distill.for_test(net, build, args, data, many, run)
     expected, chosen = tiny_backbone(), sorted(np.random.default_rng(3).permutation(10)[:4].tolist())
-    tg_distill.precise_bn(expected, videos.subset(chosen), replace(SMALL, short_side=18), run, 0)
+    evaluate.precise_bn(expected, videos.subset(chosen), replace(SMALL, short_side=18), run, 0)
     assert all(map(torch.equal, copied.state_dict().values(), expected.state_dict().values()))
     after = net.module.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)  # training never sees it
@@ -741,7 +747,7 @@ def test_build_networks(line, names, heads, run):
 @pytest.mark.parametrize("interval, rounded", [(1, True), (2, False)])
 def test_input_is_the_tg_of_the_crops(crops, interval, rounded, videos):
     rgb = evaluate.Recipe(2, 1, 2, crops, 12, 12)
-    recipe = tg_distill.Input(2, 1, 2, crops, 12, 12, interval=interval, rounded=rounded)
+    recipe = tg_distill.TestRecipe(2, 1, 2, crops, 12, 12, interval=interval, rounded=rounded)
     for i in range(3):
         seen = video.Views(videos, recipe.sample, recipe.view)[i]["views"]
         with video.Video(videos.path(i)) as source:
@@ -761,11 +767,11 @@ def test_recipes_of_both_networks():
     assert (rgb.frames, rgb.stride, rgb.clips, rgb.crops, rgb.size, rgb.short_side) == (8, 8, 10, 3, 256, 256)
     assert rgb.average == "logits" and rgb.mean == (0.485, 0.456, 0.406) and rgb.std == (0.229, 0.224, 0.225)
     assert (tg.interval, tg.rounded, tg.corrupt) == (7, False, None)
-    assert replace(tg, interval=0, rounded=True) == tg_distill.Input(**vars(rgb))
+    assert replace(tg, interval=0, rounded=True) == tg_distill.TestRecipe(**vars(rgb))
 
 
 def corrupted(kind, interval=0):
-    return tg_distill.Input(2, 1, 2, 1, 12, 12, interval=interval, corrupt=kind)
+    return tg_distill.TestRecipe(2, 1, 2, 1, 12, 12, interval=interval, corrupt=kind)
 
 
 def test_corrupt_brightness_has_one_factor_per_video():
