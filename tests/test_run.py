@@ -55,6 +55,16 @@ def test_save_and_resume(tmp_path):
     assert files.load(tmp_path / "last.prev.pt")["step"] == 1
 
 
+def test_what_is_untimed_leaves_the_randomness_of_the_step(tmp_path):
+    with Run("cmpl", tmp_path, {}) as run:
+        torch.manual_seed(3)
+        expected = torch.rand(4)
+        torch.manual_seed(3)
+        with run.untimed():
+            torch.rand(9)
+        assert torch.equal(torch.rand(4), expected)
+
+
 def damage(kind, path):
     data = bytearray(path.read_bytes())
     if kind == "cut short":

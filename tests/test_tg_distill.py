@@ -3,6 +3,7 @@ views of a video, its exact batch-norm statistics, alone and on two ranks, and i
 
 import contextlib
 import copy
+import json
 import math
 from argparse import Namespace
 from dataclasses import replace
@@ -16,8 +17,8 @@ from PIL import Image
 from torch import nn
 
 import tg_distill
-from common import augment, backbones, evaluate, flags, video
-from common.datasets import Videos
+from common import UserError, augment, backbones, evaluate, flags, video
+from common.datasets import Data, Videos
 from common.run import Run
 
 CLASSES = 3
@@ -877,3 +878,66 @@ def test_bad_values_are_refused(line, word, monkeypatch):
     monkeypatch.setattr(flags, "leave", leave)
     with pytest.raises(SystemExit, match=f"tg_distill: .*{word}"):
         parsed(line)
+
+
+# ---- after training --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model.pt that always says "a", and its labelled.txt, for the videos of `folder`."""
+    build = dict(name="r3d_10-pool", classes=2, width=1 / 16)
+    net = backbones.build(**build)
+    nn.init.constant_(net.fc.bias[:1], 9.0)
+    recipe = evaluate.Recipe(4, 1, 2, 1, 16, 16, mean=tg_distill.MEAN, std=tg_distill.STD)
+    evaluate.save_model(tmp_path / "model.pt", net, build, ["a", "b"], recipe)
+    (tmp_path / "labelled.txt").write_text("v0 0\nv1 1\n")
+    return tmp_path / "model.pt"
+
+
+def tested(model, folder, run, flags="", test=(*NAMES[5:], "none")):
+    videos = [Videos.make(folder, names, [i % 2 for i in range(len(names))]) for names in (NAMES[:5], test)]
+    data = Data("set", 1, ("a", "b"), *videos, False, True, ())
+    args = tg_distill.parse_args(f"--eval {model} --clips 2 --crops 1 --workers 0 {flags}".split())
+    tg_distill.test_only(args, data, run)
+    return json.loads((run.out / "result.json").read_text())
+
+
+def test_eval_gives_both_accuracies_and_names_the_model(model, folder, run):
+    result = tested(model, folder, run)
+    assert (result["eval"], result["videos"], result["unreadable"]) == (str(model), 6, 1)
+    assert (result["train_top1"], result["top1"]) == (50.0, 50.0)
+    assert "seed" not in result and "corrupt" not in result
+
+
+def test_eval_without_the_labelled_videos(model, folder, run, capsys):
+    model.with_name("labelled.txt").write_text("elsewhere 0\n")
+    assert "train_top1" not in tested(model, folder, run)
+    assert "no accuracy on labelled videos" in capsys.readouterr().out
+    result = tested(model, folder, run, "--corrupt grayscale")
+    assert result["corrupt"] == "grayscale" and "train_top1" not in result
+
+
+def test_figures(model, folder, run, tmp_path):
+    tested(model, folder, run, f"--cam {tmp_path}/cam --cam_videos 6 --features {tmp_path}/new/f.npz")
+    assert len(list((tmp_path / "cam").iterdir())) == 5  # one of the six has no pictures
+    found = np.load(tmp_path / "new" / "f.npz")
+    assert found["features"].shape == (5, 32) and found["features"].dtype == np.float32
+    assert found["names"].tolist() == NAMES[5:] and found["labels"].tolist() == [0, 1, 0, 1, 0]
+    net, _, _, recipe = evaluate.load_model(model)
+    videos = Videos.make(folder, NAMES[5:], [0] * 5)
+    views = video.Views(videos, recipe.sample, recipe.view, recipe.short_side)
+    expected = net.embed(recipe.to_input(views[3]["views"], "cpu")).mean(0).detach().numpy()
+    assert found["features"][3] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("flag", ["--cam /dev/null/cam", "--features /dev/null/f.npz"])
+def test_figures_that_cannot_be_written(model, folder, run, flag):
+    with pytest.raises(UserError, match="/dev/null.* cannot be written"):
+        tested(model, folder, run, flag)
+
+
+def test_each_test_has_a_folder_of_its_own():
+    outs = [tg_distill.parse_args(f"--data toy --eval runs/x/{line}".split()).out for line in (
+        "model.pt", "teacher.pt", "model.pt --corrupt contrast", "model.pt --out here")]  # fmt: skip
+    assert outs == ["runs/x/eval_toy", "runs/x/eval_toy_teacher", "runs/x/eval_toy_contrast", "here"]
