@@ -86,7 +86,7 @@ from common.flags import FREE, Parser, wanted
 from common.run import Run
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # D6
-# Defaults per data set (the flags' own defaults are UCF-101's). Sec. 4.2 and D11.
+# Defaults per data set (the flags' own defaults are UCF-101's). Sec. 4.2, D11 and D12.
 RECIPES = {
     "ucf101": {},
     "hmdb51": dict(epochs=360, warmup=60, sup_warmup=60, precise_bn=4800),
@@ -316,6 +316,8 @@ def gather(x):
 
 
 class Gather(torch.autograd.Function):
+    """All-gather whose backward pass sums the gradients of all ranks."""
+
     @staticmethod
     def forward(ctx, x):
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
