@@ -2,6 +2,7 @@
 
     make("data/toy")            800 train, 200 val and 300 test videos of 10 motions, 48 x 48, 48 frames
     make("data/toy_b", "b")     another look, other classes
+    make("data/toy_busy", "busy")    the same classes on a ground as bright and sharp as the shapes, at rest
 
 Three textured shapes make the same motion over a slowly drifting background. What one frame shows of a
 shape is its place in the picture (a torus: what leaves on one side enters on the other), its angle and

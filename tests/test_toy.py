@@ -153,13 +153,16 @@ CHANCE = 0.1
 SIGMA = (CHANCE * (1 - CHANCE) / HELD_OUT) ** 0.5  # of the accuracy of guesses
 
 
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory):
+def decoded(root, variant=""):
     """(N, T, 3, H, W) uint8, decoded from the files; video i is of class i % 10."""
-    root = tmp_path_factory.mktemp("toy") / "toy"
-    toy.make(root, train_per_class=(TRAIN + HELD_OUT) // 10, val_per_class=0, test_per_class=0)
+    toy.make(root, variant, train_per_class=(TRAIN + HELD_OUT) // 10, val_per_class=0, test_per_class=0)
     clips = np.stack([decode(root / line.split()[0]) for line in lines(root, "train.txt")])
     return torch.from_numpy(clips).permute(0, 1, 4, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    return decoded(tmp_path_factory.mktemp("toy") / "toy")
 
 
 def accuracy(x):
@@ -192,6 +195,14 @@ def test_one_frame_tells_nothing(videos, frame):
     t = {"first": 0, "middle": toy.FRAMES // 2, "last": toy.FRAMES - 1}.get(frame)
     t = np.random.default_rng(0).integers(toy.FRAMES, size=len(videos)) if t is None else t
     assert accuracy(picture_features(videos[np.arange(len(videos)), t])) < CHANCE + 3 * SIGMA + 0.01
+
+
+def test_busy_videos_hide_the_shapes_in_a_ground_at_rest(videos, tmp_path):
+    """One frame tells nothing; the ground is as bright as the shapes, and gone in a difference."""
+    busy = decoded(tmp_path / "toy", "busy")
+    assert accuracy(picture_features(busy[:, toy.FRAMES // 2])) < CHANCE + 3 * SIGMA + 0.01
+    assert busy[:50].float().mean() > 2.5 * videos[:50].float().mean()
+    assert ((busy[:50, 1:].short() - busy[:50, :-1]).abs() <= 8).float().mean() > 0.75
 
 
 def test_two_frames_tell_much(videos):
