@@ -90,6 +90,7 @@ def score(net, videos, recipe, run, workers=0, bar=False):
     The ranks begin with the batch-norm statistics of rank 0 and meet again only at the end, in one
     gather over CPU memory. None is returned on all ranks if a signal has stopped one of them.
     """
+
     def of_videos(logits, batch):
         return average_views(logits, batch, recipe.average, videos.labels.ndim == 2)
 
@@ -127,7 +128,6 @@ def embed(net, videos, recipe, run, workers=0, bar=False):
 
 def save_features(path, net, videos, classes, recipe, run, workers=0):
     """Write `embed` of the readable videos: .npz of features (N, D), labels and names (N,), classes (K,)."""
-
 
     def write(features, good):
         names = np.array([videos.name(i) for i in good])

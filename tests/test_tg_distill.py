@@ -753,9 +753,7 @@ def test_input_is_the_tg_of_the_crops(crops, interval, rounded, videos):
         seen = video.Views(videos, recipe.sample, recipe.view)[i]["views"]
         with video.Video(videos.path(i)) as source:
             starts = [0, len(source) - interval - 2]  # two clips, first and last
-            x, x_next = (
-                rgb.view([source.get([s + n, s + n + 1]) for s in starts]) for n in (0, interval)
-            )
+            x, x_next = (rgb.view([source.get([s + n, s + n + 1]) for s in starts]) for n in (0, interval))
         assert seen.shape == (2 * crops, 2, 3, 12, 12)
         assert torch.equal(seen, tg_distill.temporal_gradient(x, x_next, rounded))
 
