@@ -77,7 +77,9 @@ RECIPES = {
     ),
 }  # fmt: skip
 # 90 real clips of 180 x 144 pixels; a folder with lists.
-RECIPES["weizmann"] = RECIPES["toy"] | dict(per_class=2, batch=4, size=64, jitter=[72, 80], epochs=45)
+RECIPES["weizmann"] = RECIPES["toy"] | dict(
+    per_class=2, batch=4, size=64, test_size=64, jitter=[72, 80], epochs=45
+)  # fmt: skip
 
 
 def parse_args(argv=None):
