@@ -893,7 +893,7 @@ def model(tmp_path):
     return tmp_path / "model.pt"
 
 
-def tested(model, folder, run, flags="", test=(*NAMES[5:], "none")):
+def evaluated(model, folder, run, flags="", test=(*NAMES[5:], "none")):
     videos = [Videos.make(folder, names, [i % 2 for i in range(len(names))]) for names in (NAMES[:5], test)]
     data = Data("set", 1, ("a", "b"), *videos, False, True, ())
     args = tg_distill.parse_args(f"--eval {model} --clips 2 --crops 1 --workers 0 {flags}".split())
@@ -902,7 +902,7 @@ def tested(model, folder, run, flags="", test=(*NAMES[5:], "none")):
 
 
 def test_eval_gives_both_accuracies_and_names_the_model(model, folder, run):
-    result = tested(model, folder, run)
+    result = evaluated(model, folder, run)
     assert (result["eval"], result["videos"], result["unreadable"]) == (str(model), 6, 1)
     assert (result["train_top1"], result["top1"]) == (50.0, 50.0)
     assert "seed" not in result and "corrupt" not in result
@@ -910,14 +910,14 @@ def test_eval_gives_both_accuracies_and_names_the_model(model, folder, run):
 
 def test_eval_without_the_labelled_videos(model, folder, run, capsys):
     model.with_name("labelled.txt").write_text("elsewhere 0\n")
-    assert "train_top1" not in tested(model, folder, run)
+    assert "train_top1" not in evaluated(model, folder, run)
     assert "no accuracy on labelled videos" in capsys.readouterr().out
-    result = tested(model, folder, run, "--corrupt grayscale")
+    result = evaluated(model, folder, run, "--corrupt grayscale")
     assert result["corrupt"] == "grayscale" and "train_top1" not in result
 
 
 def test_figures(model, folder, run, tmp_path):
-    tested(model, folder, run, f"--cam {tmp_path}/cam --cam_videos 6 --features {tmp_path}/new/f.npz")
+    evaluated(model, folder, run, f"--cam {tmp_path}/cam --cam_videos 6 --features {tmp_path}/new/f.npz")
     assert len(list((tmp_path / "cam").iterdir())) == 5  # one of the six has no pictures
     found = np.load(tmp_path / "new" / "f.npz")
     assert found["features"].shape == (5, 32) and found["features"].dtype == np.float32
@@ -932,7 +932,7 @@ def test_figures(model, folder, run, tmp_path):
 @pytest.mark.parametrize("flag", ["--cam /dev/null/cam", "--features /dev/null/f.npz"])
 def test_figures_that_cannot_be_written(model, folder, run, flag):
     with pytest.raises(UserError, match="/dev/null.* cannot be written"):
-        tested(model, folder, run, flag)
+        evaluated(model, folder, run, flag)
 
 
 def test_each_test_has_a_folder_of_its_own():
