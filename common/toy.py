@@ -163,10 +163,9 @@ def render(variant, part, i, seed=0):
 
     x, y, *_ = drifting().astype(np.float32)[..., None, None]
     grid = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE
-    if look.busy:
-        x, y = np.broadcast_to(x[:1], x.shape), np.broadcast_to(y[:1], y.shape)
-        ground = _texture(grid - x, grid[:, None] - y, rng, look, cycles=4, sharpness=3)
-        pictures = _between(rng.uniform(0, 160, 3), rng.uniform(120, 255, 3), ground)
+    if look.busy:  # at rest: one picture for all times
+        ground = _texture(grid - x[:1], grid[:, None] - y[:1], rng, look, cycles=4, sharpness=3)
+        pictures = _between(rng.uniform(0, 160, 3), rng.uniform(120, 255, 3), ground).repeat(FRAMES, 1)
     else:
         ground = _texture(grid - x, grid[:, None] - y, rng, look, cycles=2, sharpness=1)
         pictures = _between(rng.uniform(0, 10, 3), rng.uniform(10, 30, 3), ground)  # (3, T, H, W)
