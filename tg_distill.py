@@ -22,7 +22,8 @@ Equations:  Eq. 1 -> supervised_loss    Eq. 2, 5 -> fuse + pseudo_label    Eq. 3
             Eq. 10 -> contrastive_loss  Eq. 11 -> total_loss    all are called in train_step
 
 Names: <what>_<net>_<view>, net rgb or tg, view l labelled, w weak, s strong; B_l labelled and B_u unlabelled
-clips of a step, K classes, tau the threshold, n = `--interval` frames between the two of a difference.
+clips of a step, K classes, tau the threshold (gamma in the paper, whose tau is `--temperature`), n =
+`--interval` frames between the two of a difference. "weak" is the paper's alpha, "strong" its A.
 
 Run (8 GPUs, the paper's settings; then one process on the embedded data set, on a CPU too):
 
@@ -565,7 +566,7 @@ def train(args, run):
         for name, net in tested.items():
             path = run.out / ("model.pt" if name == kept else "teacher.pt")
             evaluate.save_model(path, net, build, data.classes, recipes[name])
-    final_test(args, run, data, tested[kept], recipes[kept], videos_l)
+    final_test(args, run, data, tested[kept], recipes[kept], videos_l if args.train_accuracy else None)
 
 
 def quick_test(args, run, data, nets, build, recipes, step):
@@ -587,9 +588,9 @@ def quick_test(args, run, data, nets, build, recipes, step):
 
 
 def final_test(args, run, data, net, recipe, videos_l):
-    """All views of every test video and, for Table 6, of the labelled videos."""
+    """All views of every test video and, for Table 6, of the labelled videos if they are given."""
     words = wanted(args, also=["corrupt"])
-    if videos_l is not None and args.train_accuracy:
+    if videos_l is not None:
         scores = evaluate.score(net, videos_l, recipe, run, args.workers, bar=True)
         words |= {} if scores is None else {"train_top1": evaluate.metrics(scores)["top1"]}
     evaluate.report(net, data, recipe, run, args.workers, **words)
