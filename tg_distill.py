@@ -365,9 +365,9 @@ class Network(nn.Module):
     def forward(self, x, first):
         """Logits (B, K) of all clips; of the `first` ones the four stages' outputs and the embedding."""
         stages = self.backbone.features(x)
-        z = stages[-1].mean((2, 3, 4))
-        logits = self.backbone.fc(self.backbone.dropout(z))
-        return logits, [stage[:first] for stage in stages], self.head(z[:first]) if self.head else None
+        z = stages[-1].mean((2, 3, 4), keepdim=True)  # (B, D, 1, 1, 1), whose mean is itself
+        logits, firsts = self.backbone.classify(z), [stage[:first] for stage in stages]
+        return logits, firsts, self.head(z[:first].flatten(1)) if self.head else None
 
 
 def projection_head(D):

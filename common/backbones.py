@@ -4,6 +4,7 @@
     net(x)            (B, K) logits, x a float clip (B, C, T, H, W)
     net.features(x)   list of the outputs of the four stages, each (B, C', T', H', W')
     net.embed(x)      (B, D) the average of the last stage over time and space
+    net.classify(f)   (B, K) logits of the last stage's output f: net(x) is net.classify(net.features(x)[-1])
 
 resnet3d{10,18,34,50,101} is the slow-only 3D-ResNet of Feichtenhofer et al., SlowFast Networks for
 Video Recognition, ICCV 2019 (the Slow pathway of Table 1): no temporal stride anywhere, temporal
@@ -18,14 +19,30 @@ r3d_18-pool and so on, with the same tensors, have SlowFast's max-pool after the
 network of Xiao et al., Learning from Temporal Gradient, CVPR 2022 (Table 4: conv1 gives L x 56 x 56
 from 224, conv5 L/8 x 7 x 7); torchvision's, without it, has four times the operations in the stages.
 
+i3d{10,18,34,50,101} is the inflated ResNet of Carreira and Zisserman, Quo Vadis, CVPR 2017, as
+PySlowFast has it (its config I3D_8x8_R50): resnet3d with the temporal kernels 5 in the stem, 3 in res2,
+3 and 1 by turns in res3 and res4, 1 and 3 in res5, and half of the frames after res2.
+
+tsm{10,18,34,50,101} is torchvision's 2D ResNet, tensor by tensor, on every frame, with the temporal
+shift of Lin, Gan and Han, TSM: Temporal Shift Module, ICCV 2019; tsn{10,18,34,50,101} is the same without
+the shift, Wang et al., Temporal Segment Networks, ECCV 2016. Both average the logits of the frames. TSM's
+own code leaves every second block of ResNet-101 unshifted, of which its paper says nothing; here all are.
+
+i3d, tsm and tsn have -small as well.
+
 What rebuilds a network is plain values: build(name, classes, in_channels, width, dropout, bn_eps).
 """
 
+import http.client
 import os
+import re
+from pathlib import Path
+from urllib.parse import urlparse
 
 import torch
 from torch import nn
-from torchvision.models.video.resnet import BasicBlock, Conv3DSimple
+from torchvision.models import resnet
+from torchvision.models.video.resnet import BasicBlock, Conv3DSimple, R3D_18_Weights
 
 from common import UserError, files
 
@@ -36,8 +53,21 @@ BLOCKS = {
     50: (3, 4, 6, 3),
     101: (3, 4, 23, 3),
 }
-NAMES = tuple(f"resnet3d{depth}{suffix}" for suffix in ("", "-small") for depth in BLOCKS)
+RESNETS = ("resnet3d", "i3d", "tsm", "tsn")
+NAMES = tuple(f"{net}{depth}{suffix}" for net in RESNETS for suffix in ("", "-small") for depth in BLOCKS)
 NAMES += tuple(f"r3d_{depth}{suffix}" for suffix in ("", "-pool") for depth in (10, 18, 34))
+
+# Weights that torchvision publishes, by the word that asks for them.
+IMAGENET = {
+    18: resnet.ResNet18_Weights.IMAGENET1K_V1,
+    34: resnet.ResNet34_Weights.IMAGENET1K_V1,
+    50: resnet.ResNet50_Weights.IMAGENET1K_V1,
+    101: resnet.ResNet101_Weights.IMAGENET1K_V1,
+}
+PUBLISHED = {
+    "imagenet": {f"{net}{depth}": weights for net in RESNETS for depth, weights in IMAGENET.items()},
+    "kinetics": {"r3d_18": R3D_18_Weights.KINETICS400_V1},
+}
 
 
 def build(
@@ -57,7 +87,7 @@ def build(
         width: factor on the channels of every layer, the stem included (1/4 has about 1/16 of the
             parameters).
         dropout: probability before the last layer, in training only (SlowFast trains with 0.5).
-        weights: file to start from, see `load_weights`.
+        weights: what to start from, a file, "imagenet" or "kinetics", see `load_weights`.
         bn_eps: epsilon of every batch norm (the code of Learning from Temporal Gradient has 1e-3).
 
     Raises:
@@ -71,12 +101,13 @@ def build(
         raise UserError(f"a dropout of {dropout} is not in [0, 1)")
     if not 0 < bn_eps < 1:
         raise UserError(f"a batch-norm epsilon of {bn_eps} is not between 0 and 1")
-    family = R3D if name.startswith("r3d_") else ResNet3D
-    depth, _, suffix = name.removeprefix("r3d_").removeprefix("resnet3d").partition("-")
+    family, depth, suffix = re.fullmatch(r"(.*?)(\d+)-?(small|pool)?", name).groups()
+    family = {"resnet3d": ResNet3D, "r3d_": R3D, "i3d": I3D, "tsm": TSM, "tsn": TSN}[family]
     pool = suffix == "pool" if family is R3D else suffix != "small"
     net = family(int(depth), classes, in_channels, width, dropout, pool)
+    net.name = name
     for module in net.modules():
-        if isinstance(module, nn.BatchNorm3d):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eps = bn_eps
     if weights is not None:
         load_weights(net, weights)
@@ -126,23 +157,27 @@ class Backbone(nn.Module):
 
     FIRST: str  # name of the first convolution's weight
 
-    def _initialise(self):
-        """He normal by fan out, last layer std 0.01; SlowFast's blocks have their last batch norm 0."""
+    def _initialise(self, fc_std=0.01):
+        """He normal by fan out, last layer normal; SlowFast's blocks have their last batch norm 0."""
         for module in self.modules():
-            if isinstance(module, nn.Conv3d):
+            if isinstance(module, (nn.Conv2d, nn.Conv3d)):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, Block):
                 # Modules come parents first, and batch norms already hold ones and zeros.
                 nn.init.zeros_((module.conv3 or module.conv2).bn.weight)
-        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.normal_(self.fc.weight, std=fc_std)
         nn.init.zeros_(self.fc.bias)
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """(B, D) average of the last stage over time and space; D is `net.fc.in_features`."""
         return self.features(x)[-1].mean((2, 3, 4))
 
+    def classify(self, f: torch.Tensor) -> torch.Tensor:
+        """(B, K) logits from the last stage's output f (B, D, T', H', W')."""
+        return self.fc(self.dropout(f.mean((2, 3, 4))))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.dropout(self.embed(x)))
+        return self.classify(self.features(x)[-1])
 
 
 def max_pool():
@@ -153,21 +188,26 @@ class ResNet3D(Backbone):
     """The slow-only 3D-ResNet; see the top of this file and `build`."""
 
     FIRST = "stem.conv.weight"
+    STEM_T = 1  # temporal kernel of the stem
+    KERNELS_T = (1,), (1,), (3,), (3,)  # of the blocks of res2 to res5, by turns
+    POOL_T = 1  # frames of which the maximum goes from res2 to res3
 
     def __init__(self, depth, classes, in_channels=3, width=1.0, dropout=0.0, pool=True):
         super().__init__()
         bottleneck = depth >= 50
         c_in = round(64 * width)
-        self.stem = ConvBN(in_channels, c_in, (1, 7, 7), stride=2)
+        self.stem = ConvBN(in_channels, c_in, (self.STEM_T, 7, 7), stride=2)
         self.relu = nn.ReLU(inplace=True)
         self.pool = max_pool() if pool else nn.Identity()
-        for i, blocks in enumerate(BLOCKS[depth]):
+        # With ceil_mode the last of an odd number of frames goes on alone, and so does a single one.
+        self.pool_t = nn.MaxPool3d((self.POOL_T, 1, 1), ceil_mode=True) if self.POOL_T > 1 else nn.Identity()
+        for i, (blocks, kernels) in enumerate(zip(BLOCKS[depth], self.KERNELS_T, strict=True)):
             c_mid = round(64 * 2**i * width)
             c_out = 4 * c_mid if bottleneck else c_mid
-            kernel_t = 1 if i < 2 else 3
             stage = nn.Sequential()
             for j in range(blocks):
                 stride = 2 if i > 0 and j == 0 else 1
+                kernel_t = kernels[j % len(kernels)]
                 stage.append(Block(c_in, c_mid, c_out, kernel_t, stride, bottleneck))
                 c_in = c_out
             self.add_module(f"res{i + 2}", stage)
@@ -176,13 +216,21 @@ class ResNet3D(Backbone):
         self._initialise()
 
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Outputs of res2 to res5, each (B, C', T, H', W') with the T of the clip."""
-        x = self.pool(self.relu(self.stem(x)))
-        stages = []
-        for stage in (self.res2, self.res3, self.res4, self.res5):
+        """Outputs of res2 to res5, each (B, C', T', H', W'); T' is the clip's T, in I3D T/2 from res3 on."""
+        stages = [self.res2(self.pool(self.relu(self.stem(x))))]
+        x = self.pool_t(stages[0])
+        for stage in (self.res3, self.res4, self.res5):
             x = stage(x)
             stages.append(x)
         return stages
+
+
+class I3D(ResNet3D):
+    """The inflated ResNet; see the top of this file."""
+
+    STEM_T = 5
+    KERNELS_T = (3,), (3, 1), (3, 1), (1, 3)
+    POOL_T = 2
 
 
 class R3D(Backbone):
@@ -226,19 +274,162 @@ class R3D(Backbone):
         return stages
 
 
-def load_weights(net: Backbone, path: str) -> None:
-    """Fill a network from a file: a model.pt of a run, or a bare state_dict saved by torch.save.
+class Shift(torch.autograd.Function):
+    """Temporal shift of frames (B, T, C, H, W), in any memory format: Shift.apply(x, True).
+
+    The first eighth of the channels (rounded down) comes from the next frame, the second from the one
+    before, and zeros come in at the ends; with False the other way round. Each is the other's gradient:
+    one pass over memory, where autograd's own way back through the slices would make several.
+    """
+
+    @staticmethod
+    def forward(ctx, x, first_from_next):
+        ctx.first_from_next = first_from_next
+        n = x.shape[2] // 8
+        ahead, behind = slice(n), slice(n, 2 * n)  # channels that come from the next frame, from the last
+        if not first_from_next:
+            ahead, behind = behind, ahead
+        y = torch.empty_like(x)
+        y[:, :-1, ahead], y[:, -1, ahead] = x[:, 1:, ahead], 0
+        y[:, 1:, behind], y[:, 0, behind] = x[:, :-1, behind], 0
+        y[:, :, 2 * n :] = x[:, :, 2 * n :]
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Shift.apply(grad, not ctx.first_from_next), None
+
+
+class ShiftBlock:
+    """What makes torchvision's 2D residual block one of TSM: the input of its first convolution is shifted.
+
+    The shortcut is not, so that a frame keeps all it knows of itself (the paper's residual shift).
+    """
+
+    def forward(self, x, frames):
+        """x (B T, C, H, W), T = `frames`, or 0 for no shift."""
+        y = Shift.apply(x.unflatten(0, (-1, frames)), True).flatten(0, 1) if frames else x
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(y)))))
+        if hasattr(self, "conv3"):
+            y = self.bn3(self.conv3(self.relu(y)))
+        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class ShiftBasicBlock(ShiftBlock, resnet.BasicBlock):
+    pass
+
+
+class ShiftBottleneck(ShiftBlock, resnet.Bottleneck):
+    pass
+
+
+class TSN(Backbone):
+    """A 2D ResNet with the names, and for one seed the convolutions, of torchvision's; see the top.
+
+    The last layer starts as in the code of TSM, with a deviation of 0.001.
+    """
+
+    FIRST = "conv1.weight"
+    SHIFT = False
+
+    def __init__(self, depth, classes, in_channels=3, width=1.0, dropout=0.0, pool=True):
+        super().__init__()
+        block = ShiftBottleneck if depth >= 50 else ShiftBasicBlock
+        c_in = round(64 * width)
+        self.conv1 = nn.Conv2d(in_channels, c_in, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_in)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if pool else nn.Identity()
+        for i, blocks in enumerate(BLOCKS[depth]):
+            c_mid = round(64 * 2**i * width)
+            c_out = c_mid * block.expansion
+            stage = nn.ModuleList()
+            for j in range(blocks):
+                stride = 2 if i > 0 and j == 0 else 1
+                project = None
+                if c_in != c_out or stride > 1:
+                    conv = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+                    project = nn.Sequential(conv, nn.BatchNorm2d(c_out))
+                stage.append(block(c_in, c_mid, stride, project))
+                c_in = c_out
+            self.add_module(f"layer{i + 1}", stage)
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(c_in, classes)
+        self._initialise(fc_std=0.001)
+
+    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Outputs of layer1 to layer4, each (B, C', T, H', W') with the T of the clip."""
+        B, _, T, _, _ = x.shape
+        x = x.transpose(1, 2).flatten(0, 1)  # (B T, C, H, W)
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        stages = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                x = block(x, T if self.SHIFT else 0)
+            stages.append(x.unflatten(0, (B, T)).transpose(1, 2))  # (B, C', T, H', W')
+        return stages
+
+    def classify(self, f: torch.Tensor) -> torch.Tensor:
+        """(B, K), the mean of the frames' logits (segment consensus); each frame has its own dropout."""
+        z = f.mean((3, 4)).transpose(1, 2)  # (B, T, D)
+        return self.fc(self.dropout(z)).mean(1)
+
+
+class TSM(TSN):
+    """TSN whose frames see their neighbours; see the top of this file."""
+
+    SHIFT = True
+
+
+def fetch(name: str, weights: str) -> Path:
+    """The file that `build(name, weights=weights)` reads; one of torchvision's is downloaded if need be.
+
+    Of several processes, one can do this before all build. torchvision's files are kept where torch.hub
+    keeps them; other `weights` are a file already.
+
+    Raises:
+        UserError: nothing is published for this network, or it cannot be downloaded.
+    """
+    if weights not in PUBLISHED:
+        return Path(weights)
+    published, base = PUBLISHED[weights], name.partition("-")[0]  # the suffix changes no tensor
+    if base not in published:
+        only = ", ".join(published)
+        raise UserError(f"torchvision has no {weights} weights for {name}, only for {only}: a file is needed")
+    url = published[base].url
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
+    if not path.exists():
+        try:
+            published[base].get_state_dict(progress=False, check_hash=True, weights_only=True)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            raise UserError(
+                f"{url} cannot be downloaded ({reason}): put the file at {path}, or give the path of one"
+            ) from None
+    return path
+
+
+def load_weights(net: Backbone, source: str) -> None:
+    """Fill a network of `build` with weights from `source`.
+
+    source: a file, which is a model.pt of a run or a bare state_dict saved by torch.save; or what
+    torchvision publishes, "imagenet" (the ResNets' IMAGENET1K_V1) or "kinetics" (R3D-18's), see `fetch`.
 
     - Prefixes of DistributedDataParallel and torch.compile are taken off the names.
+    - A 2D ResNet's tensors are inflated for resnet3d and i3d: every kernel is repeated along time and
+      divided by its number of frames (Carreira and Zisserman 2017), so that a clip of one picture gives
+      what the picture gave.
     - A first convolution for another number of input channels is averaged over its channels and
       repeated (Mutual Modality Learning, section 2.1).
-    - A last layer for another number of classes, or none, leaves the network's own, and says so.
+    - A last layer for another number of classes, or none, leaves the network's own, and says so; so does
+      one of "imagenet" or "kinetics", whose classes are others even where their number is the same.
 
     Everything else must fit name by name and shape by shape. Nothing in the file is executed.
 
     Raises:
-        UserError: missing, damaged or foreign file, or another architecture.
+        UserError: missing, damaged or foreign file, another architecture, or a failed download.
     """
+    path = fetch(net.name, source)
     state = files.load(path)
     if isinstance(state, dict):
         state = state.get("net", state)
@@ -248,9 +439,15 @@ def load_weights(net: Backbone, path: str) -> None:
 
     own = net.state_dict()
     first, last = net.FIRST, {"fc.weight", "fc.bias"}
+    if source in PUBLISHED:
+        state = {key: value for key, value in state.items() if key not in last}
+    if isinstance(net, ResNet3D) and "conv1.weight" in state:
+        state = _inflate(state, own)
     c_in = own[first].shape[1]
-    if first in state and state[first].dim() == 5 and state[first].shape[1] != c_in:
-        state[first] = state[first].float().mean(1, keepdim=True).expand(-1, c_in, -1, -1, -1)
+    if first in state and state[first].dim() == own[first].dim() and state[first].shape[1] != c_in:
+        state[first] = state[first].float().mean(1, keepdim=True).repeat_interleave(c_in, dim=1)
+    # Files of old versions of torch lack these counts, which nothing here reads.
+    state = {key: own[key] for key in own if key.endswith("num_batches_tracked")} | state
 
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     wanted = {key: tuple(value.shape) for key, value in own.items()}
@@ -267,3 +464,18 @@ def load_weights(net: Backbone, path: str) -> None:
 
 def _plain(key):
     return str(key).replace("module.", "").replace("_orig_mod.", "")
+
+
+def _inflate(state, own):
+    """A 2D ResNet's tensors by the names of ResNet3D's, `own`, and with the T of its kernels."""
+    inflated = {}
+    for key, value in state.items():  # layer1.0.bn1.bias becomes res2.0.conv1.bn.bias
+        key = re.sub(r"^(conv|bn)1\.", r"stem.\1.", key)
+        key = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", key)
+        key = re.sub(r"\.(conv|bn)(\d)\.", r".conv\2.\1.", key)
+        key = key.replace("downsample.0", "shortcut.conv").replace("downsample.1", "shortcut.bn")
+        if value.dim() == 4 and key in own:
+            T = own[key].shape[2]
+            value = value.float().unsqueeze(2).repeat_interleave(T, dim=2) / T
+        inflated[key] = value
+    return inflated

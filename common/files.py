@@ -1,6 +1,7 @@
 """Files that are complete or absent, and checkpoints that are safe to read."""
 
 import os
+import pickle
 import tempfile
 import threading
 import zipfile
@@ -9,6 +10,8 @@ from pathlib import Path
 import torch
 
 from common import UserError
+
+OLD = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # what torch.save wrote first before 1.6
 
 
 def free_bytes(folder):
@@ -72,19 +75,23 @@ def load(path):
     """Read a file written by torch.save, on the CPU, without running code from it.
 
     Raises UserError (one sentence) when it is missing, damaged (every byte is checked against the
-    archive's CRC-32) or holds anything but tensors and plain values.
+    archive's CRC-32; files of torch before 1.6 are no archives and have none) or holds anything but
+    tensors and plain values.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken:
-            raise UserError(f"{path} is damaged (bad bytes in {broken})")
+        with open(path, "rb") as file:
+            old = file.read(len(OLD)) == OLD
+        if not old:
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken:
+                raise UserError(f"{path} is damaged (bad bytes in {broken})")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except UserError:
         raise
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, EOFError):
         raise UserError(f"{path} is damaged, cut short, or not a checkpoint") from None
     except Exception as error:  # torch.load has no error type of its own
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__

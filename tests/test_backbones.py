@@ -1,19 +1,25 @@
 """The backbones against published figures and torchvision, and weights that go in or are refused."""
 
 import os
+import re
+from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import ResNet50_Weights, resnet18, resnet50
 from torchvision.models.video import R3D_18_Weights, r3d_18
 
 from common import UserError
-from common.backbones import NAMES, Block, build
+from common.backbones import BLOCKS, NAMES, Block, Shift, build, fetch
 
 SLOW = [name for name in NAMES if name.startswith("resnet3d")]
 R3D = [name for name in NAMES if name.startswith("r3d_")]
 TINY = ["resnet3d10", "resnet3d50", "resnet3d10-small", "r3d_10", "r3d_10-pool"]  # quick to compute
+TINY += ["i3d10", "i3d10-small", "tsm10", "tsm50-small", "tsn10"]
 
 
 def tiny(name="resnet3d10", classes=5, width=1 / 16, seed=0, **more):
@@ -32,9 +38,14 @@ def clips(B=2, C=3, T=4, S=32, seed=0):
 def randomise_batch_norms(net):
     """Other than the start's zeros and ones, which would hide what a batch norm does."""
     for m in net.modules():
-        if isinstance(m, nn.BatchNorm3d):
+        if isinstance(m, (nn.BatchNorm2d, nn.BatchNorm3d)):
             for tensor in (m.weight, m.bias, m.running_mean, m.running_var):
                 nn.init.uniform_(tensor, 0.2, 1.5)
+
+
+def kernel(net):
+    """The weight of the first convolution."""
+    return net.state_dict()[net.FIRST]
 
 
 def macs(net, size, frames=8):
@@ -114,7 +125,150 @@ def test_r3d_18_computes_what_torchvision_computes():
         assert torch.allclose(net(x), theirs(x), rtol=1e-5, atol=1e-6 * theirs(x).abs().max())
 
 
-@pytest.mark.parametrize("name", ["resnet3d18", "resnet3d50", "r3d_18"])
+def test_names():
+    assert len({*NAMES}) == len(NAMES) == 46
+    assert {"tsm50", "tsm101", "tsn50", "i3d50", "tsm18-small", "i3d10-small"} <= {*NAMES}
+
+
+def test_i3d_r50_has_the_published_parameters():
+    """28.04 M in PySlowFast's and PyTorchVideo's tables; and counted here from PySlowFast's kernels."""
+    with torch.device("meta"):
+        net = build("i3d50", 400)
+    count = 64 * 3 * 5 * 7 * 7 + 2 * 64
+    c_in, frames = 64, ([3, 3, 3], [3, 1, 3, 1], [3, 1, 3, 1, 3, 1], [1, 3, 1])
+    for c, kernels in zip((64, 128, 256, 512), frames, strict=True):
+        for i, T in enumerate(kernels):
+            count += c_in * c * T + c * c * 9 + c * 4 * c + 2 * (c + c + 4 * c)
+            count += c_in * 4 * c + 2 * 4 * c if i == 0 else 0
+            c_in = 4 * c
+    assert parameters(net) == count + 2048 * 400 + 400 == 28_043_472
+
+
+@pytest.mark.parametrize("name", ["i3d50", "i3d101", "i3d18"])
+def test_i3d_sees_time_by_turns(name):
+    with torch.device("meta"):
+        net = build(name, 7)
+    assert net.stem.conv.kernel_size == (5, 7, 7) and net.stem.conv.padding == (2, 3, 3)
+    turns = {"res2": (3, 3), "res3": (3, 1), "res4": (3, 1), "res5": (1, 3)}
+    for layer, conv in net.named_modules():
+        if isinstance(conv, nn.Conv3d) and layer != "stem.conv":
+            stage, block, part, _ = layer.split(".")
+            want = turns[stage][int(block) % 2] if part == "conv1" else 1
+            assert conv.kernel_size[0] == want and conv.stride[0] == 1, layer
+            assert conv.padding[0] == want // 2
+
+
+def test_tsm_r50_has_torchvisions_tensors_and_operations():
+    """24.3 M parameters with 400 classes; 33 G multiply-adds for 8 frames, eight times a picture's."""
+    meta = ResNet50_Weights.IMAGENET1K_V1.meta
+    with torch.device("meta"):
+        theirs = resnet50()
+        for net in (build("tsm50", 1000), build("tsn50-small", 1000)):
+            shapes = [(k, v.shape) for k, v in theirs.state_dict().items()]
+            assert [(k, v.shape) for k, v in net.state_dict().items()] == shapes
+        net = build("tsm50", 1000)
+        assert parameters(net) == meta["num_params"] and parameters(build("tsm50", 400)) == 24_327_632
+    assert macs(net, 224) == pytest.approx(8 * meta["_ops"] * 1e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("depth", BLOCKS)
+def test_depths_of_tsm(depth):
+    with torch.device("meta"):
+        net = build(f"tsm{depth}", 400)
+        theirs = getattr(torchvision.models, f"resnet{depth}", lambda **_: None)(num_classes=400)
+    convs = sum(isinstance(m, nn.Conv2d) for n, m in net.named_modules() if ".downsample" not in n)
+    assert convs + 1 == depth
+    assert depth == 10 or net.state_dict().keys() == theirs.state_dict().keys()
+
+
+def shift_by_hand(x):
+    """Frame by frame and channel by channel, x (T, C, H, W)."""
+    y = torch.zeros_like(x)
+    T, C = x.shape[:2]
+    for t in range(T):
+        for c in range(C):
+            source = t + 1 if c < C // 8 else t - 1 if c < C // 8 * 2 else t
+            if 0 <= source < T:
+                y[t, c] = x[source, c]
+    return y
+
+
+@pytest.mark.parametrize("name, model, T", [("tsm50", resnet50, 3), ("tsm18", resnet18, 1)])
+def test_tsm_is_torchvisions_resnet_with_shifted_first_convolutions(name, model, T):
+    """Nothing of torchvision's own forward pass is replaced: a hook shifts what conv1 of each block gets."""
+    torch.manual_seed(0)
+    theirs, x = model(num_classes=5).double().eval(), clips(2, T=T).double()
+    torch.manual_seed(0)
+    net = build(name, 5).double().eval()
+    assert same(net, theirs, skip=["fc."])  # how both start
+    assert net.fc.weight.std().item() == pytest.approx(0.001, rel=0.05) and not net.fc.bias.any()
+    randomise_batch_norms(theirs)
+    net.load_state_dict(theirs.state_dict())
+    blocks = [block for i in range(1, 5) for block in getattr(theirs, f"layer{i}")]
+    for block in blocks:
+        block.conv1.register_forward_pre_hook(lambda module, inputs: (shift_by_hand(inputs[0]),))
+    with torch.no_grad():
+        want = torch.stack([theirs(clip.transpose(0, 1)).mean(0) for clip in x])
+        assert torch.allclose(net(x), want, rtol=1e-9, atol=1e-9 * want.abs().max())
+
+
+def test_tsn_is_torchvisions_resnet_on_each_frame():
+    torch.manual_seed(0)
+    theirs, x = resnet18(num_classes=5).eval(), clips(2, T=3)
+    net = build("tsn18", 5).eval()
+    net.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        want = torch.stack([theirs(clip.transpose(0, 1)).mean(0) for clip in x])
+        assert torch.allclose(net(x), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last_3d])
+def test_shift_moves_an_eighth_each_way_and_so_does_its_gradient(memory):
+    x = torch.arange(2 * 3 * 17.0).view(2, 3, 17, 1, 1).expand(-1, -1, -1, 2, 2)
+    x = x.transpose(1, 2).contiguous(memory_format=memory).transpose(1, 2).double().requires_grad_()
+    y = Shift.apply(x, True)
+    assert y.stride() == x.stride()
+    assert all(torch.equal(a, shift_by_hand(b)) for a, b in zip(y, x, strict=True))
+    assert torch.autograd.gradcheck(lambda x: Shift.apply(x, True), x)
+    assert not Shift.apply(torch.ones(1, 1, 16, 1, 1), True)[:, :, :4].any()
+
+
+@pytest.mark.parametrize("name", ["tsm10", "tsm50"])
+def test_the_shortcut_of_tsm_is_not_shifted(name):
+    """Without its branch a block gives back what it got; with the shift before it, it would not."""
+    net, x = tiny(name, width=1 / 4).eval(), clips(2, T=3)
+    for block in net.layer4:
+        last = block.bn3 if name == "tsm50" else block.bn2
+        nn.init.zeros_(last.weight)
+    *_, before, after = net.features(x)
+    shortcut = net.layer4[0].downsample
+    want = shortcut(before.transpose(1, 2).flatten(0, 1)).relu().unflatten(0, (2, 3)).transpose(1, 2)
+    assert torch.equal(after, want)
+
+
+def test_frames_of_tsm_see_one_frame_further_with_each_block():
+    x, y = clips(1, T=12), clips(1, T=12)
+    y[:, :, 6] = 0
+    for name, reach in (("tsm10", 4), ("tsn10", 0)):
+        net = tiny(name, width=1 / 4).eval()
+        changed = (net.features(x)[-1] != net.features(y)[-1]).any(1).any((2, 3))[0]
+        assert changed.tolist() == [abs(t - 6) <= reach for t in range(12)]
+
+
+def test_consensus_drops_for_each_frame_apart():
+    net = tiny("tsm10", classes=32, dropout=0.5).train()
+    nn.init.eye_(net.fc.weight)
+    logits = net.classify(torch.ones(64, 32, 4, 1, 1))  # (B, K): twice the share of frames that kept k
+    assert {*logits.flatten().tolist()} == {0, 0.5, 1, 1.5, 2}
+    assert logits.mean().item() == pytest.approx(1, abs=0.05)
+
+
+def test_tsm_compiles_without_a_break():
+    net, x = tiny("tsm10-small", width=1 / 4).eval(), clips(1)
+    assert torch.equal(torch.compile(net, backend="eager", fullgraph=True)(x), net(x))
+
+
+@pytest.mark.parametrize("name", ["resnet3d18", "resnet3d50", "r3d_18", "i3d50", "tsm18", "tsm50"])
 def test_width_acts_on_every_layer(name):
     with torch.device("meta"):
         whole = build(name, 400)
@@ -125,7 +279,7 @@ def test_width_acts_on_every_layer(name):
             for thin, thick in zip(net.parameters(), whole.parameters(), strict=True):
                 if thick.shape[0] != 400:
                     assert thin.shape[0] == thick.shape[0] * width
-        assert build(name, 400, width=0.3).stem[0].out_channels == 19
+        assert len(kernel(build(name, 400, width=0.3))) == 19
 
 
 @pytest.mark.parametrize("name", SLOW)
@@ -168,25 +322,30 @@ def test_frames_mix_only_through_temporal_kernels():
 def test_contract(name, T, S):
     net, x = tiny(name).eval(), clips(2, T=T, S=S)
     features, z = net.features(x), net.embed(x)
-    side = S // 2 if name in ("resnet3d10-small", "r3d_10") else S // 4
+    side = S // 2 if name.endswith("-small") or name == "r3d_10" else S // 4
     c = 4 * 4 if "50" in name else 4
     assert len(features) == 4
     for i, f in enumerate(features):
         assert f.shape == (2, c * 2**i, T, side, side)
         side = -(-side // 2)
-        if name.startswith("r3d_"):
+        if name.startswith("r3d_") or name.startswith("i3d") and i == 0:
             T = -(-T // 2)
     assert z.shape == (2, c * 8) == (2, net.fc.in_features)
     assert torch.allclose(z, features[-1].mean((2, 3, 4)))
     assert torch.allclose(net(x), net.fc(z), atol=1e-6)
+    assert torch.equal(net(x), net.classify(features[-1]))
     assert net(x).shape == (2, 5)
 
 
-@pytest.mark.parametrize("name", ["resnet3d10", "r3d_10", "r3d_10-pool"])
+@pytest.mark.parametrize("name", ["resnet3d10", "r3d_10", "r3d_10-pool", "i3d10", "tsm10"])
 def test_memory_format_does_not_change_the_result(name):
-    net, x = tiny(name).eval(), clips()
-    want = net(x)
-    assert torch.allclose(net.to(memory_format=torch.channels_last_3d)(x), want, atol=1e-5)
+    net, x = tiny(name, width=1 / 4).eval(), clips()
+    want, flat = net(x), name.startswith("tsm")
+    net.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)
+    assert torch.allclose(net(x), want, atol=1e-5)
+    # The memory of every frame stays that of the weights: nothing is copied to another order on the way.
+    for f in net.features(x):
+        assert f.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def naive_conv(x, weight, stride=1):
@@ -233,12 +392,12 @@ def test_block_equals_a_naive_loop(bottleneck):
 # -------------------------------------------------------------------------------- initialisation
 
 
-@pytest.mark.parametrize("name", ["resnet3d10", "r3d_10"])
+@pytest.mark.parametrize("name", ["resnet3d10", "r3d_10", "i3d10", "tsm10"])
 def test_build_follows_the_seed(name):
     first, again, other = tiny(name, seed=1), tiny(name, seed=1), tiny(name, seed=2)
     for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    assert not torch.equal(first.stem[0].weight, other.stem[0].weight)
+    assert not torch.equal(kernel(first), kernel(other))
 
 
 def test_initialisation_is_slowfasts():
@@ -279,29 +438,29 @@ def test_gradients_reach_every_parameter(name):
     assert [n for n, p in net.named_parameters() if not p.grad.any()] == []
 
 
-@pytest.mark.parametrize("name", ["resnet3d10", "r3d_10"])
+@pytest.mark.parametrize("name", ["resnet3d10", "r3d_10", "tsm10"])
 def test_dropout_is_for_training_only(name):
     net, x = tiny(name, dropout=0.5), clips()
     net.eval()
     assert torch.equal(net(x), tiny(name).eval()(x))
     z = net.embed(x)
     net.dropout.train()
-    assert not torch.equal(net(x), net.fc(z))
+    assert not torch.allclose(net(x), net.fc(z))
     assert torch.equal(net.embed(x), z)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_epsilon_is_every_batch_norms(name):
-    def epsilons(**more):
-        return {m.eps for m in build(name, 5, **more).modules() if isinstance(m, nn.BatchNorm3d)}
-
     with torch.device("meta"):
-        assert epsilons() == {1e-5} and epsilons(bn_eps=1e-3) == {1e-3}
+        net = build(name, 5, bn_eps=1e-3)
+    norms = [m for m in net.modules() if isinstance(m, (nn.BatchNorm2d, nn.BatchNorm3d))]
+    assert {m.eps for m in norms} == {1e-3} and net.name == name
 
 
-@pytest.mark.parametrize("name", ["resnet3d10", "r3d_10"])
+@pytest.mark.parametrize("name", ["resnet3d10", "r3d_10", "tsm10"])
 def test_epsilon_changes_the_result(name):
     x = clips()
+    assert torch.equal(tiny(name, bn_eps=1e-5).eval()(x), tiny(name).eval()(x))
     assert not torch.allclose(tiny(name, bn_eps=0.5).eval()(x), tiny(name).eval()(x))
 
 
@@ -318,6 +477,8 @@ def test_names_of_tensors_are_stable():
     "name, more, words",
     [
         ("resnet50", {}, "resnet3d50"),
+        ("tsm152", {}, "tsm101"),
+        ("tsm50-pool", {}, "tsm50-small"),
         ("resnet3d10", {"width": 0}, "width of 0"),
         ("resnet3d10", {"width": float("nan")}, "width of nan"),
         ("resnet3d10", {"dropout": 1.0}, "dropout of 1.0"),
@@ -351,17 +512,33 @@ def test_weights_of_a_model_file_or_a_state_dict(tmp_path, name, prefix, whole, 
     assert same(net, source) and capsys.readouterr().out == ""
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache of torch.hub, and no network. Returns the cache and the list of what was asked for."""
+    asked = []
+
+    def refuse(url, *_, **__):
+        asked.append(url)
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path / "checkpoints", asked
+
+
 @pytest.mark.parametrize("name", ["r3d_18", "r3d_18-pool"])
-def test_weights_of_torchvision(tmp_path, name, capsys):
-    """Their 400 classes and RGB as they are, then for 5 classes and 10 channels."""
+def test_weights_of_torchvision(hub, name, capsys):
+    """Their 400 classes and RGB as they are, then for 5 classes and 10 channels; "kinetics" is that file."""
     torch.manual_seed(1)
-    theirs, path = r3d_18(weights=None), tmp_path / "r3d_18.pth"
+    theirs, path = r3d_18(weights=None), hub[0] / "r3d_18-b3b3357e.pth"
     torch.save(theirs.state_dict(), path)
     assert same(build(name, 400, weights=path), theirs) and capsys.readouterr().out == ""
     net = build(name, 5, in_channels=10, weights=path)
     assert same(net, theirs, skip=["stem.0.", "fc."]) and "last layer" in capsys.readouterr().out
     mean = theirs.stem[0].weight.mean(1)
     assert all(torch.allclose(net.stem[0].weight[:, c], mean, atol=1e-7) for c in range(10))
+    assert fetch(name, "kinetics") == path
 
 
 @pytest.mark.parametrize("name", ["resnet3d10", "r3d_10"])
@@ -378,17 +555,141 @@ def test_last_layer_of_other_classes_starts_afresh(tmp_path, name, capsys, monke
 
 
 @pytest.mark.parametrize("c_from, c_to", [(3, 10), (10, 3), (3, 1)])
-@pytest.mark.parametrize("name, first", [("resnet3d10", "stem.conv."), ("r3d_10", "stem.0.")])
-def test_first_convolution_is_averaged_and_repeated(tmp_path, name, first, c_from, c_to):
+@pytest.mark.parametrize("name", ["resnet3d10", "r3d_10", "i3d10", "tsm10"])
+def test_first_convolution_is_averaged_and_repeated(tmp_path, name, c_from, c_to):
     source = tiny(name, seed=1, in_channels=c_from)
     torch.save(source.state_dict(), tmp_path / "w.pt")
     net = tiny(name, in_channels=c_to, weights=tmp_path / "w.pt")
-    old, new = source.stem[0].weight, net.stem[0].weight
-    assert new.shape[1] == c_to and new.is_contiguous() and new.requires_grad
+    old, new = kernel(source), kernel(net)
+    assert new.shape[1] == c_to and new.is_contiguous() and net.get_parameter(net.FIRST).requires_grad
     for c in range(c_to):
         assert torch.allclose(new[:, c], sum(old[:, j] for j in range(c_from)) / c_from, atol=1e-7)
-    assert same(net, source, skip=[first])
+    assert same(net, source, skip=[net.FIRST])
     assert net(clips(C=c_to)).shape == (2, 5)
+
+
+def test_first_convolution_on_the_way_through_the_modalities(tmp_path):
+    """RGB to flow to differences and back, by the pseudocode of Mutual Modality Learning, section 2.1."""
+    net = tiny("tsm10", in_channels=3)
+    W = kernel(net).clone()
+    for N in (10, 15, 3):
+        torch.save(net.state_dict(), tmp_path / "w.pt")
+        net = tiny("tsm10", in_channels=N, weights=tmp_path / "w.pt")
+        W_new = torch.zeros(4, N, 7, 7)
+        for i in range(N):
+            W_new[:, i] = sum(W[:, j] for j in range(W.shape[1])) / W.shape[1]
+        W = W_new
+        assert torch.allclose(kernel(net), W, atol=1e-7)
+
+
+@pytest.mark.parametrize("depth", [10, 50])
+@pytest.mark.parametrize("family", ["i3d", "resnet3d"])
+def test_a_still_clip_through_the_inflated_network_is_the_picture(tmp_path, family, depth):
+    """In the middle of the clip, where no kernel reaches the zeros beyond its ends."""
+    flat = tiny(f"tsn{depth}").double().eval()
+    randomise_batch_norms(flat)
+    torch.save(flat.state_dict(), tmp_path / "w.pt")
+    net = tiny(f"{family}{depth}", weights=tmp_path / "w.pt").double().eval()
+    picture = clips(1, T=1).double()
+    with torch.no_grad():
+        pairs = [*zip(flat.features(picture), net.features(picture.expand(-1, -1, 40, -1, -1)), strict=True)]
+    for want, found in pairs:
+        middle = found[:, :, found.shape[2] // 2]
+        assert torch.allclose(middle, want[:, :, 0], rtol=1e-5, atol=1e-5 * want.abs().max())
+    assert torch.equal(flat.fc.weight, net.fc.weight)
+
+
+def test_inflated_kernels_are_shared_out_over_their_frames(tmp_path):
+    torch.manual_seed(1)
+    theirs, path = resnet18(), tmp_path / "resnet18.pth"
+    randomise_batch_norms(theirs)
+    torch.save(theirs.state_dict(), path)
+    net = build("i3d18", 1000, in_channels=10, weights=path)
+    mean = theirs.conv1.weight.mean(1)
+    assert net.stem.conv.weight.shape == (64, 10, 5, 7, 7)
+    for t in range(5):
+        assert torch.allclose(net.stem.conv.weight[:, 7, t], mean / 5, atol=1e-7)
+    old, new = theirs.layer3[0], net.res4[0]
+    assert torch.equal(new.conv1.conv.weight, torch.stack([old.conv1.weight / 3] * 3, 2))
+    assert torch.equal(new.conv2.conv.weight[:, :, 0], old.conv2.weight)
+    assert torch.equal(new.shortcut.conv.weight[:, :, 0], old.downsample[0].weight)
+    randomised = same(new.conv2.bn, old.bn2), same(new.shortcut.bn, old.downsample[1])
+    assert all(randomised) and same(net.stem.bn, theirs.bn1)
+    assert torch.equal(net.fc.weight, theirs.fc.weight)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_weights_of_torchvisions_resnets(tmp_path, zipped, capsys):
+    """Their file by its path, of a new or an old version of torch, with or without the counts of batches."""
+    torch.manual_seed(1)
+    theirs, path = resnet18(), tmp_path / "resnet18.pth"
+    state = theirs.state_dict()
+    if not zipped:
+        state = {key: value for key, value in state.items() if "num_batches" not in key}
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    assert same(build("tsm18", 1000, weights=path), theirs) and capsys.readouterr().out == ""
+    assert same(build("tsn18-small", 5, weights=path), theirs, skip=["fc."])
+    assert "last layer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tsm18-small", "i3d18"])
+def test_imagenet(hub, name, capsys):
+    """The last layer is never ImageNet's, not even for 1000 classes."""
+    torch.manual_seed(1)
+    theirs, path = resnet18(), hub[0] / "resnet18-f37072fd.pth"
+    torch.save(theirs.state_dict(), path)
+    net = build(name, 1000, weights="imagenet")
+    whole = kernel(net) if name.startswith("tsm") else kernel(net).sum(2)
+    assert torch.allclose(whole, theirs.conv1.weight, atol=1e-6)
+    assert theirs.fc.bias.any() and not net.fc.bias.any() and "last layer" in capsys.readouterr().out
+    assert fetch(name, "imagenet") == path and not hub[1]
+    with pytest.raises(UserError, match="fits another network"):
+        tiny(name, weights="imagenet")
+
+
+@pytest.mark.parametrize(
+    "name, weights",
+    [("tsm10", "imagenet"), ("r3d_18", "imagenet"), ("tsm50", "kinetics"), ("r3d_34-pool", "kinetics")],
+)
+def test_weights_that_nobody_publishes(hub, name, weights):
+    with pytest.raises(UserError, match=f"no {weights} weights for {name}, only .*: a file is needed$"):
+        fetch(name, weights)
+    assert not hub[1]
+
+
+@pytest.mark.parametrize("error", [URLError("no route"), RuntimeError("invalid hash\nvalue"), TimeoutError()])
+def test_no_network_is_one_sentence(hub, error, monkeypatch):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    path = hub[0] / "resnet18-f37072fd.pth"
+    url = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
+    for act in (lambda: tiny("tsm18", weights="imagenet"), lambda: fetch("i3d18-small", "imagenet")):
+        with pytest.raises(UserError) as caught:
+            act()
+        assert re.fullmatch(f"{url} cannot be downloaded .*{path}, or give .*", str(caught.value))
+
+
+def test_fetch_downloads_once_and_knows_a_file(hub, monkeypatch):
+    def download(url, path, hash_prefix, progress):
+        assert hash_prefix == "f37072fd" and not progress
+        hub[1].append(url)
+        torch.save({}, path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        assert fetch("tsm18", "imagenet") == hub[0] / "resnet18-f37072fd.pth"
+    fetch("resnet3d18", "imagenet")
+    assert len(hub[1]) == 1
+    assert fetch("tsm18", "runs/a/model.pt") == Path("runs/a/model.pt")
+
+
+def test_a_damaged_download_is_refused(hub):
+    path = hub[0] / "resnet18-f37072fd.pth"
+    path.write_bytes(b"<html>Please log in</html>")
+    with pytest.raises(UserError, match=f"{path} is damaged"):
+        tiny("tsm18", weights="imagenet")
 
 
 @pytest.mark.parametrize(
@@ -399,6 +700,8 @@ def test_first_convolution_is_averaged_and_repeated(tmp_path, name, first, c_fro
         dict(name="resnet3d50"),
         dict(name="resnet3d18", classes=9, in_channels=2),
         dict(name="r3d_10"),
+        dict(name="tsm18"),
+        dict(name="tsm10", width=1 / 8),
     ],
 )
 def test_weights_of_another_network_are_refused(tmp_path, other, capsys):
@@ -418,12 +721,21 @@ class Malice:
         return os.mkdir, (str(self.path),)
 
 
+def old(thing, path):
+    """As torch before 1.6 saved it."""
+    torch.save(thing, path, _use_new_zipfile_serialization=False)
+
+
 FILES = {
     "empty": lambda p: p.write_bytes(b""),
     "text": lambda p: p.write_text("weights of the network\n"),
     "zeros": lambda p: p.write_bytes(bytes(4096)),
     "cut short": lambda p: (torch.save(tiny().state_dict(), p), os.truncate(p, p.stat().st_size // 2)),
     "last byte": lambda p: (torch.save(tiny().state_dict(), p), os.truncate(p, p.stat().st_size - 1)),
+    "old, cut short": lambda p: (old(tiny().state_dict(), p), os.truncate(p, p.stat().st_size // 2)),
+    "old, cut in its head": lambda p: (old(tiny().state_dict(), p), os.truncate(p, 15)),
+    "old, a module": lambda p: old(tiny(), p),
+    "old malice": lambda p: old(Malice(p.parent / "executed"), p),
     "a list": lambda p: torch.save([1, 2], p),
     "a number": lambda p: torch.save(3, p),
     "no tensors": lambda p: torch.save({"net": {"fc.weight": 3}}, p),
