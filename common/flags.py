@@ -10,6 +10,7 @@
 
 import argparse
 import math
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -34,17 +35,22 @@ class Parser(argparse.ArgumentParser):
         )  # fmt: skip
         self.script, self.recipes, self.error = script, recipes, partial(leave, script)
 
-    def data(self, unlabelled="rest"):
-        """Add the flags that say which videos and labels; the group, for more of them."""
+    def data(self, unlabelled="rest", ratio=0.01):
+        """Add the flags that say which videos and labels; the group, for more of them.
+
+        unlabelled None: the script has no use for videos without a label.
+        """
+        self.ratio = ratio
         g = self.add_argument_group("data")
         g.add_argument("--data", default="toy", help="k400, ucf101, hmdb51, ssv2, ..., or a folder")
         g.add_argument("--root", help="where the data set is; data/<name> if not given")
         g.add_argument("--split", type=int, default=1, help="official split of UCF-101 and HMDB-51")
-        g.add_argument("--ratio", type=float, help="share of labelled videos; 0.01 by default")
+        g.add_argument("--ratio", type=float, help=f"share of labelled videos; {ratio} by default")
         g.add_argument("--per_class", type=int, help="labelled videos per class, instead of --ratio")
         g.add_argument("--labelled_list", help="a file that names the labelled videos, instead of --ratio")
-        g.add_argument("--unlabelled", choices=["rest", "all"], default=unlabelled,
-                       help="videos without a label, or the labelled ones too")  # fmt: skip
+        if unlabelled:
+            g.add_argument("--unlabelled", choices=["rest", "all"], default=unlabelled,
+                           help="videos without a label, or the labelled ones too")  # fmt: skip
         g.add_argument("--size", type=int, default=224, help="training crop in pixels")
         g.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror clips; if labels allow")
         return g
@@ -85,18 +91,22 @@ class Parser(argparse.ArgumentParser):
 
         if args.ratio is not None and not 0 < args.ratio <= 1:
             self.error(f"--ratio is a share in (0, 1], not {args.ratio}; 1 % is 0.01")
-        self.at_least(1, args, "size", "clips", "log_every")
+        self.at_least(1, args, "size", "log_every")
+        self.at_least(0 if getattr(args, "uniform", 0) else 1, args, "clips")
         self.at_least(0, args, "seed", "workers", "eval_every", "max_bad")
         given = [x for x in (args.ratio, args.per_class, args.labelled_list) if x is not None]
         if len(given) > 1:
             self.error("give one of --ratio, --per_class and --labelled_list")
         if not given:
-            args.ratio = 0.01
+            args.ratio = self.ratio
         args.test_size = args.test_size or round(args.size * 8 / 7)
         data, labels = Path(args.data).name.replace(":", "-"), args.ratio or args.per_class or "list"
-        net = Path(args.eval or "").stem.removeprefix("model")
+        model, *more = map(Path, (args.eval or "").split(","))
+        net = model.stem.removeprefix("model")
+        if more:  # several models, in a folder of their own beside the first
+            net = f"{1 + len(more)}_{zlib.crc32(args.eval.encode()):08x}"
         test = "_".join(filter(None, ["eval", data, net, *(getattr(args, name) for name in also)]))
-        tested = args.eval and f"{Path(args.eval).parent}/{test}"
+        tested = args.eval and f"{model.parent}/{test}"
         args.out = args.out or tested or f"runs/{self.script}_{data}_{labels}_{args.seed}"
         if args.eval and Path(args.out, "last.pt").exists():
             self.error(f"--out {args.out} is the folder of a training run: choose another for --eval")

@@ -6,19 +6,30 @@ import torch
 
 
 def build(name, parameters, lr, weight_decay):
-    """sgd (momentum 0.9) or adamw."""
+    """sgd (momentum 0.9) or adamw; parameters may be groups, as torch.optim has them."""
     if name == "sgd":
         return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay)
     return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
 
 
 def set_lr(optimizer, lr):
-    """The learning rate of every group. It follows from the step, so that no resumption can lose it."""
+    """The learning rate of every group, times its "lr_factor" if it has one.
+
+    It follows from the step, so that no resumption can lose it.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)
 
 
 def warmup_cosine(step, total, warmup=0.0, first=0.0):
     """Half a cosine from 1 to 0 over `total` steps, times a line from `first` to 1 over `warmup` steps."""
-    rise = first + (1 - first) * min(1.0, (step + 1) / max(1.0, warmup))
-    return rise * 0.5 * (1 + math.cos(math.pi * step / total))
+    return _rise(step, warmup, first) * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def warmup_steps(step, milestones, warmup=0.0, first=0.0):
+    """1, a tenth of that from the first of `milestones` on, and so forth; times the line of warmup_cosine."""
+    return _rise(step, warmup, first) * 0.1 ** sum(step >= milestone for milestone in milestones)
+
+
+def _rise(step, warmup, first):
+    return first + (1 - first) * min(1.0, (step + 1) / max(1.0, warmup))

@@ -17,6 +17,7 @@ The run folder (all of it readable without this package):
 
 import errno
 import gc
+import itertools
 import json
 import math
 import os
@@ -42,6 +43,8 @@ try:
     import fcntl
 except ImportError:  # not POSIX: two runs in one folder are then not noticed
     fcntl = None
+
+RUNS = itertools.count()  # of this process
 
 # What an error of torch means to the person who started the run: (text in the error, our sentence).
 TROUBLES = (
@@ -86,6 +89,7 @@ class Run:
         self.stopped = False  # all ranks have agreed to stop
         self.sums, self.count, self.wait, self.mark = {}, 0, 0.0, 0.0
         self.bad, self.new_bad, self.videos, self.total = set(), {}, 0, None
+        self.ended = False  # there is a result
         self.save_failed = self.log_failed = None
         self.began, self.seconds_before = time.time(), 0.0
         self.lock = self.bar = None
@@ -117,8 +121,10 @@ class Run:
             torch.backends.cudnn.benchmark = True
         if "RANK" in os.environ:
             store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=15)))
-            # A restarted attempt must not read the addresses that the dead one left in the store.
-            store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            # A restarted attempt, or the next run of one process, must not read the addresses that the one
+            # before left in the store.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+            store = dist.PrefixStore(f"attempt{attempt}/{next(RUNS)}", store)
         else:
             store, rank, world = dist.HashStore(), 0, 1
         # Small CPU tensors (stop flags, names of bad videos) go over gloo and never wait for the GPU.
@@ -228,8 +234,10 @@ class Run:
 
     def place(self, net, channels_last=False):
         """The network on this rank's device, in the memory format asked for."""
-        memory = torch.channels_last_3d if channels_last else torch.contiguous_format
-        return net.to(self.device, memory_format=memory)
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d} if channels_last else {}
+        for p in net.to(self.device).parameters():  # .to takes one format for all, 2D and 3D kernels alike
+            p.data = p.data.contiguous(memory_format=formats.get(p.dim(), torch.contiguous_format))
+        return net
 
     def distribute(self, net, channels_last=False, compile=False):
         """The network on this rank's device under DistributedDataParallel."""
@@ -464,7 +472,7 @@ class Run:
         row = self.on_main(self._read_result)
         if row:
             self.show_result(row)
-        return bool(row)
+        return self.ended
 
     def _read_result(self):
         path = self.out / "result.json"
@@ -477,6 +485,7 @@ class Run:
 
     def show_result(self, row):
         """Print `RESULT name=value ...`, one line that can be searched for (rank 0)."""
+        self.ended = True
         words = (f"{k}={v:.2f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
         self.say(" ".join(["RESULT", *words]))
 

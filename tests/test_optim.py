@@ -22,3 +22,34 @@ def test_set_lr_reaches_every_group():
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
     assert optimizer.defaults["momentum"] == 0.9
     assert isinstance(optim.build("adamw", groups, 0.1, 0.01), torch.optim.AdamW)
+
+
+def test_warmup_steps_by_hand():
+    steps = {0: 1, 19: 1, 20: 0.1, 39: 0.1, 40: 0.01, 1000: 0.01}
+    assert {s: optim.warmup_steps(s, [20, 40]) for s in steps} == pytest.approx(steps)
+    assert optim.warmup_steps(5, []) == 1
+    # A line from 1/5 on: 0.2 + 0.8 (step + 1) / 10, and a tenth of it from step 4 on.
+    assert optim.warmup_steps(0, [4], 10, first=0.2) == pytest.approx(0.28)
+    assert optim.warmup_steps(3, [4], 10, first=0.2) == pytest.approx(0.52)
+    assert optim.warmup_steps(4, [4], 10, first=0.2) == pytest.approx(0.06)
+    assert optim.warmup_steps(0, [], 10) == pytest.approx(0.1)
+    assert optim.warmup_steps(9, [20], 10) == optim.warmup_steps(19, [20], 10) == 1
+
+
+def test_set_lr_knows_the_factor_of_a_group():
+    weight, bias = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+    optimizer = optim.build("sgd", [dict(params=[weight]), dict(params=[bias], lr_factor=5.0)], 0.1, 0.0)
+    for _ in range(2):  # not of what it was before
+        optim.set_lr(optimizer, 0.25)
+        assert [group["lr"] for group in optimizer.param_groups] == [0.25, 1.25]
+    again = optim.build("sgd", [dict(params=[weight]), dict(params=[bias], lr_factor=5.0)], 0.1, 0.0)
+    again.load_state_dict(optimizer.state_dict())
+    optim.set_lr(again, 0.5)
+    assert [group["lr"] for group in again.param_groups] == [0.5, 2.5]
+
+
+def test_groups_keep_their_weight_decay():
+    for name in ("sgd", "adamw"):
+        groups = [dict(params=[torch.nn.Parameter(torch.ones(1))], weight_decay=d) for d in (0.0, 0.5)]
+        optimizer = optim.build(name, groups, 0.1, 0.01)
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.5]
