@@ -53,7 +53,8 @@ class Videos:
     """A list of videos in a few arrays, which a worker gets at once; made by Videos.make.
 
     labels: (N,) int64, or (N, K) uint8 with a one for each class of the video; groups: (N,) int32 or
-    None, clips of a group show one scene; spans: (N, 2) float64 seconds (start, end) or None.
+    None, clips of a group show one scene; spans: (N, 2) float64 seconds (start, end) or None; flow: the
+    folder of their extracted optical flow, or None.
     """
 
     root: str
@@ -62,9 +63,10 @@ class Videos:
     labels: np.ndarray
     groups: np.ndarray | None = None
     spans: np.ndarray | None = None
+    flow: str | None = None
 
     @classmethod
-    def make(cls, root, names, labels, groups=None, spans=None):
+    def make(cls, root, names, labels, groups=None, spans=None, flow=None):
         """From names relative to root, and the other fields in any array form."""
         names = [os.fsencode(name) for name in names]
         offsets = np.cumsum([0, *map(len, names)], dtype=np.int64)
@@ -73,7 +75,7 @@ class Videos:
         spans = None if spans is None else np.asarray(spans, dtype=np.float64).reshape(-1, 2)
         if any(x is not None and len(x) != len(names) for x in (labels, groups, spans)):
             raise ValueError("names, labels, groups and spans differ in length")
-        return cls(os.fspath(root), b"".join(names), offsets, labels, groups, spans)
+        return cls(os.fspath(root), b"".join(names), offsets, labels, groups, spans, flow)
 
     def __len__(self):
         return len(self.labels)
@@ -94,7 +96,7 @@ class Videos:
         """The videos `indices`, in that order."""
         at = np.asarray(indices, dtype=np.int64)
         fields = [None if x is None else x[at] for x in (self.labels, self.groups, self.spans)]
-        return Videos.make(self.root, [self.name(i) for i in at], *fields)
+        return Videos.make(self.root, [self.name(i) for i in at], *fields, self.flow)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,6 +111,11 @@ class Data:
     multilabel: bool
     flip: bool
     notes: tuple[str, ...]
+
+    def with_flow(self, folder):
+        """The same, with the optical flow of its videos in `folder`."""
+        train, test = (dataclasses.replace(videos, flow=folder) for videos in (self.train, self.test))
+        return dataclasses.replace(self, train=train, test=test)
 
 
 def load(name, root=None, split=1):
@@ -798,7 +805,7 @@ def _activitynet(root, split, variant, notes):
 
 READERS = dict(k400=_k400, ucf101=_ucf101, hmdb51=_hmdb51, ssv2=_ssv2, charades=_charades, toy=_toy)
 READERS |= {"activitynet": _activitynet, "activitynet:whole": _activitynet, "hmdb51:all": _hmdb51}
-READERS |= {f"toy:{variant}": _toy for variant in ("a", "b", "c", "busy")}
+READERS |= {f"toy:{variant}": _toy for variant in ("a", "b", "c", "busy", "multi")}
 
 
 # ---- commands --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     make("data/toy")            800 train, 200 val and 300 test videos of 10 motions, 48 x 48, 48 frames
     make("data/toy_b", "b")     another look, other classes
     make("data/toy_busy", "busy")    the same classes on a ground as bright and sharp as the shapes, at rest
+    make("data/toy_multi", "multi")  two shapes with a motion each: a video has two labels
 
 Three textured shapes make the same motion over a slowly drifting background. What one frame shows of a
 shape is its place in the picture (a torus: what leaves on one side enters on the other), its angle and
@@ -66,6 +67,7 @@ class Look(NamedTuple):
     inverted: bool = False  # dark shapes on bright ground
     clutter: int = 0  # at most so many small shapes that stand still
     busy: bool = False  # a ground as bright and as sharply textured as the shapes, that stands still
+    several: bool = False  # two shapes instead of SHAPES, each with a motion of its own
 
 
 ALL = tuple(MOTIONS)
@@ -75,6 +77,7 @@ VARIANTS = {
     "b": Look((*ALL[:2], *ALL[4:6], *ALL[10:]), 90, textures=("stripes",), inverted=True),
     "c": Look(ALL[2:9], 40, textures=("checks",), outlines=("star",), clutter=4),
     "busy": Look((*ALL[:4], *ALL[6:]), 80, clutter=4, busy=True),
+    "multi": Look((*ALL[:4], *ALL[6:]), 80, several=True),
 }
 PARTS = ("train", "val", "test")
 
@@ -132,9 +135,11 @@ def _write_set(root, stamp, counts):
     jobs = []
     for part, per_class in counts.items():
         os.makedirs(os.path.join(root, part))
-        labels = [i % len(classes) for i in range(per_class * len(classes))]  # every stretch is balanced
-        names = [f"{part}/{classes[y]}_{i // len(classes):04d}.mp4" for i, y in enumerate(labels)]
-        _write_lines(root, f"{part}.txt", [f"{name} {y}" for name, y in zip(names, labels, strict=True)])
+        ys = [labels(stamp["variant"], i) for i in range(per_class * len(classes))]
+        kinds = ["+".join(classes[k] for k in y) for y in ys]
+        names = [f"{part}/{kind}_{i // len(classes):04d}.mp4" for i, kind in enumerate(kinds)]
+        lines = [" ".join(map(str, (name, *y))) for name, y in zip(names, ys, strict=True)]
+        _write_lines(root, f"{part}.txt", lines)
         jobs += [(name, part, i) for i, name in enumerate(names)]
     _write_lines(root, "classes.txt", classes)
     # One process: threads wait for each other here, and child processes outlive a killed parent.
@@ -151,10 +156,18 @@ def _write_lines(root, name, lines):
 # ---- one video -------------------------------------------------------------------------------------
 
 
+def labels(variant, i):
+    """The classes of video i of a part, so that every stretch is balanced: one, or two of all pairs."""
+    look, K = VARIANTS[variant], len(VARIANTS[variant].classes)
+    first = i % K
+    return [first, (first + 1 + i // K % (K - 1)) % K] if look.several else [first]
+
+
 def render(variant, part, i, seed=0):
-    """The pictures of video i of a part, uint8 (T, H, W, 3). Its label is i modulo the number of classes."""
+    """The pictures of video i of a part, uint8 (T, H, W, 3); see `labels`."""
     look = VARIANTS[variant]
-    motion = MOTIONS[look.classes[i % len(look.classes)]]
+    motions = [MOTIONS[look.classes[k]] for k in labels(variant, i)]
+    motions *= 1 if look.several else SHAPES  # one for each shape
     rng = np.random.default_rng((seed, list(VARIANTS).index(variant), PARTS.index(part), i))
     t = np.arange(FRAMES)
 
@@ -173,7 +186,7 @@ def render(variant, part, i, seed=0):
     for _ in range(rng.integers(look.clutter + 1)):
         still = np.broadcast_to(rng.uniform(size=(4, 1)), (4, FRAMES))
         _paint(pictures, *still, rng, look, scale=0.6)
-    for _ in range(SHAPES):
+    for motion in motions:
         state = dict(zip(("x", "y", "angle", "size"), drifting(), strict=True))
         cycles = rng.uniform() + t * np.exp(-rng.uniform(*np.log(PERIOD)))
         moved = motion(cycles)

@@ -1,11 +1,13 @@
 """The embedded data set: made once, whole and the same; the class is in the motion and not in a frame."""
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from itertools import permutations
 from pathlib import Path
 
 import av
@@ -14,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import UserError, toy
+from common import UserError, datasets, toy
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FEW = dict(train_per_class=1, val_per_class=1, test_per_class=1)
@@ -211,3 +213,60 @@ def test_two_frames_tell_much(videos):
     shifts = [(dy, dx) for dy in (-4, 0, 4) for dx in (-4, 0, 4)]
     fits = [(grey[:, :-1].roll(shift, (2, 3)) - grey[:, 1:]).abs().mean((1, 2, 3)) for shift in shifts]
     assert accuracy(torch.stack(fits, 1).log()) > CHANCE + 10 * SIGMA
+
+
+# ---- two labels per video --------------------------------------------------------------------------
+
+
+def test_multi_labels_are_all_pairs_in_balance():
+    pairs = [tuple(toy.labels("multi", i)) for i in range(90)]
+    assert set(pairs) == set(permutations(range(10), 2))  # each once, in both orders
+    assert pairs[:3] == [(0, 1), (1, 2), (2, 3)] and pairs[10] == (0, 2)
+    assert toy.labels("multi", 90) == [0, 1]
+    for i in range(0, 200, 10):  # every ten videos have each class twice
+        assert sorted(k for j in range(i, i + 10) for k in toy.labels("multi", j)) == sorted([*range(10)] * 2)
+    assert [toy.labels("", i) for i in (0, 9, 10, 23)] == [[0], [9], [0], [3]]
+
+
+def test_multi_videos_show_both_motions(monkeypatch):
+    """One shape for each label moves as it says, and no other."""
+    moved, painted = [], []
+
+    def watched(name, motion):
+        return lambda p: moved.append(name) or motion(p)
+
+    def paint(pictures, **kwargs):
+        painted.append(kwargs)
+        return real(pictures, **kwargs)
+
+    real = toy._paint
+    monkeypatch.setattr(toy, "MOTIONS", {name: watched(name, m) for name, m in toy.MOTIONS.items()})
+    monkeypatch.setattr(toy, "_paint", paint)
+    for i in (0, 17, 45):
+        del moved[:], painted[:]
+        shown = toy.render("multi", "train", i)
+        classes = [toy.VARIANTS["multi"].classes[k] for k in toy.labels("multi", i)]
+        assert moved == classes and len(painted) == 2 and shown.shape == (48, 48, 48, 3)
+    del moved[:]
+    toy.render("", "train", 4)
+    assert moved == [toy.VARIANTS[""].classes[4]] * toy.SHAPES
+
+
+def test_multi_set_has_two_labels_per_video(tmp_path):
+    toy.make(tmp_path / "multi", "multi", **FEW)
+    classes = lines(tmp_path / "multi", "classes.txt")
+    rows = [line.split() for line in lines(tmp_path / "multi", "train.txt")]
+    for i, (name, *label) in enumerate(rows):
+        assert [int(k) for k in label] == toy.labels("multi", i)
+        assert Path(name).name == "+".join(classes[int(k)] for k in label) + "_0000.mp4"
+    data = datasets.load("toy:multi", str(tmp_path / "multi"))
+    assert data.multilabel and data.train.labels.shape == (10, 10) and (data.train.labels.sum(1) == 2).all()
+    by_name = {data.train.name(i): np.flatnonzero(data.train.labels[i]).tolist() for i in range(10)}
+    assert by_name == {name: sorted(map(int, label)) for name, *label in rows}
+
+
+@pytest.mark.parametrize("variant, part, i, start", [
+    ("", "train", 3, "a6661935aa15"), ("busy", "test", 7, "37a0cb3129f2"), ("c", "val", 2, "4cde3545b9bc"),
+])  # fmt: skip
+def test_videos_of_version_1_are_what_they_were(variant, part, i, start):
+    assert hashlib.sha256(toy.render(variant, part, i).tobytes()).hexdigest().startswith(start)
