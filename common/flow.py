@@ -1,0 +1,631 @@
+"""Optical flow: TV-L1 in torch, flow as 8-bit videos, and the command that extracts a data set.
+
+    flow = tvl1(frames)                                       # (N, T, 3, H, W) -> (N, T - 1, 2, H, W) pixels
+    with Flow("flow/Biking/v_Biking_g01_c04.mp4") as fields:  # extracted before
+        x = fields.get(range(5))                              # uint8 (5, 2, H, W)
+    with Computed("Biking/v_Biking_g01_c04.avi") as fields:   # the same, computed now
+        x = fields.get(range(5))
+
+Field i is the motion from frame i to frame i + 1: u to the right, v down, in pixels of the pictures it was
+computed from. As bytes, zero motion is 128 and `bound` pixels are 127 steps from it (`to_bytes`). A flow
+video is an ordinary file of one gray picture per field, u above v, each at the time of its first frame.
+
+    python -m common.flow DATA --out DIR                          every video; goes on where it was
+    torchrun --nproc_per_node 8 -m common.flow DATA --out DIR     shared among processes, and their GPUs
+
+There may be more processes than GPUs: some read and write videos while others compute.
+"""
+
+import argparse
+import fcntl
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from contextlib import ExitStack, contextmanager, suppress
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+from common import UserError, files
+from common.datasets import SUFFIXES, default_root, load
+from common.video import Video, VideoError, _check_size, _reasons
+
+SMALLEST = 16  # pixels; no level of the pyramid has a shorter side, as in OpenCV
+# Pixels of the pictures that are worked on together: on the CPU what fits its caches.
+TOGETHER = {"cpu": 2**16, "cuda": 2**24}
+BOUND = 20.0  # pixels that a byte of 1 or 255 stands for, where nothing else is said
+SHORT_SIDE = 256  # pixels; of larger pictures, before their flow is computed
+GOP = 12  # fields from one key frame of a flow video to the next
+CLOCK = 90000  # time stamps of a flow video count in these parts of a second
+CHUNK = 2**24  # pixels of the frames of a video that are in memory at a time
+EVERY = 60  # seconds between two lines of progress, where there is no terminal
+
+
+# ---- TV-L1 -----------------------------------------------------------------------------------------
+
+
+def tvl1(frames, *, tau=0.25, lam=0.15, theta=0.3, nscales=5, zfactor=0.8, warps=5, iterations=30):
+    """Optical flow between neighbouring frames: Zach, Pock and Bischof 2007, by Sanchez et al. (IPOL 2013).
+
+    frames: (N, T, H, W) gray or (N, T, 3, H, W) RGB, uint8 or float of 0..255. Returns float32
+    (N, T - 1, 2, H, W): what is at (x, y) in frame t is at (x + u, y + v) in frame t + 1, in pixels.
+
+    The names are those of the IPOL paper: tau, time step of the dual problem; lam (lambda), weight of the
+    data; theta, coupling; nscales levels, each zfactor times the one below it; warps per level.
+    This is OpenCV's DualTVL1 at outerIterations=1, innerIterations=iterations, medianFiltering=1 and
+    epsilon=0: its default, 10 outer iterations with a median filter before each, ends once the mean
+    squared change is below epsilon squared, which in a batch all would have to wait for.
+    Raises ValueError for less than two frames, and for pictures of less than SMALLEST pixels.
+    """
+    if frames.ndim not in (4, 5) or frames.ndim == 5 and frames.shape[2] != 3:
+        raise ValueError(f"frames are (N, T, H, W) or (N, T, 3, H, W), not {tuple(frames.shape)}")
+    n, t = frames.shape[:2]
+    if t < 2:
+        raise ValueError(f"flow needs two frames, not {t}")
+    first = torch.arange(n * t, device=frames.device).view(n, t)[:, :-1].flatten()
+    scheme = dict(tau=tau, lam=lam, theta=theta, nscales=nscales, zfactor=zfactor, warps=warps)
+    flow = _flow(frames.flatten(0, 1), first, **scheme, iterations=iterations)
+    return flow.unflatten(0, (n, t - 1))
+
+
+# What flow videos are made with. Three levels more than OpenCV's default follow motion of up to twice the
+# speed, and cost a tenth more time.
+SCHEME = {**tvl1.__kwdefaults__, "nscales": 8}
+
+
+@torch.no_grad()
+def _flow(frames, first, tau, lam, theta, nscales, zfactor, warps, iterations):
+    """float32 (P, 2, H, W): from frames[i] to frames[i + 1] for each i of `first`, int64 (P,)."""
+    if min(frames.shape[-2:]) < SMALLEST:
+        height, width = frames.shape[-2:]
+        raise ValueError(f"pictures of {width} x {height} pixels are too small for flow")
+    flow = None
+    for level in reversed(_pyramid(_gray(frames), nscales, zfactor)):
+        size = level.shape[-2:]
+        if flow is None:
+            flow = level.new_zeros(len(first), 2, *size)
+        else:
+            flow = F.interpolate(flow, size, mode="bilinear").div_(zfactor)
+        together = max(TOGETHER[level.device.type] // size.numel(), 1)
+        for u, i in zip(flow.split(together), first.split(together), strict=True):
+            _refine(u, level[i], level[i + 1], tau, lam, theta, warps, iterations)
+    return flow
+
+
+def _gray(frames):
+    """float32 (T, H, W) of frames (T, H, W) or (T, 3, H, W), with the weights of OpenCV, unrounded."""
+    if frames.ndim == 3:
+        return frames.float()
+    r, g, b = frames.unbind(1)
+    return (0.299 * r + 0.587 * g + 0.114 * b).float()
+
+
+def _pyramid(pictures, nscales, zfactor):
+    """[(T, H, W), ...], the largest first: bilinear, without blur, sampled at exactly 1 / zfactor."""
+    levels, more = [pictures], math.ceil(1.5 / zfactor)
+    while len(levels) < nscales:
+        height, width = (round(side * zfactor) for side in levels[-1].shape[-2:])
+        if min(height, width) < SMALLEST:
+            break
+        # interpolate rounds sizes down, and given a size it samples at the ratio of the sizes.
+        x = F.pad(levels[-1][:, None], (0, more, 0, more), mode="replicate")
+        x = F.interpolate(x, scale_factor=zfactor, mode="bilinear", recompute_scale_factor=False)
+        levels.append(x[:, 0, :height, :width].contiguous())
+    return levels
+
+
+def _refine(flow, first, second, tau, lam, theta, warps, iterations):
+    """Improve the flow (P, 2, H, W) between pictures (P, H, W) of one level, in place."""
+    height, width = first.shape[-2:]
+    edge = F.pad(second[:, None], (1, 1, 1, 1), mode="replicate")
+    dx = (edge[..., 1:-1, 2:] - edge[..., 1:-1, :-2]) / 2
+    dy = (edge[..., 2:, 1:-1] - edge[..., :-2, 1:-1]) / 2
+    # Outside all is zero, as in OpenCV. With sides of a power of two, and one, grid_sample's coordinates are
+    # exact for pixels at rest: an error of 1e-5 pixels at the border would grow from warp to warp.
+    sides = [2 ** (side - 1).bit_length() for side in (width, height)]
+    source = torch.cat([second[:, None], dx, dy], 1)  # (P, 3, H, W)
+    source = F.pad(source, (0, sides[0] + 1 - width, 0, sides[1] + 1 - height))
+    sides = torch.tensor(sides, device=flow.device)
+    pixels = (torch.arange(side, device=flow.device) for side in (width, height))
+    pixels = torch.stack(torch.meshgrid(*pixels, indexing="xy"))  # (2, H, W)
+
+    u, px, py = flow.clone(), torch.zeros_like(flow), torch.zeros_like(flow)
+    if flow.is_cuda:
+        (primal, dual), into, room = _fused(), (), ()
+    else:  # in memory that stays in the caches
+        primal, dual, into = _primal, _dual, (torch.empty_like(first), u)
+        room = [torch.zeros_like(flow) for _ in range(3)]
+    for _ in range(warps):
+        grid = (pixels + u).movedim(1, -1) * (2 / sides) - 1
+        warped = F.grid_sample(source, grid, "bicubic", "zeros", align_corners=True)
+        g = warped[:, 1:].contiguous()
+        square = (g * g).sum(1)
+        factor = torch.where(square > 1e-7, -1 / square, 0)
+        a = (warped[:, 0] - first - (g * u).sum(1)) * factor
+        b = g * factor[:, None]
+        for _ in range(iterations):
+            u = primal(u, px, py, a, b, g, lam * theta, *into)
+            dual(u, px, py, tau, theta, *room)
+    flow.copy_(u)
+
+
+def _primal(u, px, py, a, b, g, most, s=None, out=None):
+    """The flow u (P, 2, H, W) after a primal step. px, py: theta times the dual variables in x and y.
+
+    v = u + g clamp(-rho / |g|^2, -most, most) is the thresholding, its three cases in one: rho = rho_c + g.u
+    is the residual, a = -rho_c / |g|^2 (P, H, W), b = -g / |g|^2 (P, 2, H, W), and most = lam theta. Then
+    u = v + theta div p, whose differences look back. s, out: memory for the factor of g and for the result.
+    """
+    s = torch.addcmul(a, b[:, 0], u[:, 0], out=s)
+    s.addcmul_(b[:, 1], u[:, 1]).clamp_(-most, most)
+    u = torch.addcmul(u, g, s[:, None], out=out).add_(px).add_(py)
+    u[..., 1:].sub_(px[..., :-1])
+    u[..., 1:, :].sub_(py[..., :-1, :])
+    return u
+
+
+def _dual(u, px, py, tau, theta, norm=None, dx=None, dy=None):
+    """A dual step of px and py, in place: p = (p + tau/theta grad u) / (1 + tau/theta |grad u|).
+
+    The differences look forward and are 0 in the last column or row, so that p is 0 there. norm, dx, dy:
+    memory like u for what is between; the last column of dx and the last row of dy are zero.
+    """
+    if dx is None:
+        dx, dy = F.pad(u.diff(dim=-1), (0, 1)), F.pad(u.diff(dim=-2), (0, 0, 0, 1))
+    else:
+        torch.sub(u[..., 1:], u[..., :-1], out=dx[..., :-1])
+        torch.sub(u[..., 1:, :], u[..., :-1, :], out=dy[..., :-1, :])
+    norm = torch.mul(dx, dx, out=norm)
+    norm.addcmul_(dy, dy).sqrt_().mul_(tau / theta).add_(1)
+    px.add_(dx, alpha=tau).div_(norm)
+    py.add_(dy, alpha=tau).div_(norm)
+
+
+@cache
+def _fused():
+    """(_primal, _dual) as one kernel each, for CUDA; as they are, with a warning, if torch cannot compile."""
+    primal, dual = torch.compile(_primal), torch.compile(_dual)
+    try:
+        for size in ((3, 2, 18, 17), (2, 2, 20, 24)):  # of the second it learns that sizes differ
+            u, px, py, a, b, g = (torch.zeros(size, device="cuda") for _ in range(6))
+            dual(primal(u, px, py, a[:, 0].clone(), b, g, 0.045), px, py, 0.25, 0.3)
+    except Exception as error:  # no compiler, no Triton, an old GPU: each has its own kind of error
+        reason = str(error).strip().partition("\n")[0][:200]
+        warnings.warn(f"flow takes several times as long: torch.compile fails ({reason})", stacklevel=2)
+        return _primal, _dual
+    return primal, dual
+
+
+# ---- flow as bytes ---------------------------------------------------------------------------------
+
+
+def to_bytes(flow, bound=BOUND):
+    """uint8 of pixels: 128 is no motion, 1 is -bound or less and 255 bound or more. Mirrored: 256 - x."""
+    return (flow * (127 / bound)).round_().clamp_(-127, 127).add_(128).to(torch.uint8)
+
+
+def to_pixels(x, bound=BOUND):
+    """float32 pixels of bytes, the inverse of to_bytes up to half a step of bound / 127 pixels."""
+    return (x.float() - 128) * (bound / 127)
+
+
+def write(path, fields, times=None, fps=25.0):
+    """Write a flow video, complete or absent: uint8 (2, H, W) fields at `times` in seconds, or at a rate.
+
+    fields: a tensor (T, 2, H, W), or anything that yields fields. Coded without loss: one step of a byte
+    off is 0.16 pixels. Gray pictures have no colours at half size, so any height and width will do.
+    """
+    options = {"preset": "superfast", "qp": "0", "sc_threshold": "0"}
+    # By name: of errors in a file object's methods, such as a full disk, av does not tell the reason.
+    with files.replacing(os.path.abspath(path)) as file, av.open(file.name, "w", "mp4") as container:
+        _lock(file)  # while it is written, see _sweep
+        stream = container.add_stream("libx264", Fraction(fps).limit_denominator(1001), options)
+        context, pts = stream.codec_context, -1
+        context.pix_fmt, context.color_range = "gray", av.video.reformatter.ColorRange.JPEG
+        context.gop_size, context.thread_count, context.time_base = GOP, 1, Fraction(1, CLOCK)
+        for i, field in enumerate(fields):
+            if i == 0:
+                context.height, context.width = 2 * field.shape[1], field.shape[2]
+            picture = np.ascontiguousarray(field.reshape(-1, field.shape[2]).numpy())
+            frame = av.VideoFrame.from_ndarray(picture, "gray")
+            pts = max(round(CLOCK * (i / fps if times is None else float(times[i]))), pts + 1)
+            frame.pts, frame.time_base = pts, Fraction(1, CLOCK)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+# ---- fields of one video ---------------------------------------------------------------------------
+
+
+class _Fields:
+    """What Flow and Computed have in common. A context manager; raises VideoError as Video does.
+
+    span: (start, end) in seconds; the fields whose first frame is in it count, at least one. So field i
+    belongs to frame i of Video(path, span); the last frame of a video has none.
+    times: (N,) seconds of the fields from the first frame of the file; fps: their rate.
+    """
+
+    def __enter__(self):
+        with ExitStack() as stack:
+            times = self._open(stack)
+            self._stack = stack.pop_all()
+        first, last = 0, len(times)
+        if self.span is not None:
+            first = min(int(np.searchsorted(times, self.span[0])), last - 1)
+            last = max(int(np.searchsorted(times, self.span[1])), first + 1)
+        self._first, self.times = first, times[first:last]
+        return self
+
+    def __exit__(self, *_):
+        self._stack.close()
+
+    def __len__(self):
+        return len(self.times)
+
+    def get(self, indices, short_side=None):
+        """The fields `indices`, in any order and with repeats: uint8 (T, 2, H, W), as to_bytes has them.
+
+        short_side: resize them as pictures; the values still count pixels of the size they had before.
+        Raises VideoError if the file cannot give them, IndexError for an index outside the video.
+        """
+        indices = np.asarray(indices, dtype=np.int64).ravel()
+        if indices.size == 0 or indices.min() < 0 or indices.max() >= len(self):
+            raise IndexError(f"fields {indices.tolist()} of a video of {len(self)} fields")
+        wanted, places = np.unique(indices + self._first, return_inverse=True)
+        fields = self._read(wanted)
+        size = list(fields.shape[2:])
+        if short_side and short_side != min(size):
+            size = [round(side * short_side / min(size)) for side in size]
+            fields = TF.resize(fields, size, antialias=True)
+        return fields[torch.from_numpy(places)]
+
+
+class Flow(_Fields):
+    """Extracted flow: a flow video, or a folder of flow_x_00001.jpg, flow_y_00001.jpg and so on.
+
+    The rest is as in _Fields. The pictures of a folder are .jpg or .png, numbered without a gap from 0 or 1,
+    fps to a second.
+    """
+
+    def __init__(self, path, span=None, fps=25.0):
+        self.path, self.span, self.fps = os.fspath(path), span, fps
+
+    def _open(self, stack):
+        self._video = None
+        if os.path.isdir(self.path):
+            with _reasons():
+                self._pairs = _pairs(self.path)
+            return np.arange(len(self._pairs)) / self.fps
+        self._video = stack.enter_context(Video(self.path))
+        self.fps = self._video.fps
+        return self._video.times
+
+    def _read(self, wanted):
+        if self._video is None:
+            with _reasons():
+                pictures = [_picture(path) for i in wanted for path in self._pairs[i]]
+            if len({picture.shape for picture in pictures}) > 1:
+                raise VideoError("the flow pictures differ in size")
+            return torch.from_numpy(np.stack(pictures)).unflatten(0, (-1, 2))
+        x = self._video.get(wanted)
+        if x.shape[2] % 2 or not torch.equal(x[:, 0], x[:, 2]):
+            raise VideoError("not a flow video: its pictures are not gray, u above v")
+        return x[:, 0].unflatten(1, (2, -1)).contiguous()
+
+
+def _pairs(folder):
+    """[(path of x, path of y), ...] of a folder of flow pictures, by number."""
+    found = {"x": {}, "y": {}}
+    for name in os.listdir(folder):
+        if match := re.fullmatch(r"(?i)flow_([xy])_?(\d+)\.(?:jpe?g|png)", name):
+            axis, number = match[1].lower(), int(match[2])
+            if number in found[axis]:
+                raise VideoError(f"two files are flow_{axis} number {number}")
+            found[axis][number] = os.path.join(folder, name)
+    numbers = sorted(found["x"].keys() | found["y"].keys())
+    if not numbers:
+        raise VideoError("a folder without flow_x and flow_y pictures")
+    start = min(numbers[0], 1)
+    for i in range(start, start + len(numbers)):
+        for axis in "xy":
+            if i not in found[axis]:
+                raise VideoError(f"flow_{axis} number {i} is missing, of {numbers[0]} to {numbers[-1]}")
+    return [(found["x"][i], found["y"][i]) for i in numbers]
+
+
+def _picture(path):
+    """uint8 (H, W) of a gray picture."""
+    with Image.open(path) as image:
+        _check_size(image.height, image.width)
+        return np.array(image.convert("L"))
+
+
+class Computed(_Fields):
+    """Flow that is computed when asked for, from a video at `short_side`, or its own size if that is less.
+
+    The rest is as in _Fields. The values are those that `extract` writes: pixels of that size, by SCHEME.
+    """
+
+    def __init__(self, path, span=None, bound=BOUND, short_side=SHORT_SIDE, device="cpu"):
+        self.path, self.span, self.bound, self.short_side = os.fspath(path), span, bound, short_side
+        self.device = device
+
+    def _open(self, stack):
+        self._video = stack.enter_context(Video(self.path))
+        self.fps = self._video.fps
+        if len(self._video) < 2:
+            raise VideoError("a single frame has no flow")
+        sides = self._video.height, self._video.width
+        if min(sides) < SMALLEST:
+            raise VideoError(f"pictures of {sides[1]} x {sides[0]} pixels are too small for flow")
+        self._small = min(self.short_side, *sides)
+        self.height, self.width = (round(side * self._small / min(sides)) for side in sides)
+        return self._video.times[:-1]
+
+    def _read(self, wanted):
+        needed = np.union1d(wanted, wanted + 1)  # frame i + 1 comes right after frame i
+        frames = self._video.get(needed, self._small).to(self.device)
+        first = torch.from_numpy(np.searchsorted(needed, wanted)).to(self.device)
+        return to_bytes(_flow(frames, first, **SCHEME), self.bound).cpu()
+
+
+# ---- the flow of a data set ------------------------------------------------------------------------
+
+
+def find(root, name):
+    """The path, for Flow, of the flow of the video `name` (Videos.name) in the folder `root`; or None.
+
+    It is <root>/<name without suffix>.mp4, or a folder of that name that holds flow pictures.
+    """
+    stem = os.path.join(root, _stem(name))
+    if os.path.isfile(stem + ".mp4"):
+        return stem + ".mp4"
+    if os.path.isdir(stem):
+        with os.scandir(stem) as entries:
+            if any(entry.name.lower().startswith("flow_x") for entry in entries):
+                return stem
+    return None
+
+
+def scale_of(root):
+    """(bound, short side), in pixels, of the flow in the folder `root`; BOUND and SHORT_SIDE if unknown."""
+    settings = _settings_of(root) or {}
+    return settings.get("bound", BOUND), settings.get("short_side", SHORT_SIDE)
+
+
+def _stem(name):
+    """A video's name without suffix; of one that leads out of the data set, its last two parts."""
+    stem, suffix = os.path.splitext(name)
+    stem = stem if suffix.lower() in SUFFIXES else name
+    parts = stem.split("/")
+    if os.path.isabs(stem) or ".." in parts:
+        stem = "/".join([part for part in parts if part not in ("", ".", "..")][-2:])
+    return stem
+
+
+def _settings_of(root):
+    path = os.path.join(root, "flow.json")
+    try:
+        with open(path) as file:
+            return dict(json.load(file))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete it, and make the flow again") from None
+
+
+def extract(
+    videos, out, short_side=SHORT_SIDE, bound=BOUND, device=None, rank=0, world=1, say=print, bar=None
+):
+    """Make a flow video, <out>/<name without suffix>.mp4, of every file of `videos`, for `find`.
+
+    videos: a datasets.Videos, or several. Pictures larger than short_side are made smaller. Files that
+    are there are left. Of `world` processes each takes every world-th file, and needs no other: they may
+    start and end when they like. device: None is CUDA if there is any; bar: None is a progress bar if
+    there is a terminal. Unreadable videos are listed in <out>/bad_videos.txt (path, tab, reason).
+    Returns dict(made, there, bad), the numbers of files of this rank. Raises UserError if two videos
+    differ only in suffix, if `out` has flow of other settings, and if it cannot be written.
+    """
+    if not 0 < bound < math.inf or short_side < SMALLEST:
+        raise UserError(f"--bound {bound} must be above 0, --short_side {short_side} {SMALLEST} or more")
+    jobs = _jobs([videos] if hasattr(videos, "path") else videos, out)[rank::world]
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    counts = dict(made=0, there=0, bad=0)
+    try:
+        files.make_folder(out)
+        there = _sweep(out, {target for _, target in jobs})
+        settings = dict(method="TV-L1", short_side=short_side, bound=float(bound), **SCHEME)
+        _agree(out, settings, there)
+        todo = [job for job in jobs if job[1] not in there]
+        counts["there"] = len(jobs) - len(todo)
+        for path, target in _progress(todo, rank, say, bar):
+            if os.path.exists(target):  # another run has made it meanwhile
+                counts["there"] += 1
+                continue
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            reason = _extract_one(path, target, short_side, bound, device)
+            _list_bad(out, path, reason)
+            counts["bad" if reason else "made"] += 1
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: {error.strerror}; when that is mended, the same "
+                        "command goes on where it stopped") from None  # fmt: skip
+    return counts
+
+
+def _jobs(parts, out):
+    """Sorted [(path of a video, path of its flow), ...] of several Videos, each file once."""
+    targets = {}
+    for part in parts:
+        for i in range(len(part)):
+            path, target = part.path(i), os.path.join(out, _stem(part.name(i)) + ".mp4")
+            if targets.setdefault(target, path) != path:
+                both = f"{_show(path)} and {_show(targets[target])}"
+                raise UserError(f"{both} would both become {_show(target)}")
+    return sorted((path, target) for target, path in targets.items())
+
+
+def _show(path):
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+@contextmanager
+def _alone(out):
+    """Only one process at a time is in here."""
+    with open(os.path.join(out, ".lock"), "w") as lock:
+        _lock(lock)
+        yield
+
+
+def _lock(file, wait=True):
+    """Lock an open file for this process; False if another has it and `wait` is False."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+def _agree(out, settings, there):
+    """Write the settings to flow.json. Raises UserError if it has others, or if videos are there without."""
+    with _alone(out):
+        for name in ("flow.json", "bad_videos.txt"):
+            for half in Path(out).glob(f"{name}.*.tmp"):  # left by a process that was killed
+                half.unlink()
+        old = _settings_of(out)
+        if old is None and there:
+            raise UserError(f"{out} has videos of these names but no flow.json: choose another --out")
+        if old is None:
+            files.write(os.path.join(out, "flow.json"), json.dumps(settings, indent=1) + "\n")
+    for key in settings if old else ():
+        if old.get(key) != settings[key]:
+            raise UserError(f"{out} has flow with {key} {old.get(key)}, not {settings[key]}: use that, or "
+                            "another --out")  # fmt: skip
+
+
+def _sweep(out, targets):
+    """Those of the files `targets` that are there; removes what a run that was killed has left of them."""
+    there = set()
+    for folder, _, names in os.walk(out):
+        for path in (os.path.join(folder, name) for name in names):
+            if path in targets:
+                there.add(path)
+            elif path.endswith(".tmp") and re.sub(r"\.\d+-\d+\.tmp$", "", path) in targets:
+                with suppress(FileNotFoundError), open(path) as half:
+                    if _lock(half, wait=False):
+                        os.unlink(path)
+    return there
+
+
+def _progress(jobs, rank, say, bar):
+    """Yield the jobs; rank 0 shows how far it is, by a bar or by a line now and then."""
+    bar = sys.stderr.isatty() if bar is None else bar
+    began = shown = time.monotonic()
+    for n, job in enumerate(tqdm(jobs, "flow", unit=" videos", dynamic_ncols=True, disable=rank or not bar)):
+        now = time.monotonic()
+        if rank == 0 and not bar and now - shown > EVERY:
+            left = tqdm.format_interval((now - began) / n * (len(jobs) - n)) if n else "unknown"
+            say(f"{n} of {len(jobs)} videos, time left {left}")
+            shown = now
+        yield job
+
+
+def _extract_one(path, target, short_side, bound, device):
+    """Write the flow of one video. Returns why that failed, or None."""
+    try:
+        with Computed(path, None, bound, short_side, device) as video:
+            many = max(CHUNK // (video.height * video.width), 1)
+            starts = range(0, len(video), many)
+            chunks = (video.get(range(i, min(i + many, len(video)))) for i in starts)
+            write(target, (field for chunk in chunks for field in chunk), video.times, video.fps)
+    except OSError:  # a full disk, which is no fault of the video
+        raise
+    except (VideoError, av.FFmpegError) as error:  # x264 refuses pictures of 20,000 x 16 pixels, say
+        return str(error)
+
+
+def _list_bad(out, path, reason):
+    """Put a video in bad_videos.txt; or, without a reason, take it out."""
+    listed = os.path.join(out, "bad_videos.txt")
+    if reason is None and not os.path.exists(listed):
+        return
+    with _alone(out):
+        lines = []
+        if os.path.exists(listed):
+            with open(listed, encoding="utf-8", errors="surrogateescape") as file:
+                lines = file.read().splitlines()
+        new = [line for line in lines if line.partition("\t")[0] != path]
+        new += [f"{path}\t{reason}"] * (reason is not None)
+        if new != lines:
+            files.write(listed, "".join(f"{line}\n" for line in new))
+
+
+def main(argv=None):
+    """The command. Returns the exit status: 2 after a UserError, 130 after SIGINT or SIGTERM, else 0.
+
+    So it is 0 with bad videos, too: another would make torchrun end the ranks that are not done.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m common.flow", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Make a flow video of every video of a data set.",
+    )  # fmt: skip
+    parser.add_argument("data", help="name of a data set, or a folder")
+    parser.add_argument("--out", required=True, help="folder for the flow videos")
+    parser.add_argument("--root", help="where the data set is (data/<name> if not given)")
+    parser.add_argument("--split", type=int, default=1, help="which lists are read")
+    parser.add_argument(
+        "--short_side", type=int, default=SHORT_SIDE, help="pixels; smaller videos keep their size"
+    )
+    parser.add_argument("--bound", type=float, default=BOUND, help="pixels of motion that a byte can hold")
+    args = parser.parse_args(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # no file is left half-written
+    try:
+        counts = _extract_data(args, rank, world)
+    except UserError as error:
+        if rank:
+            time.sleep(5)  # rank 0 says the same, and torchrun then ends this rank
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    share = f"rank {rank} of {world}: " * (world > 1)
+    listed = f" (listed in {os.path.join(args.out, 'bad_videos.txt')})" * (counts["bad"] > 0)
+    print(f"{share}{counts['made']} made, {counts['there']} were there, {counts['bad']} unreadable{listed}")
+    return 0
+
+
+def _extract_data(args, rank, world):
+    name = "hmdb51:all" if args.data == "hmdb51" else args.data
+    root = args.root or default_root(name)
+    data = load(name, root, args.split)
+    if Path(args.out).resolve().is_relative_to(Path(root).resolve()):
+        raise UserError(f"--out {args.out} lies in {root}: its files would be taken for videos of that")
+    for note in data.notes if rank == 0 else ():
+        print(note, flush=True)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    videos = [data.train, data.test]
+    return extract(videos, args.out, args.short_side, args.bound, device, rank, world)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
