@@ -61,6 +61,31 @@ def random_resized_crop(
     return v2.RandomResizedCrop(size, scale, ratio, antialias=True)(clip)
 
 
+# Of `multi_scale_crop`, in quarters of what is left above and to the left.
+PLACES = [(i, j) for i in (0, 2, 4) for j in (0, 2, 4)] + [(i, j) for i in (1, 3) for j in (1, 3)]
+
+
+def multi_scale_crop(
+    clips: list[torch.Tensor], size: int = 224, scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
+) -> list[torch.Tensor]:
+    """TSN's crop (Wang et al. 2016, section 3.2), the same of all clips, which show one scene.
+
+    Width and height are two of `scales`, equal or next to each other, times the short side; the place is
+    one of 13, on a grid of quarters of what is left: corners, middles of sides, centre, and the points
+    between centre and corners. Each clip may have a resolution of its own.
+    """
+    pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) < 2]
+    tall, wide = pairs[_integer(0, len(pairs) - 1)]
+    row, column = PLACES[_integer(0, len(PLACES) - 1)]
+    crops = []
+    for clip in clips:
+        H, W = clip.shape[-2:]
+        h, w = (max(1, round(min(H, W) * share)) for share in (tall, wide))
+        top, left = (H - h) * row // 4, (W - w) * column // 4
+        crops.append(V.resized_crop(clip, top, left, h, w, [size, size], antialias=True))
+    return crops
+
+
 def random_flip(clip: torch.Tensor, p: float = 0.5) -> torch.Tensor:
     """Mirror left and right with probability p; not for data whose labels it changes."""
     return V.horizontal_flip(clip) if torch.rand(()) < p else clip
@@ -160,7 +185,7 @@ def _scale_and_shift(mean, std, device):
 
 
 def normalise(x: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """uint8 (B, T, C, H, W) to float32 (B, C, T, H, W), contiguous: (x / 255 - mean) / std.
+    """uint8 or int16 (B, T, C, H, W) to float32 (B, C, T, H, W), contiguous: (x / 255 - mean) / std.
 
     `mean` and `std` have C values, or one for all channels, in units of the white level.
     """

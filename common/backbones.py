@@ -109,8 +109,7 @@ def build(
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eps = bn_eps
-    if weights is not None:
-        load_weights(net, weights)
+    net.new_fc = weights is None or not load_weights(net, weights)
     return net
 
 
@@ -409,8 +408,8 @@ def fetch(name: str, weights: str) -> Path:
     return path
 
 
-def load_weights(net: Backbone, source: str) -> None:
-    """Fill a network of `build` with weights from `source`.
+def load_weights(net: Backbone, source: str) -> bool:
+    """Fill a network of `build` with weights from `source`; whether its last layer is from there, too.
 
     source: a file, which is a model.pt of a run or a bare state_dict saved by torch.save; or what
     torchvision publishes, "imagenet" (the ResNets' IMAGENET1K_V1) or "kinetics" (R3D-18's), see `fetch`.
@@ -460,6 +459,7 @@ def load_weights(net: Backbone, source: str) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"{path}: the last layer is not for these classes and starts afresh")
     net.load_state_dict(state)
+    return not wrong
 
 
 def _plain(key):

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from common import UserError, augment, backbones, files, video
+from common import UserError, augment, backbones, files, flow, modality, video
 
 VIEWS_PER_BATCH = 64  # how many views go through the network at once, about
 
@@ -33,6 +33,10 @@ class Recipe:
     frames x stride is a clip; `clips` of them, evenly spread, times `crops` (1 centre, or 3 along
     the long side) of `size` pixels are the views, after the short side became `short_side`.
     `keep_every` n thins a clip: every n-th frame is kept and shown n times (CMPL, Fig. 5).
+    `uniform` more clips have a frame of each of `frames` equal segments, as 2D networks see a video.
+    spread: `clips` from the "first" to the last frame, or at equal "parts" (video.dense_parts).
+    modality: what an input frame is, see common/modality.py; of the optical flow, `bound` and `flow_side`
+    are the pixels of its largest motion and of the short side of its pictures.
     """
 
     frames: int
@@ -42,18 +46,32 @@ class Recipe:
     short_side: int = 256
     size: int = 256
     keep_every: int = 1
+    uniform: int = 0
+    spread: str = "first"  # or "parts"
+    modality: str = "rgb"
+    bound: float = flow.BOUND
+    flow_side: int = flow.SHORT_SIDE
+    multilabel: bool = False
     average: str = "softmax"  # or "logits"
     mean: tuple = (0.45,)
     std: tuple = (0.225,)
 
     @property
     def views(self):
-        return self.clips * self.crops
+        return (self.clips + self.uniform) * self.crops
+
+    def open(self, videos, index):
+        """What gives the clips of a video, to be opened by `with`."""
+        if self.modality == "rgb":
+            return video.open_video(videos, index)
+        return modality.Streams(videos, index, (self.modality,), self.bound, self.flow_side)
 
     def sample(self, source):
-        """Frame indices of the clips of an open video: a list of (frames,) arrays."""
-        clips = video.dense_test(len(source), self.frames, self.stride, self.clips)
-        return list(clips[:, np.arange(self.frames) // self.keep_every * self.keep_every])
+        """Indices of the input frames of the clips of an open video: a list of (frames,) arrays."""
+        dense = video.dense_test if self.spread == "first" else video.dense_parts
+        clips = dense(len(source), self.frames, self.stride, self.clips)
+        clips = clips[:, np.arange(self.frames) // self.keep_every * self.keep_every]
+        return [*clips, *video.uniform_test(len(source), self.frames, self.uniform)]
 
     def view(self, clips):
         """uint8 clips (T, C, H, W) to views (V, T, C, size, size)."""
@@ -64,8 +82,9 @@ class Recipe:
         return torch.stack(crops)
 
     def to_input(self, x, device):
-        """uint8 (B, T, C, H, W) of a loader to the float (B, C, T, H, W) of the network, on `device`."""
-        return augment.normalise(x.to(device, non_blocking=True), self.mean, self.std)
+        """uint8 (B, frames, C, H, W) of a loader to the float (B, C, T, H, W) of the network, on `device`."""
+        x = modality.stacked(x.to(device, non_blocking=True), self.modality)
+        return augment.normalise(x, self.mean, self.std)
 
 
 @dataclass(frozen=True)
@@ -147,8 +166,8 @@ def _each_video(net, call, of_videos, videos, recipe, run, workers, bar):
         dist.broadcast(buffer, 0)
     was_training = net.training
     net.eval()
-    views = video.Views(videos, recipe.sample, recipe.view, short_side=recipe.short_side)
-    block = max(1, VIEWS_PER_BATCH // recipe.views)
+    views = video.Views(videos, recipe.sample, recipe.view, recipe.short_side, recipe.open)
+    block = max(1, VIEWS_PER_BATCH // (recipe.views * modality.MODALITIES[recipe.modality].pictures))
     loader = video.test_loader(views, block, run.rank, run.world, workers)
     rows, bad = [], {}
     quiet = not (bar and run.main and sys.stderr.isatty())
@@ -221,7 +240,7 @@ def precise_bn(net, videos, recipe, run, workers=0, block=40):
 
     pairs = list(zip(norms, sums, strict=True))
     hooks = [norm.register_forward_pre_hook(partial(add, total)) for norm, total in pairs]
-    views = video.Views(videos, recipe.sample, recipe.view)
+    views = video.Views(videos, recipe.sample, recipe.view, open=recipe.open)
     net.train()
     for batch in video.watched(video.test_loader(views, block, run.rank, run.world, workers)):
         if batch["views"] is not None and len(batch["views"]) > 1:
@@ -294,17 +313,18 @@ def write_files(out, scores, videos, classes):
         said = [f"{classes[k]}:{scores.probs[i, k]:.6f}" if i not in scores.bad else "" for k in order]
         rows.append([videos.name(i), "|".join(classes[k] for k in label), *said, scores.bad.get(i, "")])
     names = [f"top{k + 1}" for k in range(top.shape[1])]
-    _write_csv(out / "predictions.csv", ["video", "label", *names, "unreadable"], rows)
+    write_csv(out / "predictions.csv", ["video", "label", *names, "unreadable"], rows)
     if not multilabel:
         right, rows = rank_of_label(scores) == 0, []
         for k, name in enumerate(classes):
             mine = scores.labels == k
             accuracy = f"{100 * right[mine].mean():.2f}" if mine.any() else ""
             rows.append([name, int(mine.sum()), int(right[mine].sum()), accuracy])
-        _write_csv(out / "per_class.csv", ["class", "videos", "right", "accuracy"], rows)
+        write_csv(out / "per_class.csv", ["class", "videos", "right", "accuracy"], rows)
 
 
-def _write_csv(path, header, rows):
+def write_csv(path, header, rows):
+    """Write a table, complete or absent."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     files.write(path, text.getvalue())
@@ -362,18 +382,20 @@ def report(net, data, recipe, run, workers, **words):
 def predict(model, path, device="cpu", top=5):
     """[(class, probability)] of one video file, best first."""
     net, _, classes, recipe = model
-    views = video.Views(OneFile(path), recipe.sample, recipe.view, short_side=recipe.short_side)
+    views = video.Views(OneFile(path), recipe.sample, recipe.view, recipe.short_side, recipe.open)
     item = views[0]
     if item["bad"]:
         raise UserError(f"{path} cannot be read: {item['bad']}")
     logits = net(recipe.to_input(item["views"], device)).float().cpu()
     batch = {"counts": [len(logits)], "label": [-1], "index": [0]}
-    p = average_views(logits, batch, recipe.average, multilabel=False)[0][1]
+    p = average_views(logits, batch, recipe.average, recipe.multilabel)[0][1]
     return [(classes[k], float(p[k])) for k in np.argsort(-p, kind="stable")[:top]]
 
 
 class OneFile:
     """A list of one unlabelled video, for `video.Views`."""
+
+    flow = None
 
     def __init__(self, file):
         self.file, self.labels = str(file), np.zeros(1, np.int64)

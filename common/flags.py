@@ -23,7 +23,8 @@ FREE = ("out", "root", "workers", "log_every", "eval_every", "max_bad", "compile
 class Parser(argparse.ArgumentParser):
     """An argument parser of one script.
 
-    recipes: name of a data set -> other defaults for it; "name 0.1" adds to them at that --ratio.
+    recipes: name of a data set, or of its variant, -> other defaults for it; "name 0.1" adds to them at that
+    --ratio.
     A mistake is one sentence from rank 0 and exit status 2.
     """
 
@@ -82,10 +83,13 @@ class Parser(argparse.ArgumentParser):
         first.add_argument("--ratio", type=float)
         first.add_argument("--labelled_list")
         known, _ = first.parse_known_args(argv)
-        name = Path(known.data).name.split(":")[0]
-        recipe = self.recipes.get(name, {}) | self.recipes.get(f"{name} {known.ratio}", {})
+        variant = Path(known.data).name
+        name = variant.split(":")[0]
+        recipe = self.recipes.get(variant, self.recipes.get(name, {}))
+        recipe = recipe | self.recipes.get(f"{name} {known.ratio}", {})
         if known.ratio is not None or known.labelled_list is not None:
             recipe.pop("per_class", None)
+            recipe.pop("ratio", None)
         self.set_defaults(**recipe)
         args = self.parse_args(argv)
 
@@ -105,7 +109,9 @@ class Parser(argparse.ArgumentParser):
         net = model.stem.removeprefix("model")
         if more:  # several models, in a folder of their own beside the first
             net = f"{1 + len(more)}_{zlib.crc32(args.eval.encode()):08x}"
-        test = "_".join(filter(None, ["eval", data, net, *(getattr(args, name) for name in also)]))
+        values = [(name, getattr(args, name)) for name in also if getattr(args, name) is not None]
+        named = [value if isinstance(value, str) else f"{name}{value}" for name, value in values]
+        test = "_".join(filter(None, ["eval", data, net, *named]))
         tested = args.eval and f"{model.parent}/{test}"
         args.out = args.out or tested or f"runs/{self.script}_{data}_{labels}_{args.seed}"
         if args.eval and Path(args.out, "last.pt").exists():

@@ -279,9 +279,7 @@ class Run:
             torch.manual_seed(step_seed(seed, step, self.rank))
             yield step, batch
             self.bar.update()
-            flag = torch.tensor(int(self.stop or self._orphaned()))
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            if flag.item():
+            if self.told_to_stop():
                 self.stopped = True
                 self.say(f"stopped by a signal after step {step + 1}")
                 break
@@ -296,6 +294,12 @@ class Run:
         with torch.random.fork_rng(devices=[]):
             yield
         self.mark += time.perf_counter() - began
+
+    def told_to_stop(self):
+        """Whether a signal has reached any rank; all ranks must ask."""
+        flag = torch.tensor(int(self.stop or self._orphaned()))
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
 
     def _orphaned(self):
         """Whether torchrun is gone: some signals end it and leave its processes alone."""

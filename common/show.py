@@ -46,7 +46,7 @@ def grad_cam(net, x, y):
     respond, ReLU(sum_c a_c A_c), a_c the mean of d logit_y / dA_c.
     """
     f = net.features(x)[-1]  # (B, D, T', H', W')
-    logits = net.fc(f.mean((2, 3, 4)))
+    logits = net.classify(f)
     grad = torch.autograd.grad(logits.gather(1, y[:, None]).sum(), f)[0]
     cam = (grad.mean((2, 3, 4), keepdim=True) * f).sum(1, keepdim=True).relu()
     cam = F.interpolate(cam.detach().float(), x.shape[2:], mode="trilinear")[:, 0]
@@ -66,7 +66,7 @@ def cam_sheets(folder, videos, classes, models, count, device):
         rows, captions = [], []
         for name, (net, recipe) in models.items():
             recipe = replace(recipe, clips=1, crops=1)
-            item = video.Views(videos, recipe.sample, recipe.view, recipe.short_side)[i]
+            item = video.Views(videos, recipe.sample, recipe.view, recipe.short_side, recipe.open)[i]
             if item["bad"]:
                 break
             if not rows:

@@ -114,6 +114,10 @@ class Video:
     def width(self):
         return self._source.size[1 - self.rotation // 90 % 2]
 
+    def clips(self, windows, short_side=None):
+        """See `together`."""
+        return together(self, windows, short_side)
+
     def get(self, indices, short_side=None):
         """The frames `indices`, in any order and with repeats; each is decoded once.
 
@@ -344,6 +348,13 @@ class _Folder:
         return self.pick(range(len(self.paths)))
 
 
+def together(source, windows, short_side=None):
+    """[uint8 (T, C, H, W)] of the frames of each window, an array of indices, in one call of source.get."""
+    windows = [np.asarray(window) for window in windows]
+    frames = source.get(np.concatenate(windows), short_side)
+    return list(frames.split([len(window) for window in windows]))
+
+
 def probe(path):
     """dict(frames, width, height, fps, seconds, rotation, codec) of a video. Raises VideoError."""
     with Video(path) as video:
@@ -370,7 +381,14 @@ def dense(n, length, stride, rng):
 def dense_test(n, length, stride, clips):
     """(clips, length) int64: windows spread evenly over the video; a single one is central."""
     room = max(n - length * stride, 0)
-    starts = np.rint(np.linspace(0, room, clips) if clips > 1 else [room / 2]).astype(np.int64)
+    starts = np.rint(np.linspace(0, room, clips) if clips != 1 else [room / 2]).astype(np.int64)
+    return (starts[:, None] + stride * np.arange(length)) % n
+
+
+def dense_parts(n, length, stride, clips):
+    """(clips, length) int64: windows at the starts of equal parts of where one can start; one is central."""
+    room = max(n - stride * (length - 1), 1)
+    starts = np.arange(clips) * room // clips if clips != 1 else np.array([room // 2])
     return (starts[:, None] + stride * np.arange(length)) % n
 
 
@@ -378,6 +396,12 @@ def uniform(n, length, rng=None):
     """(length,) int64: a frame of each of `length` equal segments (TSN), random or central."""
     inside = np.full(length, 0.5) if rng is None else rng.random(length)
     return ((np.arange(length) + inside) * n / length).astype(np.int64)
+
+
+def uniform_test(n, length, clips):
+    """(clips, length) int64: a frame of each of `length` equal segments, in clip i at its share i / clips."""
+    clip, segment = np.arange(clips)[:, None], np.arange(length)
+    return (segment * clips + clip) * n // (length * max(clips, 1))
 
 
 def shift(times, start, seconds):
@@ -407,10 +431,16 @@ class Order:
         return int(self._passes[draw][place]), draw
 
 
+def open_video(videos, index):
+    """The video `index` of a list, to be opened by `with`."""
+    return Video(videos.path(index), videos.span(index))
+
+
 class Clips(Dataset):
     """Training clips: clips[p] is position p of an endless shuffled order of `videos`.
 
     sample(video, rng) -> list of index arrays, one per clip; they are decoded in one call.
+    open(videos, index) -> what gives them, a context manager like Video, which it is by default.
     view(list of uint8 (T, C, H, W)) -> tuple of tensors. Its randomness is torch's default
     generator, here a function of (seed, index, pass) and put back afterwards.
     clips[p] = dict(views=tuple, label=int64 () or float32 (K,), index=int, bad=[(index, reason)]).
@@ -418,8 +448,8 @@ class Clips(Dataset):
     twice; STAND_INS in a row raise VideoError.
     """
 
-    def __init__(self, videos, sample, view, seed, short_side=None):
-        self.videos, self.sample, self.view, self.seed = videos, sample, view, seed
+    def __init__(self, videos, sample, view, seed, short_side=None, open=open_video):
+        self.videos, self.sample, self.view, self.seed, self.open = videos, sample, view, seed, open
         self.short_side, self.order = short_side, Order(len(videos), seed)
 
     def __len__(self):
@@ -432,7 +462,8 @@ class Clips(Dataset):
             rng = np.random.default_rng((self.seed, index, draw, k))
             torch_seed = int(rng.integers(2**63))
             try:
-                clips = _clips(self.videos, index, self.short_side, self.sample, rng)
+                with self.open(self.videos, index) as source:
+                    clips = source.clips(self.sample(source, rng), self.short_side)
             except VideoError as error:
                 bad.append((index, str(error)))
                 continue
@@ -447,13 +478,14 @@ class Clips(Dataset):
 class Views(Dataset):
     """Test views: views[i] belongs to video i, which nothing ever replaces.
 
-    sample(video) -> list of index arrays; view(list of uint8 (T, C, H, W)) -> (V, T, C, H, W).
-    What is random in `view` (torch's default generator) is a function of i.
+    sample(video) -> list of index arrays; view(list of uint8 (T, C, H, W)) -> (V, T, C, H, W); open as in
+    Clips. What is random in `view` (torch's default generator) is a function of i.
     views[i] = dict(views=(V, T, C, H, W) or None if unreadable, label, index, bad=reason or None).
     """
 
-    def __init__(self, videos, sample, view, short_side=None):
-        self.videos, self.sample, self.view, self.short_side = videos, sample, view, short_side
+    def __init__(self, videos, sample, view, short_side=None, open=open_video):
+        self.videos, self.sample, self.view = videos, sample, view
+        self.short_side, self.open = short_side, open
 
     def __len__(self):
         return len(self.videos)
@@ -461,20 +493,13 @@ class Views(Dataset):
     def __getitem__(self, i):
         item = dict(views=None, label=_label(self.videos, i), index=i, bad=None)
         try:
-            clips = _clips(self.videos, i, self.short_side, self.sample)
+            with self.open(self.videos, i) as source:
+                clips = source.clips(self.sample(source), self.short_side)
         except VideoError as error:
             return dict(item, bad=str(error))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(i)
             return dict(item, views=self.view(clips))
-
-
-def _clips(videos, index, short_side, sample, *rng):
-    """The clips that sample(video, *rng) asks for, decoded together."""
-    with Video(videos.path(index), videos.span(index)) as video:
-        windows = [np.asarray(window) for window in sample(video, *rng)]
-        frames = video.get(np.concatenate(windows), short_side)
-    return list(frames.split([len(window) for window in windows]))
 
 
 def _label(videos, index):

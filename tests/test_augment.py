@@ -1,5 +1,7 @@
 """Views of clips: the same for all frames, any memory layout, the right region, one seed one result."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torchvision.transforms.v2 import functional as V
@@ -37,6 +39,7 @@ VIEWS = [
     pytest.param(lambda clip: augment.jitter_crop(clip, 32, (40, 56)), 32, id="jitter_crop"),
     pytest.param(lambda clip: augment.resize_crop(clip, 32, 40), 32, id="resize_crop"),
     pytest.param(lambda clip: augment.random_resized_crop(clip, 32), 32, id="random_resized_crop"),
+    pytest.param(lambda clip: augment.multi_scale_crop([clip], 32)[0], 32, id="multi_scale_crop"),
     pytest.param(lambda clip: augment.random_flip(clip, 1.0), 60, id="random_flip"),
     pytest.param(lambda clip: augment.three_crops(clip, 32)[1], 32, id="three_crops"),
     pytest.param(lambda clip: augment.rand_augment(clip, 3, 10), 60, id="rand_augment"),
@@ -134,6 +137,78 @@ def test_three_crops_span_the_long_side(turned):
     crops = augment.three_crops(clip.transpose(2, 3) if turned else clip, 40)
     for crop, start in zip(crops, (0, 25, 51), strict=True):
         assert torch.equal(crop.transpose(2, 3) if turned else crop, clip[..., start : start + 40])
+
+
+def tsn_regions(H, W, scales=(1.0, 0.875, 0.75, 0.66)):
+    """(top, left, height, width) of all crops of TSN: scales of the short side, at most one apart, at four
+    corners, four sides, the centre, and the points between centre and corners."""
+    found = set()
+    for i, tall in enumerate(scales):
+        for j, wide in enumerate(scales):
+            h, w = round(min(H, W) * tall), round(min(H, W) * wide)
+            places = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0)]
+            places += [(1, 1), (1, 3), (3, 1), (3, 3)]
+            if abs(i - j) <= 1:
+                found |= {((H - h) * down // 4, (W - w) * right // 4, h, w) for down, right in places}
+    return found
+
+
+def regions(monkeypatch, clips, draws):
+    """Of each clip, the regions that `draws` calls cut from it."""
+    cut = []
+    monkeypatch.setattr(augment.V, "resized_crop", lambda x, *args, **_: cut.append(args) or x)
+    torch.manual_seed(0)
+    for _ in range(draws):
+        augment.multi_scale_crop(clips, 32)
+    return [cut[k :: len(clips)] for k in range(len(clips))]
+
+
+@pytest.mark.parametrize("H, W", [(240, 320), (320, 240), (101, 180)])
+def test_multi_scale_crop_has_the_regions_of_tsn(H, W, monkeypatch):
+    (cut,) = regions(monkeypatch, [torch.zeros(1, 3, H, W)], 2500)
+    assert all(args[4] == [32, 32] for args in cut)
+    assert {args[:4] for args in cut} == tsn_regions(H, W)
+    assert all(top + h <= H and left + w <= W for top, left, h, w, _ in cut)
+    assert max(top + h for top, _, h, *_ in cut) == H and max(left + w for _, left, _, w, _ in cut) == W
+
+
+def test_multi_scale_crop_takes_all_pairs_and_places_alike(monkeypatch):
+    """In a picture of 100 x 200 no two of the 13 places are one, and 10 pairs of scales."""
+    (cut,) = regions(monkeypatch, [torch.zeros(1, 3, 100, 200)], 4000)
+    sizes = Counter(args[2:4] for args in cut)
+    assert len(sizes) == 10 and 320 < min(sizes.values()) and max(sizes.values()) < 480  # of 400
+    assert (100, 88) in sizes and (88, 100) in sizes and (100, 75) not in sizes
+    left = Counter(args[1] / (200 - args[3]) * 4 for args in cut if args[3] == 100)
+    share = [left[float(k)] / sum(left.values()) * 13 for k in range(5)]
+    assert share == pytest.approx([3, 2, 3, 2, 3], abs=0.6)
+
+
+def test_multi_scale_crop_cuts_one_scene_alike(monkeypatch):
+    clips = [torch.zeros(2, 3, 240, 320), torch.zeros(5, 2, 120, 160), torch.zeros(1, 3, 480, 640)]
+    for a, b, c in zip(*regions(monkeypatch, clips, 200), strict=True):
+        assert a[:4] == pytest.approx([2 * x for x in b[:4]], abs=2)
+        assert c[:4] == pytest.approx([2 * x for x in a[:4]], abs=2)
+
+
+def test_multi_scale_crop_shows_the_region():
+    clip = ramp(64, 96)
+    for seed in range(12):
+        torch.manual_seed(seed)
+        (out,) = augment.multi_scale_crop([clip], 64, scales=(1.0,))  # whole short side: pixels are copied
+        assert torch.equal(out, clip[..., int(out[0, 0, 0, 0]) :][..., :64])
+        torch.manual_seed(seed)
+        small, large = augment.multi_scale_crop([random_clip(60, 80), random_clip(60, 80)], 24)
+        torch.manual_seed(seed)
+        alone = augment.multi_scale_crop([random_clip(60, 80)], 24)[0]
+        assert torch.equal(small, large) and torch.equal(small, alone)
+
+
+@pytest.mark.parametrize("H, W", [(48, 64), (7, 5), (2, 2), (1, 9)])
+def test_multi_scale_crop_of_any_picture_has_the_size_asked_for(H, W):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        (out,) = augment.multi_scale_crop([random_clip(H, W, T=2)], 40)
+        assert out.shape == (2, 3, 40, 40) and out.dtype == torch.uint8
 
 
 # ------------------------------------------------------------------------------ strong augmentation

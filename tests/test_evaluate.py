@@ -1,13 +1,16 @@
 """Scoring: averages over views, metrics against definitions, files, prediction of one file."""
 
 import csv
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from common import UserError, backbones, evaluate
+from common import UserError, augment, backbones, evaluate, flow, video
+from common.datasets import Videos
 from common.evaluate import Recipe, Scores
 
 
@@ -74,6 +77,67 @@ def test_keep_every_thins_and_repeats():
     assert Recipe(8, 8, clips=1).sample(Source())[0].tolist() == [0, 8, 16, 24, 32, 40, 48, 56]
     thin = Recipe(8, 8, clips=1, keep_every=4).sample(Source())[0]
     assert thin.tolist() == [0, 0, 0, 0, 32, 32, 32, 32]
+
+
+def test_clips_at_parts_and_uniform_ones():
+    """Appendix 1 of Mutual Modality Learning: dense clips first, then uniform ones."""
+    frames = range(20)  # T' = 20 - 3 * 3 = 11
+    recipe = Recipe(4, 3, clips=2, uniform=2, spread="parts", crops=3)
+    assert [i.tolist() for i in recipe.sample(frames)] == [
+        [0, 3, 6, 9], [5, 8, 11, 14], [0, 5, 10, 15], [2, 7, 12, 17]]  # fmt: skip
+    assert recipe.views == 12
+    one = Recipe(4, 3, clips=0, uniform=1, crops=1)
+    assert [i.tolist() for i in one.sample(frames)] == [[0, 5, 10, 15]] and one.views == 1
+    first = Recipe(4, 3, clips=2, uniform=0)
+    assert [i.tolist() for i in first.sample(frames)] == [[0, 3, 6, 9], [8, 11, 14, 17]]
+
+
+@pytest.fixture(scope="module")
+def moving(tmp_path_factory):
+    """A list of one video of 11 PNG pictures with its flow, its frames and its fields."""
+    root, g = tmp_path_factory.mktemp("moving"), torch.Generator().manual_seed(0)
+    frames = torch.randint(256, (11, 3, 20, 26), generator=g).to(torch.uint8)
+    fields = torch.randint(1, 256, (10, 2, 40, 52), generator=g).to(torch.uint8)  # twice as fine
+    for name in ("a", "flow"):
+        (root / name).mkdir()
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame.permute(1, 2, 0).numpy()).save(root / "a" / f"{i:03d}.png", compress_level=1)
+    flow.write(root / "flow" / "a.mp4", fields)
+    return Videos.make(root, ["a"], [0], flow=str(root / "flow")), frames, fields
+
+
+@pytest.mark.parametrize("kind", ["rgb", "diff", "flow"])
+@pytest.mark.parametrize("crops", [1, 3])
+def test_input_of_each_modality(moving, kind, crops):
+    """A dense clip and a uniform one, of two input frames, of a network that sees 11 or 6 of them."""
+    videos, frames, fields = moving
+    mean, std = {"rgb": ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))}.get(kind, ((0.3,), (0.226,)))
+    recipe = Recipe(2, 3, 1, crops, 16, 16, uniform=1, spread="parts", modality=kind, mean=mean, std=std)
+    views = video.Views(videos, recipe.sample, recipe.view, None, recipe.open)[0]["views"]
+    windows = [[4, 7], [0, 5]] if kind == "rgb" else [[1, 4], [0, 3]]  # T' = 8 or 3; T / N = 5.5 or 3
+    expected = []
+    for window in windows:
+        each = {"rgb": 1, "diff": 6, "flow": 5}[kind]
+        clip = (fields if kind == "flow" else frames)[[i + k for i in window for k in range(each)]]
+        shown = augment.three_crops(clip, 16) if crops == 3 else [augment.resize_crop(clip, 16, 16)]
+        for crop in shown:
+            x = crop.float().view(2, each, *crop.shape[1:])  # (T, pictures, c, H, W)
+            if kind == "diff":
+                x = x[:, 1:] - x[:, :-1]
+            x = x.flatten(1, 2).transpose(0, 1) / 255  # (C, T, H, W)
+            expected.append((x - torch.tensor(mean).view(-1, 1, 1, 1)) / torch.tensor(std).view(-1, 1, 1, 1))
+    seen = recipe.to_input(views, "cpu")
+    assert seen.shape == (2 * crops, {"rgb": 3, "diff": 15, "flow": 10}[kind], 2, 16, 16)
+    assert seen.dtype == torch.float32 and torch.allclose(seen, torch.stack(expected), atol=1e-5)
+
+
+def test_recipe_computes_flow_with_its_bound(moving):
+    videos = replace(moving[0], flow=None)
+    with Recipe(2, 3, modality="flow", bound=7.0).open(videos, 0) as source:
+        (found,) = source.clips([np.array([2])])
+    assert torch.equal(found, flow.to_bytes(flow.tvl1(moving[1][2:8][None])[0], 7.0))
+    with Recipe(2, 3).open(videos, 0) as source:
+        assert isinstance(source, video.Video)
 
 
 def test_recipe_views():

@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -441,6 +442,62 @@ def test_uniform():
         [4, 5, 6, 7],
         [8, 9, 10, 11],
     ]
+
+
+def paper_dense(T, N, tau, k):
+    """Appendix 1 of Mutual Modality Learning: the frames of its k dense clips, T' = T - tau (N - 1)."""
+    room = T - tau * (N - 1)
+    if k == 1:
+        return [[room // 2 + tau * j for j in range(N)]]
+    return [[int(Fraction(i * room, k) + tau * j) for j in range(N)] for i in range(k)]
+
+
+def paper_uniform(T, N, m):
+    """The same for m uniform clips, with i / m in place of the misprinted i m."""
+    return [[int((j + Fraction(i, m)) * T / N) for j in range(N)] for i in range(m)]
+
+
+def test_dense_parts_by_hand():
+    # 20 frames, 4 at stride 3: T' = 11, parts begin at 0, 5.5 or at 0, 3.67, 7.33; the only one at 5.
+    assert video.dense_parts(20, 4, 3, 2).tolist() == [[0, 3, 6, 9], [5, 8, 11, 14]]
+    assert video.dense_parts(20, 4, 3, 3).tolist() == [[0, 3, 6, 9], [3, 6, 9, 12], [7, 10, 13, 16]]
+    assert video.dense_parts(20, 4, 3, 1).tolist() == [[5, 8, 11, 14]]
+    assert video.dense_parts(20, 4, 3, 0).shape == (0, 4)
+    assert video.dense_parts(10, 4, 3, 2).tolist() == [[0, 3, 6, 9]] * 2  # T' = 1
+    assert video.dense_parts(3, 4, 1, 2).tolist() == [[0, 1, 2, 0]] * 2  # too short: looped
+    assert video.dense_parts(1, 3, 8, 1).tolist() == [[0, 0, 0]]
+
+
+def test_uniform_test_by_hand():
+    assert video.uniform_test(20, 4, 1).tolist() == [[0, 5, 10, 15]]
+    assert video.uniform_test(20, 4, 2).tolist() == [[0, 5, 10, 15], [2, 7, 12, 17]]  # + 0.5 T / N = 2.5
+    assert video.uniform_test(10, 4, 2).tolist() == [[0, 2, 5, 7], [1, 3, 6, 8]]
+    assert video.uniform_test(20, 4, 0).shape == (0, 4)
+    assert video.uniform_test(2, 4, 2).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1]]
+    assert video.uniform_test(1, 3, 3).tolist() == [[0, 0, 0]] * 3
+
+
+@pytest.mark.parametrize("T", [1, 2, 5, 8, 28, 29, 30, 37, 64, 301])
+@pytest.mark.parametrize("N, tau", [(8, 4), (16, 2), (5, 1), (1, 3)])
+def test_appendix_1_as_printed(T, N, tau):
+    for count in range(5):
+        dense, uniform = video.dense_parts(T, N, tau, count), video.uniform_test(T, N, count)
+        assert dense.dtype == uniform.dtype == np.int64 and dense.shape == uniform.shape == (count, N)
+        assert uniform.tolist() == paper_uniform(T, N, count)
+        if T > tau * (N - 1):
+            assert dense.tolist() == paper_dense(T, N, tau, count)
+        assert not count or 0 <= min(dense.min(), uniform.min()) <= max(dense.max(), uniform.max()) < T
+
+
+def test_together_asks_once(kinds):
+    path, frames = kinds["b_frames.mp4"]
+    with video.Video(path) as v:
+        calls, get = [], v.get
+        v.get = lambda *args: calls.append(args) or get(*args)
+        clips = video.together(v, [[7, 3], range(40, 43), np.array([3])])
+    assert [len(clip) for clip in clips] == [2, 3, 1] and len(calls) == 1
+    for clip, window in zip(clips, ([7, 3], [40, 41, 42], [3]), strict=True):
+        assert np.array_equal(clip.permute(0, 2, 3, 1), np.stack([frames[i] for i in window]))
 
 
 def test_shift():

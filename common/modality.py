@@ -1,0 +1,127 @@
+"""What a network may see in place of RGB frames: stacks of frame differences, or of optical flow.
+
+    with Streams(videos, 0, ("rgb", "flow")) as source:
+        source.lengths                                # {"rgb": 120, "flow": 115}: input frames there are
+        x_rgb, x_flow = source.clips([i, j])          # uint8 (T, 3, H, W), (5 T, 2, H, W)
+    x = stacked(x_flow[None], "flow")                 # (1, T, 10, H, W)
+
+An input frame, of which a clip has T, is one frame (rgb), six frames that become five differences (diff),
+or five fields of flow, from six frames as well (Komkov et al., Mutual Modality Learning, section 3.1).
+Clips stay as read, uint8, until `stacked` on the device.
+"""
+
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from common import flow, video
+
+
+class Modality(NamedTuple):
+    """channels: C of the network's input; pictures: how many an input frame is made of; mean and std."""
+
+    channels: int
+    pictures: int
+    mean: tuple
+    std: tuple
+
+
+MODALITIES = {
+    "rgb": Modality(3, 1, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "diff": Modality(15, 6, (0.0,), (1.0,)),
+    "flow": Modality(10, 5, (0.5,), (0.226,)),
+}
+
+
+SLACK = 2  # fields more or less than the frames have; more would pair other moments
+
+
+class Streams:
+    """The frames and the flow of video `index` of a list, for clips of `modalities`; a context manager.
+
+    Flow is that of the folder `videos.flow`, or without one computed here, as `common.flow` would have
+    extracted it with this bound and short side. lengths: {modality: how many input frames there are}; a video
+    of fewer pictures repeats its last. Raises VideoError on entering and reading.
+    """
+
+    def __init__(self, videos, index, modalities, bound=flow.BOUND, flow_side=flow.SHORT_SIDE):
+        self.videos, self.index, self.modalities = videos, index, modalities
+        self.bound, self.flow_side = bound, flow_side
+
+    def __enter__(self):
+        self._sources = {}
+        with ExitStack() as stack:
+            if set(self.modalities) - {"flow"}:
+                self._sources["frames"] = stack.enter_context(video.open_video(self.videos, self.index))
+            if "flow" in self.modalities:
+                self._sources["flow"] = stack.enter_context(self._flow())
+            counts = [len(source) for source in self._sources.values()]
+            if len(counts) == 2 and abs(counts[0] - 1 - counts[1]) > SLACK:
+                raise video.VideoError(f"its flow has {counts[1]} fields, for {counts[0]} frames")
+            self._stack = stack.pop_all()
+        pictures = {m: MODALITIES[m].pictures for m in self.modalities}
+        self.lengths = {m: max(1, len(self._source(m)) - n + 1) for m, n in pictures.items()}
+        return self
+
+    def __exit__(self, *_):
+        self._stack.close()
+
+    def __len__(self):
+        return min(self.lengths.values())
+
+    def _flow(self):
+        path, span = self.videos.path(self.index), self.videos.span(self.index)
+        if self.videos.flow is None:
+            return flow.Computed(path, span, self.bound, self.flow_side)
+        found = flow.find(self.videos.flow, self.videos.name(self.index))
+        if found is None:
+            raise video.VideoError(f"no extracted flow of it in {self.videos.flow}")
+        return flow.Flow(found, span)
+
+    def _source(self, modality):
+        return self._sources["flow" if modality == "flow" else "frames"]
+
+    def clips(self, windows, short_side=None):
+        """[uint8 (T pictures, C, H, W)] of windows of input frames, decoded together.
+
+        Window k is of modality k; with one modality all are, and with several in turn.
+        """
+        kinds = [self.modalities[k % len(self.modalities)] for k in range(len(windows))]
+        found = [None] * len(windows)
+        for source in self._sources.values():
+            mine = [k for k, kind in enumerate(kinds) if self._source(kind) is source]
+            if mine:
+                pictures = [_pictures(windows[k], kinds[k], len(source)) for k in mine]
+                for k, clip in zip(mine, video.together(source, pictures, short_side), strict=True):
+                    found[k] = clip
+        return found
+
+
+def _pictures(window, modality, n):
+    """The pictures, of n, that the input frames `window` are made of, one after the other."""
+    each = np.asarray(window)[:, None] + np.arange(MODALITIES[modality].pictures)
+    return np.minimum(each.ravel(), n - 1)
+
+
+def stacked(x, modality):
+    """uint8 (B, T pictures, c, H, W) to (B, T, C, H, W): uint8, or for diff int16 in -255..255.
+
+    The channels of flow are u and v of the first field, then of the second, and so on; those of diff red,
+    green and blue of the second frame less the first, and so on.
+    """
+    if modality == "rgb":
+        return x
+    x = x.unflatten(1, (-1, MODALITIES[modality].pictures))  # (B, T, pictures, c, H, W)
+    if modality == "diff":
+        x = x[:, :, 1:].to(torch.int16) - x[:, :, :-1]
+    return x.flatten(2, 3)
+
+
+def flip(clip, modality):
+    """A clip as `Streams` gives it, mirrored left and right; then u of flow has the other sign."""
+    clip = clip.flip(-1)
+    if modality == "flow":
+        clip[:, 0] = (256 - clip[:, 0].to(torch.int16)).clamp(max=255)  # 128 is no motion
+    return clip
