@@ -1,0 +1,636 @@
+"""Mutual Modality Learning for Video Action Classification.
+
+S. A. Komkov, M. D. Dzabraev, A. A. Petiushko. Computer Optics 47(4), 2023.
+
+Networks that see different modalities of a video, RGB, optical flow, RGB differences, are better together
+than alone, but running all of them in a test is dear. Here they teach each other instead: each learns the
+true label and what the others say of the same moment, so that one of them, tested alone, knows something of
+what only the others can see. Where they start matters as much: from an RGB network trained on the same
+videos, whatever the modality. The best single network comes from three such trainings in a row.
+
+    video --> frames i + xi ---------> RGB  network --> p_1 --+--> Eq. 3: KL(mean of the others || own)
+          |                                                   |           of each, the others at rest
+          +-> 5 fields of flow at i -> Flow network --> p_2 --+
+          |                                                   |
+          +-> 5 differences at i ----> Diff network --> p_3 --+       and cross-entropy: Eq. 1, 2
+
+    --pipeline (Fig. 1):  1 RGB, RGB by cross-entropy --> 2 RGB + RGB mutual --> 3 RGB + Flow (+ Diff) mutual
+
+Equations:  Eq. 1, 2 -> network_loss, its L_CE (and Appendix 2) -> classification_loss
+            Eq. 3 -> kl_loss    Eq. 4, for any number of networks -> mean_of_others
+            MARS, D3D (Sec. 3.3, Appendix 2) -> mars_loss, d3d_loss      all are called in train_step
+            Sec. 2.3 -> windows      Appendix 1 -> sample_uniform, sample_dense in training,
+            video.uniform_test, video.dense_parts in the test      Sec. 2.1 -> backbones.load_weights
+            Appendix 3 -> ensembles
+
+Names: <what>_<net>, net rgb, flow or diff, a second one rgb2; M networks, K classes, i the first frames of a
+clip's input frames, xi their common offset; teacher: the frozen network of MARS and D3D.
+
+Run (8 GPUs, the paper's pipeline; then one process on the embedded data set, on a CPU too):
+
+    python -m common.flow ssv2 --out data/ssv2_flow
+    torchrun --nproc_per_node 8 mml.py --data ssv2 --pipeline --nets rgb,flow
+    python mml.py --data toy
+
+One training: `--nets` lists the networks, `--init` where each starts, `--lam 0` is cross-entropy alone.
+`--mutual mars --teacher RUN/flow.pt` (or d3d) are the methods it is compared with. `--eval A.pt,B.pt,C.pt`
+tests several models and their ensembles; the best (Fig. 3) are of `--nets flow,flow --init A.pt,B.pt`, with
+A and B from two runs of step 2, and likewise for each modality.
+
+Differences from the paper, and what it leaves open ("the code" is what its authors published):
+
+D1  All training videos have labels; `--ratio` and the like train on fewer.
+D2  The learning rate is for 8 GPUs (64 clips a step; Charades 16) and scales linearly with their number;
+    `--batch` does not change it.
+D3  As in TSM's code ("standard setup"): weight decay on convolutions and the classifier's weight alone,
+    a classifier that starts afresh learns `--fc_lr` times as fast, biases twice that; gradients are clipped
+    to norm 20. Weight decay 1e-4.
+D4  Dense sampling takes every 4th frame (8 frames out of 32), as in the code; the paper has no number. With
+    Table 9's 16 frames that is `--frames 16 --stride 2`.
+D5  Appendix 1 writes i m T / N for uniform clip i; its example of two clips is (i / m) T / N, used here. T is
+    the number of input frames: of N frames N for RGB, N - 5 for flow and for differences.
+D6  The networks of a step see one crop, of TSN's four scales. Something-Something is never mirrored, as in
+    the code; where labels allow it is done, and the flow's u changes sign.
+D7  Flow is 8-bit, 128 no motion, 20 pixels the bound; normalised by 0.5 and 0.226, differences of frames in
+    0..255 by 255 alone, as in the code.
+D8  Eq. 4 takes the mean of the probabilities; the code takes that of the logits: `--mean logits`. What
+    the others say is detached, as in the code: no network is pulled to the one it teaches.
+D9  With several labels per video p is a sigmoid for each class and Eq. 3 the divergence of two coins; the
+    paper gives its normaliser only (Appendix 2).
+D10 MARS: mean squared difference of the last stage's output before pooling. D3D: squared distance of the
+    logits, mean over the clips. Their weights are 50 and 1, divided by K with several labels (Appendix 2).
+D11 All networks step in one process per GPU; the code has a process per modality. Batch norm is each GPU's.
+D12 The last weights are kept; the code keeps the best of the test set.
+D13 Views' logits are averaged, as in the code; `--average softmax`.
+D14 Table 13's positions count from 1. Ensembles average logits, as in the code, or probabilities; the RESULT
+    of a list of models is that of all of them together.
+D15 Charades (Sec. 3.1.2) has the optimiser, epochs and batch of SlowFast's settings, for I3D-R50 on 16 frames
+    at stride 8. Unlike there a clip has all labels of its video (there those of its seconds), TSN's crop,
+    batch norm of one GPU, no PreciseBN, and 10 x 3 views are averaged (there their maximum). It starts from
+    ImageNet; weights from Kinetics are a file of one's own, with the names of common/backbones.py: `--init`.
+"""
+
+import argparse
+from dataclasses import replace
+from functools import partial
+from itertools import combinations, product
+from math import ceil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from common import UserError, augment, backbones, datasets, evaluate, flow, modality, optim, video
+from common.flags import FREE, Parser, wanted
+from common.modality import MODALITIES
+from common.run import Run
+
+# Defaults per data set (the flags' own defaults are Something-Something's). Sec. 3.1.
+RECIPES = {
+    "ssv2": {},
+    "charades": dict(
+        net="i3d50", frames=16, stride=8, sampling="dense", batch=2, lr=0.0375, epochs=57,
+        lr_steps=[41, 49], warmup=4, fc_lr=1, clip_grad=0, clips=10, uniform=0, crops=3,
+    ),  # D15
+    "toy": dict(
+        per_class=8, net="tsm10", width=0.25, init="none", size=40, batch=16, lr=0.12, optimizer="adamw",
+        weight_decay=0.05, lr_steps=[], epochs=32, warmup=3, fc_lr=1, dropout=0.0, test_size=48,
+        eval_every=16, workers=1, channels_last=True,
+    ),
+}  # fmt: skip
+RECIPES["toy:multi"] = {k: v for k, v in RECIPES["toy"].items() if k != "per_class"} | dict(ratio=0.1)
+RECIPES["weizmann"] = RECIPES["toy"] | dict(per_class=6, size=64, test_size=64, epochs=60, eval_every=30)
+LAM = {"kl": 1.0, "mars": 50.0, "d3d": 1.0}
+TEST = ("clips", "uniform", "test_crop", "average")  # what of a test is not in the model's file
+
+
+def parse_args(argv=None):
+    p = Parser("mml", __doc__, RECIPES)
+    g = p.data(unlabelled=None, ratio=1.0)  # D1
+    g.add_argument("--flow", metavar="DIR", help="extracted optical flow; <root>_flow if that is there")
+    g = p.add_argument_group("method")
+    g.add_argument("--nets", default="rgb,flow", help="networks: rgb, flow, diff, also twice: rgb,rgb")
+    g.add_argument("--init", default="imagenet", help="where they start, one for all or one for each: "
+                   "imagenet, kinetics, none or a file, Sec. 2.1")  # fmt: skip
+    g.add_argument("--pipeline", action="store_true", help="the three steps of Fig. 1; --nets is the third")
+    g.add_argument("--mutual", choices=list(LAM), default="kl", help="kl, or a teacher's mars, d3d, Sec. 3.3")
+    g.add_argument("--teacher", metavar="MODEL.PT", help="the frozen network of --mutual mars and d3d")
+    g.add_argument("--lam", type=float, help="weight of the second loss, 1, for mars 50; 0: labels alone")
+    g.add_argument("--mean", choices=["probs", "logits"], default="probs", help="of the others, Eq. 4, D8")
+    g.add_argument("--net", default="tsm50", help="backbone of all networks")
+    g.add_argument("--width", type=float, default=1.0, help="width of the backbones")
+    g.add_argument("--dropout", type=float, default=0.5, help="before the classifier")
+    g.add_argument("--frames", type=int, default=8, help="input frames of a clip (T of Sec. 2.3)")
+    g.add_argument("--sampling", choices=["both", "uniform", "dense"], default="both", help="Sec. 3.1.1")
+    g.add_argument("--stride", type=int, default=4, help="frames from one to the next in dense clips, D4")
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=float, default=50, help="passes over the training videos")
+    g.add_argument("--batch", type=int, default=8, help="clips per GPU and step")
+    g.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
+    g.add_argument("--lr", type=float, default=0.025, help="on 8 GPUs, Sec. 3.1.1, D2")
+    g.add_argument("--lr_steps", type=float, nargs="*", default=[20, 40],
+                   help="epochs after which it is a tenth; none: cosine to 0")  # fmt: skip
+    g.add_argument("--warmup", type=float, default=0, help="epochs of a rising learning rate")
+    g.add_argument("--fc_lr", type=float, default=5, help="factor on that of a new classifier, D3")
+    g.add_argument("--weight_decay", type=float, default=1e-4, help="D3")
+    g.add_argument("--clip_grad", type=float, default=20.0, help="norm of the gradient; 0: as it is, D3")
+    g = p.run()
+    g.add_argument("--uniform", type=int, default=2, help="m uniform test clips beside the k dense --clips")
+    g.add_argument("--test_crop", type=int, help="crop of the test picture; --test_size if not given")
+    g.add_argument("--average", choices=["logits", "softmax"], default="logits", help="of views, models, D13")
+    p.set_defaults(clips=1, crops=1, test_size=256)  # Appendix 1
+    args = p.parse(argv, also=TEST)
+    p.at_least(1, args, "batch", "frames", "stride", *["test_crop"] * (args.test_crop is not None))
+    p.at_least(0, args, "epochs", "lr", "warmup", "fc_lr", "weight_decay", "clip_grad", "uniform")
+    args.lam = LAM[args.mutual] if args.lam is None else args.lam
+    p.at_least(0, args, "lam")
+    if args.test_crop and args.crops == 3:
+        p.error("--test_crop is for one central crop: --crops 1")
+    kinds = args.nets.split(",")
+    if not set(kinds) <= set(MODALITIES):
+        p.error(f"--nets lists {', '.join(MODALITIES)} with commas, such as rgb,flow, not {args.nets}")
+    first = ["rgb", "rgb"] if args.pipeline else kinds
+    if len(starts_of(args, first)) != len(first):
+        p.error(f"--init {args.init} is not one start for each of {len(first)} networks, nor one for all")
+    if (args.mutual == "kl") != (args.teacher is None):
+        p.error("--mutual mars and d3d need a --teacher MODEL.PT, and --mutual kl has none")
+    if args.pipeline and (args.teacher or args.eval):
+        p.error("--pipeline is without --teacher and --eval")
+    if args.pipeline and len(set(kinds)) < len(kinds):
+        p.error(f"the last step of --pipeline starts from one network: its --nets differ, not {args.nets}")
+    return args
+
+
+def starts_of(args, kinds):
+    """--init for each network."""
+    given = args.init if isinstance(args.init, list) else args.init.split(",")
+    return given * len(kinds) if len(given) == 1 else given
+
+
+# -------------------------------------------------------------------------------- the method
+
+
+def network_loss(loss_c, loss_kl, lam):
+    """Eq. 1, 2: L_1 = L_CE(p_1, y) + L_KL(p_2 || p_1), and L_2 the other way round; lam is 1 in the paper."""
+    return loss_c + lam * loss_kl
+
+
+def classification_loss(logits, y):
+    """L_CE; with several labels per video L_mlBCE of Appendix 2.
+
+    logits (B, K); y (B,) int64, or (B, K) float of zeros and ones. Mean over clips, or clips and classes.
+    """
+    if y.ndim == 1:
+        return F.cross_entropy(logits.float(), y)
+    return F.binary_cross_entropy_with_logits(logits.float(), y)
+
+
+def kl_loss(p, logits, multilabel=False):
+    """Eq. 3: L_KL(p_i || p_j) = sum_n p_i^n log(p_i^n / p_j^n), p_j the softmax of `logits`.
+
+    p (B, K), detached, is what the network is to say, logits (B, K) its own. The sum over classes, mean over
+    clips. multilabel: p_j is a sigmoid for each class, a class the two outcomes p and 1 - p, and the mean is
+    over clips and classes (Appendix 2, D9).
+    """
+    p, logits = p.detach(), logits.float()
+    if not multilabel:
+        return F.kl_div(logits.log_softmax(1), p, reduction="batchmean")
+    entropy = torch.special.entr(p) + torch.special.entr(1 - p)
+    return F.binary_cross_entropy_with_logits(logits, p) - entropy.mean()
+
+
+def mean_of_others(logits, net, mean, multilabel=False):
+    """Eq. 4: sum_{j != i} p_j / (M - 1), what network i is to say; with two networks the other's p_j.
+
+    logits {net: (B, K)}, detached here. mean: of the "probs", or the probabilities of the mean of the
+    "logits" (D8). Returns (B, K), softmax or, with multilabel, sigmoid.
+    """
+    squash = torch.sigmoid if multilabel else partial(torch.softmax, dim=-1)
+    others = torch.stack([x.detach().float() for name, x in logits.items() if name != net])  # (M - 1, B, K)
+    return squash(others.mean(0)) if mean == "logits" else squash(others).mean(0)
+
+
+def mars_loss(f, f_teacher, multilabel_classes=1):
+    """MARS (Crasto et al. 2019): mean of (f - f_teacher)^2 over the last feature map before pooling.
+
+    f, f_teacher (B, D, T, H, W), the teacher detached; divided by the number of classes of multi-label data
+    (Appendix 2, D10).
+    """
+    return F.mse_loss(f.float(), f_teacher.detach().float()) / multilabel_classes
+
+
+def d3d_loss(logits, logits_teacher, multilabel_classes=1):
+    """D3D (Stroud et al. 2020): |logits - logits_teacher|_2^2, mean over the clips.
+
+    logits, logits_teacher (B, K), the teacher detached; divided as in mars_loss.
+    """
+    difference = logits.float() - logits_teacher.detach().float()
+    return difference.square().sum(1).mean() / multilabel_classes
+
+
+def train_step(nets, x, y, args, teacher=None):
+    """The loss of one step of all networks (D11), its terms by name, and the logits {net: (B, K)}.
+
+    nets {net: Network}; x {modality: (B, C, T, H, W)} of the same moments; y as in classification_loss;
+    teacher: (Recipe, Network) of MARS and D3D.
+    """
+    multilabel = y.ndim == 2
+    logits, f, terms = {}, {}, {}
+    for net in nets:
+        logits[net], f[net] = nets[net](x[modality_of(net)])
+    if teacher:
+        with torch.no_grad():
+            logits_teacher, f_teacher = teacher[1](x[teacher[0].modality])
+    losses, divisor = [], y.shape[1] if multilabel else 1
+    for net in nets:
+        terms[f"loss_c_{net}"] = loss_c = classification_loss(logits[net], y)
+        second = None
+        if args.mutual == "mars":
+            second = mars_loss(f[net], f_teacher, divisor)
+        elif args.mutual == "d3d":
+            second = d3d_loss(logits[net], logits_teacher, divisor)
+        elif len(nets) > 1:
+            p = mean_of_others(logits, net, args.mean, multilabel)  # Eq. 4
+            second = kl_loss(p, logits[net], multilabel)  # Eq. 3
+        if second is not None:
+            terms[f"loss_{args.mutual}_{net}"] = second
+        losses.append(loss_c if second is None else network_loss(loss_c, second, args.lam))  # Eq. 1, 2
+    return sum(losses), terms, logits
+
+
+# -------------------------------------------------------------------------------- networks
+
+
+class Network(nn.Module):
+    """A backbone; one call gives all that a step needs of it."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x):
+        """Logits (B, K), and the last stage's output (B, D, T', H', W')."""
+        f = self.backbone.features(x)[-1]
+        return self.backbone.classify(f), f
+
+
+def names_of(kinds):
+    """Names of the networks: rgb, flow, and rgb2 for a second one of a modality."""
+    counts = [kinds[: k + 1].count(kind) for k, kind in enumerate(kinds)]
+    return [kind + (str(n) if n > 1 else "") for kind, n in zip(kinds, counts, strict=True)]
+
+
+def modality_of(net):
+    return net.rstrip("0123456789")
+
+
+def build_networks(args, classes, run):
+    """{net: Network under DDP}, {net: the arguments of its backbone}, parameter groups of all."""
+    kinds = args.nets.split(",")
+    starts = starts_of(args, kinds)
+    nets, builds, groups = {}, {}, []
+    for start in sorted(set(starts) & set(backbones.PUBLISHED)):
+        run.on_main(backbones.fetch, args.net, start)  # one process downloads
+    for net, start in zip(names_of(kinds), starts, strict=True):
+        channels = MODALITIES[modality_of(net)].channels
+        builds[net] = dict(name=args.net, classes=classes, in_channels=channels, width=args.width,
+                           dropout=args.dropout)  # fmt: skip
+        backbone = backbones.build(**builds[net], weights=None if start == "none" else start)  # Sec. 2.1
+        for other in nets:
+            if args.lam and args.mutual == "kl" and same(backbone, nets[other].module.backbone):
+                raise UserError(f"{other} and {net} start as one network and have nothing to teach each "
+                                "other (Table 5): give --init two files")  # fmt: skip
+        groups += parameter_groups(backbone, args.weight_decay, args.fc_lr if backbone.new_fc else 1.0)
+        nets[net] = run.distribute(Network(backbone), args.channels_last, args.compile)
+    return nets, builds, groups
+
+
+def same(a, b):
+    """Whether two networks have the same weights; they may be on two devices."""
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return all(p.shape == q.shape and torch.equal(p.cpu(), q.cpu()) for p, q in pairs)
+
+
+def parameter_groups(backbone, weight_decay, fc_lr):
+    """Groups for torch.optim with what D3 says of each."""
+    fc = set(backbone.fc.parameters())
+    rest = [p for p in backbone.parameters() if p not in fc]
+    return [
+        dict(params=[p for p in rest if p.ndim > 1], weight_decay=weight_decay),
+        dict(params=[p for p in rest if p.ndim == 1], weight_decay=0.0),
+        dict(params=[backbone.fc.weight], weight_decay=weight_decay, lr_factor=fc_lr),
+        dict(params=[backbone.fc.bias], weight_decay=0.0, lr_factor=2 * fc_lr),
+    ]
+
+
+def load_teacher(args, data, run):
+    """(Recipe, frozen Network) of --teacher, or None."""
+    if not args.teacher:
+        return None
+    net, recipe = evaluate.load_for(args.teacher, data, run.device)
+    kind = MODALITIES[recipe.modality]
+    if (tuple(recipe.mean), tuple(recipe.std)) != (kind.mean, kind.std):
+        raise UserError(f"{args.teacher} has its input normalised in another way than this script does")
+    run.place(net, args.channels_last)
+    return recipe, Network(net).requires_grad_(False).eval()
+
+
+def check_teacher(args, teacher, nets):
+    """MARS compares feature maps, which must be alike."""
+    for net in nets.values():
+        own, its = ((x.backbone.name, x.backbone.fc.in_features) for x in (net.module, teacher[1]))
+        if args.mutual == "mars" and own != its:
+            raise UserError(f"{args.teacher} has other feature maps: --mutual mars wants its --net, --width")
+
+
+# -------------------------------------------------------------------------------- data
+
+
+def with_flow(args, data, run, models, kinds):
+    """`data` with the folder of its flow if there is one, and the (bound, short side) of that flow.
+
+    models: {path: Recipe} of models that must know flow of that scale; without a folder theirs is computed.
+    The flow of toy data is made. Nothing is done if `kinds`, modalities, are without flow.
+    """
+    scales = {path: (r.bound, r.flow_side) for path, r in models.items() if r.modality == "flow"}
+    if "flow" not in kinds:
+        return data, (flow.BOUND, flow.SHORT_SIDE)
+    folder = args.flow or f"{(args.root or datasets.default_root(args.data)).rstrip('/')}_flow"
+    if args.flow is None and args.data.split(":")[0] == "toy":
+        videos = [data.train, data.test]
+        flow.extract(videos, folder, device=run.device, rank=run.rank, world=run.world, say=run.say)
+        dist.barrier()
+    elif args.flow is None and not Path(folder).is_dir():
+        run.say(f"no extracted optical flow in {folder}: computing it for every clip, about 0.3 seconds of a "
+                f"CPU core for each of {5 * args.frames} fields of 340 x 256 pixels; python -m common.flow "
+                f"{args.data} --out {folder} does it once for all")  # fmt: skip
+        folder, scale = None, next(iter(scales.values()), (flow.BOUND, flow.SHORT_SIDE))
+    elif not Path(folder).is_dir():
+        raise UserError(f"--flow {folder} is not a folder: python -m common.flow {args.data} --out {folder}")
+    scale = flow.scale_of(folder) if folder else scale
+    for path, wants in scales.items():
+        if wants != scale:
+            raise UserError(f"{path} wants flow of bound and short side {wants}, not of {scale}")
+    return data.with_flow(folder), scale
+
+
+def windows(source, rng, args):
+    """Sec. 2.3: input frames (i_1, ..., i_T) of the modality that has fewest, + xi for one that has more."""
+    n = min(source.lengths.values())
+    dense = args.sampling == "dense" or args.sampling == "both" and rng.random() < 0.5
+    sample = partial(video.dense, stride=args.stride) if dense else video.uniform  # Sec. 3.1.1
+    i = sample(n, args.frames, rng=rng)
+    return [i + rng.integers(N - n + 1) for N in source.lengths.values()]  # xi ~ unif{0, ..., N - n}
+
+
+def train_views(clips, args, kinds):
+    """The uint8 clips of each modality, all of one crop (D6)."""
+    clips = augment.multi_scale_crop(clips, args.size)
+    if args.flip and torch.rand(()) < 0.5:
+        clips = [modality.flip(clip, kind) for clip, kind in zip(clips, kinds, strict=True)]
+    return tuple(clips)
+
+
+def recipe_of(kind, args, scale, multilabel):
+    """How the network of a modality sees a test video: k dense and m uniform clips (Appendix 1, D5)."""
+    return evaluate.Recipe(
+        args.frames, args.stride, args.clips, args.crops, args.test_size, args.test_crop or args.test_size,
+        uniform=args.uniform, spread="parts", modality=kind, bound=scale[0], flow_side=scale[1],
+        multilabel=multilabel, average=args.average, mean=MODALITIES[kind].mean, std=MODALITIES[kind].std,
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------- training
+
+
+def train(args, run):
+    """One run: data, networks, steps, final test."""
+    data = datasets.load(args.data, args.root, args.split)
+    if args.eval:
+        return test_only(args, data, run)
+    args.flip = data.flip if args.flip is None else args.flip
+    chosen = datasets.labelled(data, args.ratio, args.per_class, args.seed, args.labelled_list)  # D1
+    run.say(f"{data.name}: {len(data.classes)} classes, {len(chosen)} of {len(data.train)} training videos, "
+            f"{len(data.test)} test videos")  # fmt: skip
+    for note in data.notes:
+        run.say(note)
+    teacher = load_teacher(args, data, run)
+    kinds = tuple(dict.fromkeys([*args.nets.split(","), *([teacher[0].modality] if teacher else [])]))
+    data, scale = with_flow(args, data, run, {args.teacher: teacher[0]} if teacher else {}, kinds)
+    videos = data.train.subset(chosen)
+    sample, view = partial(windows, args=args), partial(train_views, args=args, kinds=kinds)
+    streams = partial(modality.Streams, modalities=kinds, bound=scale[0], flow_side=scale[1])
+    clips = video.Clips(videos, sample, view, args.seed, open=streams)
+    epoch = ceil(len(videos) / (args.batch * run.world))
+    total, every = max(1, round(args.epochs * epoch)), max(1, round(args.eval_every * epoch))
+
+    torch.manual_seed(args.seed)
+    nets, builds, groups = build_networks(args, len(data.classes), run)
+    if teacher:
+        check_teacher(args, teacher, nets)
+    recipes = {kind: recipe_of(kind, args, scale, data.multilabel) for kind in kinds}
+    lr = args.lr * run.world / 8  # D2
+    optimizer = optim.build(args.optimizer, groups, lr, args.weight_decay)
+    parts = {name: net.module for name, net in nets.items()} | {"optimizer": optimizer}
+    identity = dict(labelled=datasets.digest(videos, range(len(videos))), classes=len(data.classes),
+                    net=f"{args.net} x{args.width}", nets=args.nets, flow=str(scale))  # fmt: skip
+
+    start = run.resume(identity, **parts)
+    run.write("labelled.txt", datasets.as_list(videos))
+    run.say(f"{total} steps, {epoch} an epoch, of {args.batch * run.world} clips; learning rate {lr:.4g}; "
+            f"{run.device.type}")  # fmt: skip
+    loader = video.train_loader([(clips, args.batch)], start, total, run.rank, run.world, args.workers)
+    for step, (batch,) in run.steps(loader, start, total, args.seed, [videos]):
+        if step % every == 0 and step:
+            with run.untimed():
+                quick_test(args, run, data, nets, recipes, step)
+        x = {kind: recipes[kind].to_input(views, run.device)
+             for kind, views in zip(kinds, batch["views"], strict=True)}  # D7  # fmt: skip
+        y = batch["label"].to(run.device)  # D15
+        with run.autocast():
+            loss, terms, logits = train_step(nets, x, y, args, teacher)
+        optim.set_lr(optimizer, lr * schedule(step, total, epoch, args))
+        optimizer.zero_grad()
+        loss.backward()
+        if args.clip_grad:
+            for net in nets.values():
+                nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)  # D3
+        optimizer.step()
+        if len(nets) > 1:
+            terms["agree"] = agreement(logits)
+        row = run.track(step, optimizer.param_groups[0]["lr"], loss=loss, **terms)
+        if row:
+            run.log(row)
+        if (step + 1) % epoch == 0 or step + 1 == total:
+            run.save(step + 1, identity, **parts)
+    if run.stopped:
+        run.save(step + 1, identity, **parts)
+        return
+    quick_test(args, run, data, nets, recipes, total)
+    final_test(args, run, data, nets, builds, recipes)
+
+
+def schedule(step, total, epoch, args):
+    """The factor on the learning rate: steps (Sec. 3.1.1) or a cosine."""
+    if args.lr_steps:
+        return optim.warmup_steps(step, [round(e * epoch) for e in args.lr_steps], args.warmup * epoch)
+    return optim.warmup_cosine(step, total, args.warmup * epoch)
+
+
+def agreement(logits):
+    """Share of the clips for which all networks have the same first class; for the log."""
+    first = torch.stack([x.argmax(1) for x in logits.values()])  # (M, B)
+    return (first == first[0]).all(0).float().mean()
+
+
+def quick_test(args, run, data, nets, recipes, step):
+    """The ablations' test (Sec. 3.1.1) of each network into the log: one uniform clip, the training crop."""
+    row = {"step": step, "eval": "quick"}
+    for name, net in nets.items():
+        recipe = recipes[modality_of(name)]
+        clip = dict(clips=1, uniform=0) if args.sampling == "dense" else dict(clips=0, uniform=1)
+        recipe = replace(recipe, **clip, crops=1, size=min(args.size, recipe.size))
+        scores = evaluate.score(net.module.backbone, data.test, recipe, run, args.workers)
+        if scores is None:
+            return
+        row |= {f"{name}_{key}": round(value, 4) for key, value in quality(scores).items()}
+    run.log(row)
+
+
+def final_test(args, run, data, nets, builds, recipes):
+    """All views of every test video. The first network is model.pt, the others have files of their names."""
+    words = wanted(args)
+    recipes = {net: recipes[modality_of(net)] for net in nets}
+    for k, (name, net) in enumerate(nets.items()):
+        backbone = net.module.backbone
+        if run.main:
+            path = run.out / f"{name if k else 'model'}.pt"
+            evaluate.save_model(path, backbone, builds[name], data.classes, recipes[name])  # D12
+        if k:
+            scores = evaluate.score(backbone, data.test, recipes[name], run, args.workers, bar=True)
+            if scores is None:
+                run.say("stopped by a signal during the test; the same command tests again")
+                return
+            key, value = next(iter(quality(scores).items()))  # top1 or mAP
+            words[f"{name}_{key}"] = value
+    first = next(iter(nets))
+    evaluate.report(nets[first].module.backbone, data, recipes[first], run, args.workers, **words)
+
+
+# -------------------------------------------------------------------------------- after training
+
+
+def test_only(args, data, run):
+    """--eval: one model's test, or that of several and of their ensembles."""
+    changes = dict(clips=args.clips, uniform=args.uniform, crops=args.crops, average=args.average)
+    if args.test_crop:
+        changes |= dict(size=args.test_crop)
+    words = wanted(args, also=TEST)
+    models = {path: evaluate.load_for(path, data, run.device, **changes) for path in args.eval.split(",")}
+    recipes = {path: recipe for path, (_, recipe) in models.items()}
+    data, _ = with_flow(args, data, run, recipes, [recipe.modality for recipe in recipes.values()])
+    if len(models) == 1:
+        net, recipe = next(iter(models.values()))
+        return evaluate.report(net, data, recipe, run, args.workers, **words)
+    scores = {}
+    for path, (net, recipe) in models.items():
+        scores[path] = evaluate.score(net, data.test, recipe, run, args.workers, bar=True)
+        if scores[path] is None:
+            run.say("stopped by a signal during the test; the same command tests again")
+            return
+    kinds = {path: recipe.modality for path, recipe in recipes.items()}
+    everything = mixture(scores.values(), args.average)
+    if run.main:
+        rows, positions = ensembles(scores, kinds, args.average)
+        for members, found in rows[:20]:
+            shown = " ".join(f"{key} {value:.2f}" for key, value in found.items())
+            run.say(f"{' + '.join(members)}  {shown}")
+        for path, position in positions.items():
+            run.say(f"sum of positions {position}: {path}")
+        lines = [[" + ".join(members), *found.values()] for members, found in rows]
+        evaluate.write_csv(run.out / "ensembles.csv", ["models", *rows[0][1]], lines)
+        evaluate.write_csv(run.out / "positions.csv", ["model", "sum"], positions.items())
+        evaluate.write_files(run.out, everything, data.test, data.classes)
+    counts = {"videos": len(data.test), "unreadable": len(everything.bad), "seconds": round(run.seconds)}
+    run.result({"script": run.script, "data": data.name, **words, **quality(everything), **counts})
+
+
+def ensembles(scores, kinds, average):
+    """Appendix 3: every set of models of different modalities, best first, and Table 13's sums of positions.
+
+    scores {model: Scores}, kinds {model: modality}. Returns [(models, {metric: %})], and {model: sum of the
+    positions, from 1, of the sets of all modalities that it is in}, least first (D14).
+    """
+    groups = {kind: [model for model in scores if kinds[model] == kind] for kind in kinds.values()}
+    rows = []
+    for size in range(1, len(groups) + 1):
+        for chosen in combinations(groups.values(), size):
+            for members in product(*chosen):
+                rows.append((members, quality(mixture([scores[m] for m in members], average))))
+    rows.sort(key=lambda row: -next(iter(row[1].values())))
+    full = [members for members, _ in rows if len(members) == len(groups)]
+    sums = {m: sum(n for n, members in enumerate(full, 1) if m in members) for m in scores}
+    return rows, dict(sorted(sums.items(), key=lambda item: item[1]))
+
+
+def mixture(scores, average):
+    """The Scores of an ensemble: the mean of the probabilities of its models, or those of the mean logits.
+
+    Logits are known up to a constant for each video, which no probability depends on.
+    """
+    scores = list(scores)
+    p = torch.stack([torch.from_numpy(s.probs) for s in scores])  # (M, N, K)
+    if average == "logits" and scores[0].labels.ndim == 2:
+        p = p.logit(eps=2**-24).mean(0).sigmoid()  # float32 holds no probability closer to 1
+    elif average == "logits":
+        p = p.clamp_min(1e-38).log().mean(0).softmax(1)
+    else:
+        p = p.mean(0)
+    bad = {i: reason for s in scores for i, reason in s.bad.items()}
+    p[list(bad)] = 0
+    return replace(scores[0], probs=p.numpy(), bad=bad)
+
+
+def quality(scores):
+    """The percentages of Scores that an ensemble has as well, {metric: %}."""
+    found = evaluate.metrics(scores)
+    return {key: found[key] for key in ("top1", "top5", "mean_class", "mAP") if key in found}
+
+
+# -------------------------------------------------------------------------------- runs
+
+
+def pipeline(args):
+    """Fig. 1: the runs of its three steps, each started from the one before."""
+    ce, ml = f"{args.out}/1_ce", f"{args.out}/2_ml"
+    steps = {
+        ce: dict(nets="rgb,rgb", lam=0.0),
+        ml: dict(nets="rgb,rgb", init=[f"{ce}/model.pt", f"{ce}/rgb2.pt"]),
+        f"{args.out}/3_mml": dict(init=[f"{ml}/model.pt"]),
+    }
+    for out, changes in steps.items():
+        step = argparse.Namespace(**vars(args) | changes | {"out": out})
+        if not one_run(step, free=("init",) if "init" in changes else ()):  # it follows from --out
+            return
+
+
+def one_run(args, free=()):
+    """Train, or test, in the folder args.out; whether there is a result, and no signal to stop after it."""
+    free = vars(args) if args.eval else (*FREE, "flow", *free)
+    with Run("mml", args.out, vars(args), free, args.log_every, args.max_bad) as run:
+        if args.eval or not run.finished():
+            train(args, run)
+        return run.ended and not run.told_to_stop()
+
+
+@record
+def main():
+    args = parse_args()
+    pipeline(args) if args.pipeline else one_run(args)
+
+
+if __name__ == "__main__":
+    main()
