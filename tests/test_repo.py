@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent.parent
-SCRIPTS = ["cmpl", "tg_distill"]
+SCRIPTS = ["cmpl", "tg_distill", "mml"]
 
 
 def commands():
@@ -65,7 +65,7 @@ def test_equations_are_in_the_papers_order(script):
 def test_common_knows_no_arguments_and_no_script(path):
     source = path.read_text()
     assert not re.search(r"import (cmpl|tg_distill|jedi|mml|motionfit)\b", source)
-    if path.name not in ("datasets.py", "evaluate.py", "flags.py"):  # these have commands, or make them
+    if path.name not in ("datasets.py", "evaluate.py", "flags.py", "flow.py"):  # these have commands
         assert "argparse" not in source
 
 

@@ -1,6 +1,8 @@
-"""Rules that hold for every script, each run as a user runs it, on a small toy set.
+"""Rules that hold for every script, on a small toy set.
 
-What a script can get wrong is tested for all of them; what is common/run.py's alone, for the first.
+What a script can get wrong is tested for all of them; what is common/run.py's alone, for the first. A run is
+`fresh`, started as a user starts it, once for each script and where the test is about processes and how they
+end; the others fork from an interpreter that has imported torch (forks.py).
 RANKS_2_RUNS (default 2) is how many finished runs of two ranks must all leave with status 0.
 """
 
@@ -15,8 +17,10 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -29,9 +33,15 @@ TINY = {
     "tg_distill": "--per_class 2 --width 0.0625 --size 16 --test_size 16 --batch 2 --mu 2 --unlabelled rest "
     "--epochs 6 --clips 1 --tau 0.1 --warmup 1 --sup_warmup 1 --precise_bn 10 --log_every 2 --eval_every 3 "
     "--workers 0",
+    "mml": "--per_class 2 --nets rgb,diff --width 0.0625 --size 16 --test_size 16 --batch 4 --epochs 8 --warmup 1 "
+    "--clips 1 --uniform 1 --log_every 2 --eval_every 4 --workers 0",
 }
 # What the last line of log.jsonl, a quick test, says of the networks.
-LOGGED = {"cmpl": {"pri_top1", "aux_top1", "kept_aux", "agree"}, "tg_distill": {"rgb_top1", "tg_top1"}}
+LOGGED = {
+    "cmpl": {"pri_top1", "aux_top1", "kept_aux", "agree"},
+    "tg_distill": {"rgb_top1", "tg_top1"},
+    "mml": {"rgb_top1", "diff_top1"},
+}
 SCRIPTS = list(TINY)
 FIRST = SCRIPTS[0]
 
@@ -57,29 +67,36 @@ def broken_root(toy_root, tmp_path):
     return root, train[1], test[1]
 
 
-def command(script, root, out, *flags, ranks=None):
-    start = [sys.executable]
-    if ranks:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return [*start, f"{HERE / script}.py", "--data", "toy", "--root", str(root), "--out", str(out),
+def command(script, root, out, *flags):
+    return [sys.executable, f"{HERE / script}.py", "--data", "toy", "--root", str(root), "--out", str(out),
             *shlex.split(TINY[script]), *flags]  # fmt: skip
+
+
+def under_torchrun(call, *flags):
+    return [call[0], "-m", "torch.distributed.run", *flags, *call[1:]]
 
 
 def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(HERE)}
 
 
-def start(call):
+def start(call, ranks=None, fresh=False):
+    if not fresh:
+        return forks.start(call, HERE, environment(), ranks)
+    if ranks:
+        call = under_torchrun(call, "--standalone", "--nproc_per_node", str(ranks))
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(call, cwd=HERE, env=environment(), start_new_session=True, **pipes)
 
 
-def run(*args, status=0, **kwargs):
-    process = start(command(*args, **kwargs))
+def run(*args, status=0, **how):
+    process = start(command(*args), **how)
     try:
         out, err = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in getattr(process, "pids", [process.pid]):
+            with suppress(ProcessLookupError):  # the others of its group may have ended
+                os.killpg(pid, signal.SIGKILL)
         raise
     assert process.returncode == status, out + err
     return out, err
@@ -116,11 +133,51 @@ def checkpoint(out):
     return torch.load(out / "last.pt", weights_only=True)
 
 
+SAYS = """
+import atexit, json, multiprocessing, os, signal, sys, threading
+atexit.register(print, "at exit")
+open_files = sorted(os.listdir("/proc/self/fd"))
+found = {"threads": len(os.listdir("/proc/self/task")), "thread": threading.current_thread().name}
+found |= {"name": __name__, "file": sys.modules["__main__"].__file__, "argv": sys.argv, "path": sys.path}
+found |= {"environment": sorted(os.environ), "folder": os.getcwd(), "files": open_files}
+found |= {"signals": [str(signal.getsignal(number)) for number in range(1, 32)]}
+found |= {"process": multiprocessing.current_process().name, "parent": multiprocessing.parent_process()}
+found |= {"leader": os.getpid() == os.getsid(0) == os.getpgid(0), "terminal": sys.stderr.isatty()}
+found |= {"ours": [name for name in sys.modules if name.split(".")[0] in ("common", "pytest", "forks")]}
+print(json.dumps(found))
+{}
+"""
+
+
+ENDS = "", "sys.exit(3)", "sys.exit('why')", "1 / 0", "os._exit(7)", "os.kill(os.getpid(), 9)"
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_fork_is_a_new_interpreter(tmp_path, end):
+    (tmp_path / "says.py").write_text(SAYS.replace("{}", end))
+    call = [sys.executable, str(tmp_path / "says.py"), "a", "--b"]
+    fresh, fork = start(call, fresh=True), start(call)
+    (out, err), (out_fork, err_fork) = (process.communicate(timeout=240) for process in (fresh, fork))
+    said, said_fork = (text.split("\n", 1) for text in (out, out_fork))
+    assert json.loads(said_fork[0]) == json.loads(said[0]) and json.loads(said[0])["threads"] == 1
+    assert (said_fork[1:], fork.returncode) == (said[1:], fresh.returncode)
+    assert err_fork.splitlines()[-1:] == err.splitlines()[-1:]
+
+
+def test_forks_share_no_randomness(tmp_path):
+    (tmp_path / "draws.py").write_text(
+        "import numpy, random, torch\n"
+        "print(hash('a'), numpy.random.rand(), random.random(), torch.rand(1).item(), sep='\\n')"
+    )
+    draws = [start([sys.executable, str(tmp_path / "draws.py")]).communicate()[0].split() for _ in range(2)]
+    assert all(a != b for a, b in zip(*draws, strict=True)) and len(draws[0]) == 4
+
+
 @pytest.fixture(scope="session", params=SCRIPTS)
 def finished(request, toy_root, tmp_path_factory):
     """(script, run folder, what it printed) of an undisturbed run of one process."""
     out = tmp_path_factory.mktemp("finished") / request.param
-    printed, _ = run(request.param, toy_root, out)
+    printed, _ = run(request.param, toy_root, out, fresh=True)
     return request.param, out, printed
 
 
@@ -150,16 +207,18 @@ def test_finished_run_shows_its_result_again_and_does_nothing(finished, toy_root
 
 
 def test_one_file_can_be_predicted(finished, toy_root):
-    _, out, _ = finished
+    script, out, _ = finished
     name = (toy_root / "test.txt").read_text().split()[0]
     call = [sys.executable, "-m", "common.evaluate", "predict", out / "model.pt"]
-    done = subprocess.run([*call, toy_root / name], capture_output=True, text=True, cwd=HERE)
-    lines = [line.split("\t") for line in done.stdout.splitlines()]
-    assert done.returncode == 0 and len(lines) == 5, done.stderr
+    done = start([*call, toy_root / name], fresh=script == FIRST)
+    printed, err = done.communicate(timeout=240)
+    lines = [line.split("\t") for line in printed.splitlines()]
+    assert done.returncode == 0 and len(lines) == 5, err
     said = next(csv.DictReader(open(out / "predictions.csv")))
     assert said["video"] == name and said["top1"].split(":")[0] == lines[0][1]
-    done = subprocess.run([*call, "nowhere.mp4"], capture_output=True, text=True, cwd=HERE)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere.mp4" in done.stderr
+    done = start([*call, "nowhere.mp4"])
+    _, err = done.communicate(timeout=240)
+    assert done.returncode == 2 and err.count("\n") == 1 and "nowhere.mp4" in err
 
 
 def test_scores_do_not_depend_on_ranks_or_workers(finished, toy_root, tmp_path):
@@ -188,18 +247,18 @@ def test_resumed_run_is_the_uninterrupted_one(finished, toy_root, tmp_path, rank
     if ranks:
         whole = tmp_path / "whole"
         run(script, toy_root, whole, ranks=ranks)
-    out = tmp_path / "cut"
-    process = start(command(script, toy_root, out, ranks=ranks))
+    out, torchrun = tmp_path / "cut", bool(ranks) and script == FIRST
+    process = start(command(script, toy_root, out), ranks, fresh=torchrun)
     wait_for_rows(out, 4, process)
     if number == signal.SIGKILL:
-        for victim in [*children(process), process.pid]:
+        for victim in [*children(process), process.pid] if torchrun else process.pids:
             os.kill(victim, number)
         process.communicate()
     else:
         process.send_signal(number)
         printed, err = process.communicate(timeout=60)
         assert "stopped by a signal" in printed, err
-        assert process.returncode == (0 if ranks is None else 1)  # torchrun itself always says 1
+        assert process.returncode == (1 if torchrun else 0)  # it always says 1
     assert (out / "last.pt").exists() and not (out / "result.json").exists()
     stopped_at = checkpoint(out)["step"]
     printed, _ = run(script, toy_root, out, "--workers", "1", ranks=ranks)
@@ -216,7 +275,7 @@ def test_resumed_run_is_the_uninterrupted_one(finished, toy_root, tmp_path, rank
 def test_two_ranks_finish_with_status_0(toy_root, tmp_path):
     """A gloo group can abort the interpreter at its exit; here it never does."""
     for i in range(int(os.environ.get("RANKS_2_RUNS", 2))):
-        run(FIRST, toy_root, tmp_path / str(i), "--epochs", "0.2", ranks=2)
+        run(FIRST, toy_root, tmp_path / str(i), "--epochs", "0.2", ranks=2, fresh=True)
 
 
 def test_broken_videos(finished, broken_root, tmp_path):
@@ -236,7 +295,7 @@ def test_broken_videos(finished, broken_root, tmp_path):
 
 def test_dead_rank_ends_the_run_which_then_resumes(toy_root, tmp_path):
     out = tmp_path / "out"
-    process = start(command(FIRST, toy_root, out, ranks=2))
+    process = start(command(FIRST, toy_root, out), ranks=2, fresh=True)
     wait_for_rows(out, 5, process)
     os.kill(children(process)[-1], signal.SIGKILL)
     began = time.time()
@@ -268,16 +327,16 @@ with Run("cmpl", sys.argv[1], {}) as run:
 
 def test_a_rank_that_raises(tmp_path):
     (tmp_path / "raises.py").write_text(RAISES)
-    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = start([*call, str(tmp_path / "raises.py"), str(tmp_path / "out")])
-    _, err = process.communicate(timeout=60)
+    call = [sys.executable, str(tmp_path / "raises.py"), str(tmp_path / "out")]
+    process = start(call, ranks=2, fresh=True)
+    _, err = process.communicate(timeout=240)
     assert process.returncode and "ValueError: boom" in err
 
 
 def test_signal_to_all_processes_with_workers(toy_root, tmp_path):
     """As batch systems and Ctrl-C do it; nothing is left running."""
     out = tmp_path / "out"
-    process = start(command(FIRST, toy_root, out, "--workers", "2"))
+    process = start(command(FIRST, toy_root, out, "--workers", "2"), fresh=True)
     wait_for_rows(out, 4, process)
     os.killpg(process.pid, signal.SIGTERM)
     printed, err = process.communicate(timeout=90)
@@ -290,7 +349,7 @@ def test_signal_to_all_processes_with_workers(toy_root, tmp_path):
 
 def test_a_killed_loader_worker_is_noticed(toy_root, tmp_path):
     out = tmp_path / "out"
-    process = start(command(FIRST, toy_root, out, "--workers", "1"))
+    process = start(command(FIRST, toy_root, out, "--workers", "1"), fresh=True)
     wait_for_rows(out, 2, process)
     found = subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(max(map(int, found)), signal.SIGKILL)  # the youngest process
@@ -303,10 +362,10 @@ def test_several_nodes(toy_root, tmp_path):
     out, port = tmp_path / "out", 20000 + os.getpid() % 20000
     agents = []
     for node in (0, 1):
-        call = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", f"{node}"]
-        call += ["--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", f"{port}"]
-        call += command(FIRST, toy_root, out, "--epochs", "0.5")[1:]
-        agents.append(start(call))
+        flags = ["--nnodes", "2", "--node_rank", f"{node}", "--nproc_per_node", "1"]
+        flags += ["--master_addr", "127.0.0.1", "--master_port", f"{port}"]
+        call = under_torchrun(command(FIRST, toy_root, out, "--epochs", "0.5"), *flags)
+        agents.append(start(call, fresh=True))
     assert [(agent.communicate(timeout=120), agent.returncode)[1] for agent in agents] == [0, 0]
     assert json.loads((out / "result.json").read_text())["videos"] == 20
 
@@ -323,6 +382,10 @@ VARIANTS = {
         "--nets tg --no-tg_round --interval 7 --precise_bn 0 --no-train_accuracy",
         "--align l1 --align_stages 3,4 --no-stopgrad --w_clr 0 --pseudo tg --dropout 0.5 --clip_grad 0",
         "--w_kd 0 --pseudo self --flip --unlabelled all --no-channels_last --net r3d_10",
+    ],
+    "mml": [
+        "--nets rgb,rgb,diff --mean logits --sampling dense --optimizer sgd --lr_steps 0.5 --average softmax",
+        "--nets diff --lam 0 --net i3d10 --flip --dropout 0.5 --no-channels_last --crops 3",
     ],
 }
 
@@ -358,6 +421,12 @@ MISTAKES = {
         "--align_stages 4,5": "--align_stages",
         "--lr 1e30 --optimizer sgd --clip_grad 0": "--lr",
     },
+    "mml": {
+        "--nets rgb,sound": "--nets",
+        "--mutual mars": "--teacher",
+        "--init /nowhere.pt": "/nowhere.pt",
+        "--lr 1e30 --optimizer sgd --clip_grad 0": "--lr",
+    },
 }
 
 
@@ -385,9 +454,8 @@ def test_mistakes_are_one_sentence(script, toy_root, tmp_path):
 def test_restart_by_torchrun(toy_root, tmp_path):
     """--max-restarts: a rank is killed, torchrun starts all again, the run resumes and ends well."""
     out = tmp_path / "out"
-    call = command(FIRST, toy_root, out, ranks=2)
-    call[call.index("--standalone") : call.index("--standalone")] = ["--max-restarts", "1"]
-    process = start(call)
+    flags = ["--max-restarts", "1", "--standalone", "--nproc_per_node", "2"]
+    process = start(under_torchrun(command(FIRST, toy_root, out), *flags), fresh=True)
     wait_for_rows(out, 5, process)
     os.kill(children(process)[-1], signal.SIGKILL)
     printed, err = process.communicate(timeout=120)
@@ -398,7 +466,7 @@ def test_restart_by_torchrun(toy_root, tmp_path):
 def test_ranks_without_their_torchrun_save_and_leave(toy_root, tmp_path):
     """Some signals (SIGUSR1 of a batch system) end torchrun and not its processes."""
     out = tmp_path / "out"
-    process = start(command(FIRST, toy_root, out, ranks=2))
+    process = start(command(FIRST, toy_root, out), ranks=2, fresh=True)
     wait_for_rows(out, 4, process)
     orphans = children(process)
     process.kill()

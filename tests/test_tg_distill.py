@@ -5,10 +5,14 @@ import contextlib
 import copy
 import json
 import math
+import os
+import sys
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -428,10 +432,10 @@ def statistics(net):
     return [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
 
 
-def on_a_rank(rank, folder, names):
+def on_a_rank(folder, *names):
     """What a rank of two computes, into a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     found = contrast_of(slice(4 * rank, 4 * rank + 4))
     for x in found:  # DDP's average
         dist.all_reduce(x)
@@ -475,7 +479,11 @@ def run(tmp_path):
 def two_ranks(folder):
     """What two processes found, each in a group of two; one of their blocks is unreadable in part."""
     names = [*NAMES[:4], "none", *NAMES[4:]]
-    torch.multiprocessing.spawn(on_a_rank, (folder, names), nprocs=2)
+    here = Path(__file__)
+    env = os.environ | {"PYTHONPATH": str(here.parent.parent)}
+    process = forks.start([sys.executable, here, folder, *names], folder, env, ranks=2)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -939,3 +947,7 @@ def test_each_test_has_a_folder_of_its_own():
     outs = [tg_distill.parse_args(f"--data toy --eval runs/x/{line}".split()).out for line in (
         "model.pt", "teacher.pt", "model.pt --corrupt contrast", "model.pt --out here")]  # fmt: skip
     assert outs == ["runs/x/eval_toy", "runs/x/eval_toy_teacher", "runs/x/eval_toy_contrast", "here"]
+
+
+if __name__ == "__main__":
+    on_a_rank(*sys.argv[1:])
