@@ -33,8 +33,8 @@ TINY = {
     "tg_distill": "--per_class 2 --width 0.0625 --size 16 --test_size 16 --batch 2 --mu 2 --unlabelled rest "
     "--epochs 6 --clips 1 --tau 0.1 --warmup 1 --sup_warmup 1 --precise_bn 10 --log_every 2 --eval_every 3 "
     "--workers 0",
-    "mml": "--per_class 2 --nets rgb,diff --width 0.0625 --size 16 --test_size 16 --batch 4 --epochs 8 --warmup 1 "
-    "--clips 1 --uniform 1 --log_every 2 --eval_every 4 --workers 0",
+    "mml": "--per_class 2 --nets rgb,diff --width 0.0625 --size 16 --test_size 16 --batch 4 --epochs 8 "
+    "--warmup 1 --clips 1 --uniform 1 --log_every 2 --eval_every 4 --workers 0",
 }
 # What the last line of log.jsonl, a quick test, says of the networks.
 LOGGED = {
