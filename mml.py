@@ -3,7 +3,7 @@
 S. A. Komkov, M. D. Dzabraev, A. A. Petiushko. Computer Optics 47(4), 2023.
 
 Networks that see different modalities of a video, RGB, optical flow, RGB differences, are better together
-than alone, but running all of them in a test is dear. Here they teach each other instead: each learns the
+than alone, but a test that runs all of them is expensive. Here they teach each other instead: each learns the
 true label and what the others say of the same moment, so that one of them, tested alone, knows something of
 what only the others can see. Where they start matters as much: from an RGB network trained on the same
 videos, whatever the modality. The best single network comes from three such trainings in a row.
@@ -19,9 +19,8 @@ videos, whatever the modality. The best single network comes from three such tra
 Equations:  Eq. 1, 2 -> network_loss, its L_CE (and Appendix 2) -> classification_loss
             Eq. 3 -> kl_loss    Eq. 4, for any number of networks -> mean_of_others
             MARS, D3D (Sec. 3.3, Appendix 2) -> mars_loss, d3d_loss      all are called in train_step
-            Sec. 2.3 -> windows      Appendix 1 -> sample_uniform, sample_dense in training,
-            video.uniform_test, video.dense_parts in the test      Sec. 2.1 -> backbones.load_weights
-            Appendix 3 -> ensembles
+            Sec. 2.1 -> backbones.load_weights    Sec. 2.3, 3.1.1 -> windows    Appendix 3 -> ensembles
+            Appendix 1 -> video.dense_parts, video.uniform_test, by recipe_of
 
 Names: <what>_<net>, net rgb, flow or diff, a second one rgb2; M networks, K classes, i the first frames of a
 clip's input frames, xi their common offset; teacher: the frozen network of MARS and D3D.
@@ -39,7 +38,7 @@ A and B from two runs of step 2, and likewise for each modality.
 
 Differences from the paper, and what it leaves open ("the code" is what its authors published):
 
-D1  All training videos have labels; `--ratio` and the like train on fewer.
+D1  All training videos have labels; `--ratio` and the like train on fewer, as the toy recipe does (10 %).
 D2  The learning rate is for 8 GPUs (64 clips a step; Charades 16) and scales linearly with their number;
     `--batch` does not change it.
 D3  As in TSM's code ("standard setup"): weight decay on convolutions and the classifier's weight alone,
