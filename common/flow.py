@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from common import UserError, files
 from common.datasets import SUFFIXES, default_root, load
-from common.video import Video, VideoError, _check_size, _reasons
+from common.video import Video, VideoError, check_size, reasons
 
 SMALLEST = 16  # pixels; no level of the pyramid has a shorter side, as in OpenCV
 # Pixels of the pictures that are worked on together: on the CPU what fits its caches.
@@ -306,7 +306,7 @@ class Flow(_Fields):
     def _open(self, stack):
         self._video = None
         if os.path.isdir(self.path):
-            with _reasons():
+            with reasons():
                 self._pairs = _pairs(self.path)
             return np.arange(len(self._pairs)) / self.fps
         self._video = stack.enter_context(Video(self.path))
@@ -315,7 +315,7 @@ class Flow(_Fields):
 
     def _read(self, wanted):
         if self._video is None:
-            with _reasons():
+            with reasons():
                 pictures = [_picture(path) for i in wanted for path in self._pairs[i]]
             if len({picture.shape for picture in pictures}) > 1:
                 raise VideoError("the flow pictures differ in size")
@@ -349,7 +349,7 @@ def _pairs(folder):
 def _picture(path):
     """uint8 (H, W) of a gray picture."""
     with Image.open(path) as image:
-        _check_size(image.height, image.width)
+        check_size(image.height, image.width)
         return np.array(image.convert("L"))
 
 

@@ -45,7 +45,8 @@ class VideoError(UserError):
 
 
 @contextmanager
-def _reasons():
+def reasons():
+    """What a bad file makes av, PIL or the system raise inside becomes a VideoError."""
     try:
         yield
     except FAULTS as fault:
@@ -73,7 +74,7 @@ class Video:
         self.path, self.span, self.min_share, self.fps = os.fspath(path), span, min_share, fps
 
     def __enter__(self):
-        with ExitStack() as stack, _reasons():
+        with ExitStack() as stack, reasons():
             if os.path.isdir(self.path):
                 source = _Folder(self.path, self.fps)
             else:
@@ -171,7 +172,7 @@ class Video:
 
     def _picture(self, frame, short_side):
         """uint8 (H, W, C) of a decoded frame, upright, in the video's size or short_side's."""
-        _check_size(frame.height, frame.width)
+        check_size(frame.height, frame.width)
         if self._turns is None:
             degrees = getattr(frame, "rotation", 0)  # damaged headers say anything
             self._turns = degrees // 90 % 4 if degrees % 90 == 0 else 0
@@ -207,7 +208,8 @@ def _open(path):
         yield container, stream
 
 
-def _check_size(height, width):
+def check_size(height, width):
+    """Raises VideoError for a picture of more than MAX_PIXELS."""
     if height * width > MAX_PIXELS:
         raise VideoError(f"pictures of {width} x {height} pixels are refused")
 
@@ -219,7 +221,7 @@ class _File:
         self.path, self.container, self.stream = path, container, stream
         context, avi, header = stream.codec_context, container.format.name == "avi", stream.frames
         self.size, self.codec = (context.height, context.width), context.name
-        _check_size(*self.size)
+        check_size(*self.size)
         if "mp4" in container.format.name and getattr(stream, "index_entries", None):
             header = len(stream.index_entries)  # knows what an edit list cuts off, the count not
         pts, dts, self.keys, self.order, most = [], [], [], {}, 1
@@ -340,7 +342,7 @@ class _Folder:
     def pick(self, wanted):
         for i in wanted:
             with Image.open(self.paths[i]) as image:
-                _check_size(image.height, image.width)
+                check_size(image.height, image.width)
                 image.load()
                 yield i, image
 
