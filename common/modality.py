@@ -33,9 +33,7 @@ MODALITIES = {
     "diff": Modality(15, 6, (0.0,), (1.0,)),
     "flow": Modality(10, 5, (0.5,), (0.226,)),
 }
-
-
-SLACK = 2  # fields more or less than the frames have; more would pair other moments
+SLACK = 2  # fields more or less than a video's frames have; more would pair other moments
 
 
 class Streams:
