@@ -292,6 +292,7 @@ def build_networks(args, classes, run):
     kinds = args.nets.split(",")
     starts = starts_of(args, kinds)
     nets, builds, groups = {}, {}, []
+    mutual = args.mutual == "kl" and (args.lam or args.pipeline)
     for start in sorted(set(starts) & set(backbones.PUBLISHED)):
         run.on_main(backbones.fetch, args.net, start)  # one process downloads
     for net, start in zip(names_of(kinds), starts, strict=True):
@@ -300,7 +301,6 @@ def build_networks(args, classes, run):
                            dropout=args.dropout)  # fmt: skip
         backbone = backbones.build(**builds[net], weights=None if start == "none" else start)  # Sec. 2.1
         for other in nets:
-            mutual = args.mutual == "kl" and (args.lam or args.pipeline)
             if mutual and same(backbone, nets[other].module.backbone):
                 raise UserError(f"{other} and {net} start as one network and have nothing to teach each "
                                 "other (Table 5): give --init two files")  # fmt: skip
@@ -356,9 +356,9 @@ def with_flow(args, data, run, models, kinds):
     models: {path: Recipe} of models that must know flow of that scale; without a folder theirs is computed.
     The flow of toy data is made. Nothing is done if `kinds`, modalities, are without flow.
     """
-    scales = {path: (r.bound, r.flow_side) for path, r in models.items() if r.modality == "flow"}
+    usual = flow.BOUND, flow.SHORT_SIDE
     if "flow" not in kinds:
-        return data, (flow.BOUND, flow.SHORT_SIDE)
+        return data, usual
     folder = args.flow or f"{(args.root or datasets.default_root(args.data)).rstrip('/')}_flow"
     if args.flow is None and args.data.split(":")[0] == "toy":
         videos = [data.train, data.test]
@@ -368,10 +368,11 @@ def with_flow(args, data, run, models, kinds):
         run.say(f"no extracted optical flow in {folder}: computing it for every clip, about 0.3 seconds of a "
                 f"CPU core for each of {5 * args.frames} fields of 340 x 256 pixels; python -m common.flow "
                 f"{args.data} --out {folder} does it once for all")  # fmt: skip
-        folder, scale = None, next(iter(scales.values()), (flow.BOUND, flow.SHORT_SIDE))
+        folder = None
     elif not Path(folder).is_dir():
         raise UserError(f"--flow {folder} is not a folder: python -m common.flow {args.data} --out {folder}")
-    scale = flow.scale_of(folder) if folder else scale
+    scales = {path: (r.bound, r.flow_side) for path, r in models.items() if r.modality == "flow"}
+    scale = flow.scale_of(folder) if folder else next(iter(scales.values()), usual)
     for path, wants in scales.items():
         if wants != scale:
             raise UserError(f"{path} wants flow of bound and short side {wants}, not of {scale}")

@@ -187,7 +187,7 @@ def labelled(data, ratio=None, per_class=None, seed=0, listfile=None):
         enough = math.ceil(ratio * mean - 1e-9)  # 0.1 x 30 is 3, whatever the last bit says
         per_class = PER_CLASS.get((data.name, ratio), enough)
     rng = np.random.default_rng(list(hashlib.sha256(key.encode()).digest()))
-    order = sorted(range(n), key=lambda i: (_stem(videos.name(i)), videos.span(i)))
+    order = sorted(range(n), key=lambda i: (stem_of(videos.name(i)), videos.span(i)))
     order = np.array(order, dtype=np.int64)
     if data.multilabel:
         return np.sort(rng.permutation(order)[:per_class])
@@ -223,7 +223,8 @@ def _in_list(data, listfile):
     names, chosen, wrong, lost = list(indices), [], [], []
     for row, at in zip(rows, _match([row.name for row in rows], names), strict=True):
         if at == AMBIGUOUS:
-            raise UserError(f"{row.place}: several videos are called {_show(row.name)}; give the folder, too")
+            name = printable(row.name)
+            raise UserError(f"{row.place}: several videos are called {name}; give the folder, too")
         if at == MISSING:
             lost.append(row.name)
             continue
@@ -242,7 +243,7 @@ def _in_list(data, listfile):
         warnings.warn(f"{differ}, the labels of {data.name} count", stacklevel=3)
     if not chosen:
         raise UserError(f"{listfile}: none of its {len(rows)} videos is a training video of {data.name}, "
-                        f"split {data.split}; those are called like {_show(videos.name(0))}")
+                        f"split {data.split}; those are called like {printable(videos.name(0))}")
     if lost:
         warnings.warn(f"{len(lost)} of {len(rows)} videos of {listfile} are not training videos of "
                       f"{data.name}, split {data.split}: {_some(lost)}", stacklevel=3)
@@ -273,27 +274,27 @@ class NotThere(UserError):
     """A file or folder is missing; load adds what was expected."""
 
 
-def _show(name):
+def printable(name):
     """A name fit to print, though it may hold bytes that are not UTF-8."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _some(names):
-    return ", ".join(map(_show, names[:5])) + (", ..." if len(names) > 5 else "")
+    return ", ".join(map(printable, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 def _numbers(labels):
     return " ".join(map(str, labels)) or "none"
 
 
-def _stem(name):
+def stem_of(name):
     """A path without a video's suffix; any other dot belongs to the name."""
     stem, dot, suffix = name.rpartition(".")
     return stem if dot + suffix.lower() in SUFFIXES else name
 
 
 def _parts(name):
-    return [part for part in _stem(name).replace("\\", "/").split("/") if part not in ("", ".")] or [name]
+    return [part for part in stem_of(name).replace("\\", "/").split("/") if part not in ("", ".")] or [name]
 
 
 def _parent(name):
@@ -456,10 +457,10 @@ def _read_list(path, notes):
         end = NUMBERS.search(line)
         name = line[: end.start() if end else None].strip('", \t')
         labels = tuple(map(int, re.findall(r"-?\d+", end[0]))) if end else ()
-        if len(labels) > 1 and _stem(name) == name:
+        if len(labels) > 1 and stem_of(name) == name:
             labels = labels[1:]
         if re.match(r"[a-z][a-z0-9+.-]+://", name):
-            raise UserError(f"{path}:{n}: {_show(name)} is an address, but a list names files on disk")
+            raise UserError(f"{path}:{n}: {printable(name)} is an address, but a list names files on disk")
         rows.append(Row(name, labels, os.fspath(path), n))
     if not rows:
         raise UserError(f"{path} is empty; lines 'path label' are expected")
@@ -493,12 +494,12 @@ def _number(rows, classes, several):
         if not given and not several:  # then no line has a label, and the class folders tell
             given = (_parent(row.name),)
             if some_given or _squash(given[0]) not in keys:
-                raise UserError(f"{row.place}: {_show(row.name)!r} is not followed by an integer label")
+                raise UserError(f"{row.place}: {printable(row.name)!r} is not followed by an integer label")
         labels = tuple(y if isinstance(y, int) else keys.get(_squash(y), -1) for y in given)
         for said, y in zip(given, labels, strict=True):
             if not 0 <= y < len(classes):
                 right = f"0 to {len(classes) - 1}{_one_based(rows)}" if y == said else _some(classes)
-                raise UserError(f"{row.place}: label {_show(str(said))} is not one of {right}")
+                raise UserError(f"{row.place}: label {printable(str(said))} is not one of {right}")
         numbered.append(row._replace(labels=labels))
     return numbered
 
@@ -508,7 +509,7 @@ def _on_disk(base, found, rows, notes):
     lost, prefix = [], os.path.join(os.path.abspath(base), "")
     for row, at in zip(rows, _match([row.name.removeprefix(prefix) for row in rows], found), strict=True):
         if at == AMBIGUOUS:
-            raise UserError(f"{row.place}: several videos in {base} are called {_show(row.name)}; "
+            raise UserError(f"{row.place}: several videos in {base} are called {printable(row.name)}; "
                             f"give the path from {base} on")
         name = found[at] if at != MISSING else _elsewhere(base, row.name)
         if name is None:
@@ -528,8 +529,8 @@ def _check_folder(name, row, classes, keys):
         k = keys.get(_squash(folder), row.labels[0])
         if k != row.labels[0]:
             said = classes[row.labels[0]]
-            raise UserError(f"{row.place}: label {row.labels[0]} ({said}), but the folder of {_show(name)} "
-                            f"is class {k} ({classes[k]})")
+            raise UserError(f"{row.place}: label {row.labels[0]} ({said}), but the folder of "
+                            f"{printable(name)} is class {k} ({classes[k]})")
 
 
 def _pair(base, found, train, test, classes, notes, multilabel=False):
@@ -551,7 +552,7 @@ def _pair(base, found, train, test, classes, notes, multilabel=False):
             if other is row:
                 continue
             if (name, row.span) in tested or other.labels != row.labels:
-                raise UserError(f"{row.place}: {_show(name)} is also at {other.place}, with label "
+                raise UserError(f"{row.place}: {printable(name)} is also at {other.place}, with label "
                                 f"{_numbers(other.labels)}; keep one of them")
             twice.append(row.name)
         if twice:
@@ -615,7 +616,8 @@ def _part(root, names, found, split, notes, read=_read_list):
         for name in (name for name in found if name.startswith(folder + "/")):
             label = name[len(folder) + 1 :].split("/")[:-1][:1]
             if not label:
-                raise NotThere(f"{source} has videos in no class folder, such as {_show(name)}, and no list")
+                raise NotThere(f"{source} has videos in no class folder, such as {printable(name)}, "
+                               "and no list")
             rows.append(Row(name, tuple(label), source))
         if rows:
             return rows
@@ -693,7 +695,7 @@ def _ucf101(root, split, variant, notes):
         parts.append([row._replace(labels=tuple(y - first for y in row.labels)) for row in rows])
     _, *parts = _pair(base, found, *parts, classes, notes)
     for i, videos in enumerate(parts):
-        scenes = [re.search(r"_g(\d+)_c\d+$", _stem(videos.name(j))) for j in range(len(videos))]
+        scenes = [re.search(r"_g(\d+)_c\d+$", stem_of(videos.name(j))) for j in range(len(videos))]
         groups = [100 * k + int(m[1] if m else 0) for k, m in zip(videos.labels, scenes, strict=True)]
         parts[i] = dataclasses.replace(videos, groups=np.array(groups, dtype=np.int32))
     return classes, *parts
@@ -723,7 +725,7 @@ def _hmdb51(root, split, variant, notes):
         for n, line in _read_text(path):
             name, flag = line[:-1].strip(), line[-1]
             if flag not in parts or line[-2:-1].strip():
-                raise UserError(f"{path}:{n}: {_show(line)!r} does not end in 0, 1 or 2")
+                raise UserError(f"{path}:{n}: {printable(line)!r} does not end in 0, 1 or 2")
             flag = "1" if flag == "0" and variant == "all" else flag
             parts[flag].append(Row(f"{classes[k]}/{name}", (k,), str(path), n))
     return _pair(base, found, parts["1"], parts["2"], classes, notes)
@@ -902,9 +904,10 @@ def _shrink(args):
     for path in paths:
         name = os.path.relpath(path, root)
         name = name if not name.startswith("..") else os.path.join(*_parts(path)[-2:])
-        target = os.path.join(args.out, _stem(name) + ".mp4")
+        target = os.path.join(args.out, stem_of(name) + ".mp4")
         if target in targets:
-            raise UserError(f"{_show(path)} and {_show(targets[target])} would both become {_show(target)}")
+            both = f"{printable(path)} and {printable(targets[target])}"
+            raise UserError(f"{both} would both become {printable(target)}")
         targets[target] = path
     settings = dict(short_side=args.short_side, gop=args.gop, crf=args.crf)
     try:

@@ -40,7 +40,7 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from common import UserError, files
-from common.datasets import SUFFIXES, default_root, load
+from common.datasets import default_root, load, printable, stem_of
 from common.video import Video, VideoError, check_size, reasons
 
 SMALLEST = 16  # pixels; no level of the pyramid has a shorter side, as in OpenCV
@@ -408,8 +408,7 @@ def scale_of(root):
 
 def _stem(name):
     """A video's name without suffix; of one that leads out of the data set, its last two parts."""
-    stem, suffix = os.path.splitext(name)
-    stem = stem if suffix.lower() in SUFFIXES else name
+    stem = stem_of(name)
     parts = stem.split("/")
     if os.path.isabs(stem) or ".." in parts:
         stem = "/".join([part for part in parts if part not in ("", ".", "..")][-2:])
@@ -472,13 +471,9 @@ def _jobs(parts, out):
         for i in range(len(part)):
             path, target = part.path(i), os.path.join(out, _stem(part.name(i)) + ".mp4")
             if targets.setdefault(target, path) != path:
-                both = f"{_show(path)} and {_show(targets[target])}"
-                raise UserError(f"{both} would both become {_show(target)}")
+                both = f"{printable(path)} and {printable(targets[target])}"
+                raise UserError(f"{both} would both become {printable(target)}")
     return sorted((path, target) for target, path in targets.items())
-
-
-def _show(path):
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 @contextmanager

@@ -755,7 +755,7 @@ def test_ratios_that_papers_agree_on(name, ratio, each):
 
 def test_the_draw_is_a_function_of_its_arguments():
     def names(data, **options):
-        return {datasets._stem(data.train.name(i)) for i in labelled(data, **options)}
+        return {datasets.stem_of(data.train.name(i)) for i in labelled(data, **options)}
 
     first = names(some(), per_class=4)
     assert names(some(), per_class=4) == first and names(some(suffix=".avi"), per_class=4) == first
@@ -1024,11 +1024,11 @@ def test_shrink(videos, make, tmp_path, capsys):
     good = dataclasses.replace(
         old, train=old.train.subset([i for i in range(5) if old.train.name(i) in GOOD])
     )
-    draws = [[datasets._stem(d.train.name(i)) for i in labelled(d, per_class=1)] for d in (good, new)]
+    draws = [[datasets.stem_of(d.train.name(i)) for i in labelled(d, per_class=1)] for d in (good, new)]
     assert draws[0] == draws[1]  # the same videos keep their labels
     assert not [path for path in out.rglob("*") if path.suffix == ".tmp"]
     for name, frames in GOOD.items():
-        copy = out / (datasets._stem(name) + ".mp4")
+        copy = out / (datasets.stem_of(name) + ".mp4")
         with Video(videos / name) as a, Video(copy) as b:
             assert len(a) == len(b) == frames and np.abs(a.times - b.times).max() < 1e-4, name
             assert abs(a.fps - b.fps) < 1e-2
