@@ -328,7 +328,7 @@ def train(args, run):
     run.say(f"{total} steps, {epoch} an epoch, of {clips} clips; learning rate {lr:.4g}; {run.device.type}")
     loader = video.train_loader(sources, start, total, run.rank, run.world, args.workers)
     lists = [clips.videos for clips, _ in sources]
-    for step, (batch_l, *batch_u) in run.steps(loader, start, total, args.seed, lists):
+    for step, (batch_l, *batch_u) in run.steps(loader, start, total, args.seed, lists, epoch):
         if step % every == 0 and step:
             with run.untimed():
                 quick_test(args, run, data, pri, aux, step)
@@ -344,13 +344,8 @@ def train(args, run):
         optimizer.step()
         if labels:
             terms |= pseudo_label_report(labels, batch_u[0]["label"].to(run.device))
-        row = run.track(step, optimizer.param_groups[0]["lr"], loss=loss, **terms)
-        if row:
-            run.log(row)
-        if (step + 1) % epoch == 0 or step + 1 == total:
-            run.save(step + 1, identity, **parts)
+        run.track(step, optimizer.param_groups[0]["lr"], loss=loss, **terms)
     if run.stopped:
-        run.save(step + 1, identity, **parts)
         return
     if run.main:
         whole = replace(recipe, keep_every=1)

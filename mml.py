@@ -75,15 +75,13 @@ from dataclasses import replace
 from functools import partial
 from itertools import combinations, product
 from math import ceil
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from common import UserError, augment, backbones, datasets, evaluate, flow, modality, optim, video
+from common import UserError, augment, backbones, datasets, evaluate, modality, optim, video
 from common.flags import FREE, Parser, wanted
 from common.modality import MODALITIES
 from common.run import Run
@@ -350,35 +348,6 @@ def check_teacher(args, teacher, nets):
 # -------------------------------------------------------------------------------- data
 
 
-def with_flow(args, data, run, models, kinds):
-    """`data` with the folder of its flow if there is one, and the (bound, short side) of that flow.
-
-    models: {path: Recipe} of models that must know flow of that scale; without a folder theirs is computed.
-    The flow of toy data is made. Nothing is done if `kinds`, modalities, are without flow.
-    """
-    usual = flow.BOUND, flow.SHORT_SIDE
-    if "flow" not in kinds:
-        return data, usual
-    folder = args.flow or f"{(args.root or datasets.default_root(args.data)).rstrip('/')}_flow"
-    if args.flow is None and args.data.split(":")[0] == "toy":
-        videos = [data.train, data.test]
-        flow.extract(videos, folder, device=run.device, rank=run.rank, world=run.world, say=run.say)
-        dist.barrier()
-    elif args.flow is None and not Path(folder).is_dir():
-        run.say(f"no extracted optical flow in {folder}: computing it for every clip, about 0.3 seconds of a "
-                f"CPU core for each of {5 * args.frames} fields of 340 x 256 pixels; python -m common.flow "
-                f"{args.data} --out {folder} does it once for all")  # fmt: skip
-        folder = None
-    elif not Path(folder).is_dir():
-        raise UserError(f"--flow {folder} is not a folder: python -m common.flow {args.data} --out {folder}")
-    scales = {path: (r.bound, r.flow_side) for path, r in models.items() if r.modality == "flow"}
-    scale = flow.scale_of(folder) if folder else next(iter(scales.values()), usual)
-    for path, wants in scales.items():
-        if wants != scale:
-            raise UserError(f"{path} wants flow of bound and short side {wants}, not of {scale}")
-    return data.with_flow(folder), scale
-
-
 def windows(source, rng, args):
     """Sec. 2.3: input frames (i_1, ..., i_T) of the modality that has fewest, + xi for one that has more."""
     n = min(source.lengths.values())
@@ -421,7 +390,8 @@ def train(args, run):
         run.say(note)
     teacher = load_teacher(args, data, run)
     kinds = tuple(dict.fromkeys([*args.nets.split(","), *([teacher[0].modality] if teacher else [])]))
-    data, scale = with_flow(args, data, run, {args.teacher: teacher[0]} if teacher else {}, kinds)
+    models = {args.teacher: teacher[0]} if teacher else {}
+    data, scale = modality.with_flow(data, args.data, args.root, args.flow, run, kinds, models)
     videos = data.train.subset(chosen)
     sample, view = partial(windows, args=args), partial(train_views, args=args, kinds=kinds)
     streams = partial(modality.Streams, modalities=kinds, bound=scale[0], flow_side=scale[1])
@@ -445,7 +415,7 @@ def train(args, run):
     run.say(f"{total} steps, {epoch} an epoch, of {args.batch * run.world} clips; learning rate {lr:.4g}; "
             f"{run.device.type}")  # fmt: skip
     loader = video.train_loader([(clips, args.batch)], start, total, run.rank, run.world, args.workers)
-    for step, (batch,) in run.steps(loader, start, total, args.seed, [videos]):
+    for step, (batch,) in run.steps(loader, start, total, args.seed, [videos], epoch):
         if step % every == 0 and step:
             with run.untimed():
                 quick_test(args, run, data, nets, recipes, step)
@@ -454,7 +424,7 @@ def train(args, run):
         y = batch["label"].to(run.device)  # D15
         with run.autocast():
             loss, terms, logits = train_step(nets, x, y, args, teacher)
-        optim.set_lr(optimizer, lr * schedule(step, total, epoch, args))
+        optim.set_lr(optimizer, lr * optim.schedule(step, total, epoch, args.lr_steps, args.warmup))
         optimizer.zero_grad()
         loss.backward()
         if args.clip_grad:
@@ -463,23 +433,11 @@ def train(args, run):
         optimizer.step()
         if len(nets) > 1:
             terms["agree"] = agreement(logits)
-        row = run.track(step, optimizer.param_groups[0]["lr"], loss=loss, **terms)
-        if row:
-            run.log(row)
-        if (step + 1) % epoch == 0 or step + 1 == total:
-            run.save(step + 1, identity, **parts)
+        run.track(step, optimizer.param_groups[0]["lr"], loss=loss, **terms)
     if run.stopped:
-        run.save(step + 1, identity, **parts)
         return
     quick_test(args, run, data, nets, recipes, total)
     final_test(args, run, data, nets, builds, recipes)
-
-
-def schedule(step, total, epoch, args):
-    """The factor on the learning rate: steps (Sec. 3.1.1) or a cosine."""
-    if args.lr_steps:
-        return optim.warmup_steps(step, [round(e * epoch) for e in args.lr_steps], args.warmup * epoch)
-    return optim.warmup_cosine(step, total, args.warmup * epoch)
 
 
 def agreement(logits):
@@ -533,7 +491,8 @@ def test_only(args, data, run):
     words = wanted(args, also=TEST)
     models = {path: evaluate.load_for(path, data, run.device, **changes) for path in args.eval.split(",")}
     recipes = {path: recipe for path, (_, recipe) in models.items()}
-    data, _ = with_flow(args, data, run, recipes, [recipe.modality for recipe in recipes.values()])
+    kinds = {path: recipe.modality for path, recipe in recipes.items()}
+    data, _ = modality.with_flow(data, args.data, args.root, args.flow, run, kinds.values(), recipes)
     if len(models) == 1:
         net, recipe = next(iter(models.values()))
         return evaluate.report(net, data, recipe, run, args.workers, **words)
@@ -543,7 +502,6 @@ def test_only(args, data, run):
         if scores[path] is None:
             run.say("stopped by a signal during the test; the same command tests again")
             return
-    kinds = {path: recipe.modality for path, recipe in recipes.items()}
     everything = mixture(scores.values(), args.average)
     if run.main:
         rows, positions = ensembles(scores, kinds, args.average)

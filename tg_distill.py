@@ -532,7 +532,8 @@ def train(args, run):
     clips = " + ".join(f"{batch * run.world}" for _, batch in sources)
     run.say(f"{total} steps, {epoch} an epoch, of {clips} clips; learning rate {lr:.4g}; {run.device.type}")
     loader = video.train_loader(sources, start, total, run.rank, run.world, args.workers)
-    for step, (batch_l, batch_u) in run.steps(loader, start, total, args.seed, [videos_l, videos_u]):
+    lists = [videos_l, videos_u]
+    for step, (batch_l, batch_u) in run.steps(loader, start, total, args.seed, lists, epoch):
         if step % every == 0 and step:
             with run.untimed():
                 quick_test(args, run, data, nets, build, recipes, step)
@@ -549,13 +550,8 @@ def train(args, run):
             nn.utils.clip_grad_norm_(parameters, args.clip_grad)  # D11
         optimizer.step()
         terms |= pseudo_label_report(labels, y_w, batch_u["label"].to(run.device))
-        row = run.track(step, optimizer.param_groups[0]["lr"], loss=loss, **terms)
-        if row:
-            run.log(row)
-        if (step + 1) % epoch == 0 or step + 1 == total:
-            run.save(step + 1, identity, **parts)
+        run.track(step, optimizer.param_groups[0]["lr"], loss=loss, **terms)
     if run.stopped:
-        run.save(step + 1, identity, **parts)
         return
     tested = quick_test(args, run, data, nets, build, recipes, total)
     if tested is None:

@@ -56,8 +56,12 @@ class Parser(argparse.ArgumentParser):
         g.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror clips; if labels allow")
         return g
 
-    def run(self):
-        """Add the flags of any run and of any test; the group, for more of them."""
+    def run(self, test_scale=8 / 7):
+        """Add the flags of any run and of any test; the group, for more of them.
+
+        test_scale: --test_size over --size, where only that is given.
+        """
+        self.test_scale = test_scale
         g = self.add_argument_group("run")
         g.add_argument("--out", help=f"run folder, resumed; runs/{self.script}_<data>_<labels>_<seed>")
         g.add_argument("--seed", type=int, default=0, help="of the labelled subset, networks and every draw")
@@ -67,7 +71,7 @@ class Parser(argparse.ArgumentParser):
         g.add_argument("--max_bad", type=float, default=0.05, help="unreadable share that stops")
         g.add_argument("--clips", type=int, default=10, help="test clips per video")
         g.add_argument("--crops", type=int, choices=[1, 3], default=3, help="test crops per clip")
-        g.add_argument("--test_size", type=int, help="side of a test crop; 8/7 of --size if not given")
+        g.add_argument("--test_size", type=int, help="side of a test crop; follows from --size")
         g.add_argument("--eval", metavar="MODEL.PT", help="only test this model")
         g.add_argument("--compile", action="store_true", help="torch.compile the networks")
         g.add_argument("--channels_last", action=argparse.BooleanOptionalAction, help="memory layout")
@@ -103,7 +107,7 @@ class Parser(argparse.ArgumentParser):
             self.error("give one of --ratio, --per_class and --labelled_list")
         if not given:
             args.ratio = self.ratio
-        args.test_size = args.test_size or round(args.size * 8 / 7)
+        args.test_size = args.test_size or round(args.size * self.test_scale)
         data, labels = Path(args.data).name.replace(":", "-"), args.ratio or args.per_class or "list"
         model, *more = map(Path, (args.eval or "").split(","))
         net = model.stem.removeprefix("model")

@@ -6,32 +6,37 @@
     x = stacked(x_flow[None], "flow")                 # (1, T, 10, H, W)
 
 An input frame, of which a clip has T, is one frame (rgb), six frames that become five differences (diff),
-or five fields of flow, from six frames as well (Komkov et al., Mutual Modality Learning, section 3.1).
+five fields of flow, from six frames as well (flow; Komkov et al., Mutual Modality Learning, section 3.1), or
+one field of flow, as 3D networks see it (field).
 Clips stay as read, uint8, until `stacked` on the device.
 """
 
+import os
 from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from common import flow, video
+from common import UserError, datasets, flow, video
 
 
 class Modality(NamedTuple):
-    """channels: C of the network's input; pictures: how many an input frame is made of; mean and std."""
+    """channels: C of the network's input; pictures: how many an input frame is made of, and of what."""
 
     channels: int
     pictures: int
     mean: tuple
     std: tuple
+    source: str = "frames"  # or "flow"
 
 
 MODALITIES = {
     "rgb": Modality(3, 1, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "diff": Modality(15, 6, (0.0,), (1.0,)),
-    "flow": Modality(10, 5, (0.5,), (0.226,)),
+    "flow": Modality(10, 5, (0.5,), (0.226,), "flow"),
+    "field": Modality(2, 1, (0.5,), (0.226,), "flow"),
 }
 SLACK = 2  # fields more or less than a video's frames have; more would pair other moments
 
@@ -51,9 +56,10 @@ class Streams:
     def __enter__(self):
         self._sources = {}
         with ExitStack() as stack:
-            if set(self.modalities) - {"flow"}:
+            needed = {MODALITIES[m].source for m in self.modalities}
+            if "frames" in needed:
                 self._sources["frames"] = stack.enter_context(video.open_video(self.videos, self.index))
-            if "flow" in self.modalities:
+            if "flow" in needed:
                 self._sources["flow"] = stack.enter_context(self._flow())
             counts = [len(source) for source in self._sources.values()]
             if len(counts) == 2 and abs(counts[0] - 1 - counts[1]) > SLACK:
@@ -79,7 +85,7 @@ class Streams:
         return flow.Flow(found, span)
 
     def _source(self, modality):
-        return self._sources["flow" if modality == "flow" else "frames"]
+        return self._sources[MODALITIES[modality].source]
 
     def clips(self, windows, short_side=None):
         """[uint8 (T pictures, C, H, W)] of windows of input frames, decoded together.
@@ -97,6 +103,39 @@ class Streams:
         return found
 
 
+def with_flow(data, name, root, folder, run, modalities, models):
+    """`data` with the folder of its flow if there is one, and the (bound, short side) of that flow.
+
+    name, root: as datasets.load had them; folder: of the flow, <root>_flow if None, and then flow is made for
+    toy data and for others, without a folder, computed clip by clip. models: {path: Recipe} of models that
+    must know flow of that scale; flow that is computed has theirs. Nothing is done if `modalities` are
+    without flow. Raises UserError for a folder that is not there, or of another scale.
+    """
+    usual = flow.BOUND, flow.SHORT_SIDE
+    if not any(MODALITIES[m].source == "flow" for m in modalities):
+        return data, usual
+    made = folder is None and name.split(":")[0] == "toy"
+    found = folder or f"{(root or datasets.default_root(name)).rstrip('/')}_flow"
+    command = f"python -m common.flow {name} --out {found}"
+    if made:
+        videos = [data.train, data.test]
+        flow.extract(videos, found, device=run.device, rank=run.rank, world=run.world, say=run.say)
+        dist.barrier()
+    elif not os.path.isdir(found) and folder:
+        raise UserError(f"the folder of flow {folder} is not there: {command}")
+    elif not os.path.isdir(found):
+        run.say(f"no extracted optical flow in {found}: computing it for every clip, about 0.3 seconds of a "
+                f"CPU core for each field of 340 x 256 pixels; {command} does it once for all")  # fmt: skip
+        found = None
+    scales = {path: (r.bound, r.flow_side) for path, r in models.items()
+              if MODALITIES[r.modality].source == "flow"}  # fmt: skip
+    scale = flow.scale_of(found) if found else next(iter(scales.values()), usual)
+    for path, wants in scales.items():
+        if wants != scale:
+            raise UserError(f"{path} wants flow of bound and short side {wants}, not of {scale}")
+    return data.with_flow(found), scale
+
+
 def _pictures(window, modality, n):
     """The pictures, of n, that the input frames `window` are made of, one after the other."""
     each = np.asarray(window)[:, None] + np.arange(MODALITIES[modality].pictures)
@@ -106,12 +145,13 @@ def _pictures(window, modality, n):
 def stacked(x, modality):
     """uint8 (B, T pictures, c, H, W) to (B, T, C, H, W): uint8, or for diff int16 in -255..255.
 
-    The channels of flow are u and v of the first field, then of the second, and so on; those of diff red,
-    green and blue of the second frame less the first, and so on.
+    Frames and single fields are as they were. The channels of flow are u and v of the first field, then of
+    the second, and so on; those of diff red, green and blue of the second frame less the first, and so on.
     """
-    if modality == "rgb":
+    pictures = MODALITIES[modality].pictures
+    if pictures == 1:
         return x
-    x = x.unflatten(1, (-1, MODALITIES[modality].pictures))  # (B, T, pictures, c, H, W)
+    x = x.unflatten(1, (-1, pictures))  # (B, T, pictures, c, H, W)
     if modality == "diff":
         x = x[:, :, 1:].to(torch.int16) - x[:, :, :-1]
     return x.flatten(2, 3)
@@ -120,6 +160,6 @@ def stacked(x, modality):
 def flip(clip, modality):
     """A clip as `Streams` gives it, mirrored left and right; then u of flow has the other sign."""
     clip = clip.flip(-1)
-    if modality == "flow":
+    if MODALITIES[modality].source == "flow":
         clip[:, 0] = (256 - clip[:, 0].to(torch.int16)).clamp(max=255)  # 128 is no motion
     return clip

@@ -31,5 +31,12 @@ def warmup_steps(step, milestones, warmup=0.0, first=0.0):
     return _rise(step, warmup, first) * 0.1 ** sum(step >= milestone for milestone in milestones)
 
 
+def schedule(step, total, epoch, milestones, warmup=0.0):
+    """warmup_steps at `milestones`, or warmup_cosine if there are none; both and `warmup` in epochs."""
+    if milestones:
+        return warmup_steps(step, [round(e * epoch) for e in milestones], warmup * epoch)
+    return warmup_cosine(step, total, warmup * epoch)
+
+
 def _rise(step, warmup, first):
     return first + (1 - first) * min(1.0, (step + 1) / max(1.0, warmup))

@@ -2,11 +2,9 @@
 
     with Run("cmpl", out, vars(args)) as run:
         start = run.resume(identity, net=net, optimizer=optimizer)
-        for step, batch in run.steps(loader, start, total, seed, [videos]):
+        for step, batch in run.steps(loader, start, total, seed, [videos], epoch):
             ...
-            if row := run.track(step, lr, loss=loss):
-                run.log(row)
-            run.save(step + 1, identity, net=net, optimizer=optimizer)
+            run.track(step, lr, loss=loss)
 
 The run folder (all of it readable without this package):
 
@@ -90,6 +88,7 @@ class Run:
         self.sums, self.count, self.wait, self.mark = {}, 0, 0.0, 0.0
         self.bad, self.new_bad, self.videos, self.total = set(), {}, 0, None
         self.ended = False  # there is a result
+        self.kept = {}, {}  # what checkpoints are of: identity, parts
         self.save_failed = self.log_failed = None
         self.began, self.seconds_before = time.time(), 0.0
         self.lock = self.bar = None
@@ -188,6 +187,7 @@ class Run:
             leave(self.script, message, status)
         if error is None:
             # A gloo group that still knows a DDP module can abort the interpreter at its exit.
+            self.kept = {}, {}
             gc.collect()
             dist.destroy_process_group()
             if self.lock:
@@ -258,11 +258,12 @@ class Run:
 
     # ---------------------------------------------------------------------------- steps and log
 
-    def steps(self, loader, start, total, seed, videos):
+    def steps(self, loader, start, total, seed, videos, save_every=None):
         """Yield (step, batch) for the steps start..total-1; a batch has one dict per list in `videos`.
 
         Before each step torch's generators are seeded from (seed, step, rank); after it the ranks
-        agree whether a signal has come, and the loop ends if so (`stopped` is then True). Waiting
+        agree whether a signal has come, and the loop ends if so (`stopped` is then True). What `resume` was
+        given is saved every `save_every` steps, after the last and when the loop is stopped. Waiting
         for the loader and computing are timed apart. Unreadable videos, (index, reason) in the "bad" of
         each dict, are named in bad_videos.txt at the next logged step.
         """
@@ -281,8 +282,11 @@ class Run:
             torch.manual_seed(step_seed(seed, step, self.rank))
             yield step, batch
             self.bar.update()
-            if self.told_to_stop():
-                self.stopped = True
+            self.stopped = self.told_to_stop()
+            if save_every and (self.stopped or (step + 1) % save_every == 0 or step + 1 == total):
+                identity, parts = self.kept
+                self.save(step + 1, identity, **parts)
+            if self.stopped:
                 self.say(f"stopped by a signal after step {step + 1}")
                 break
         self._gather_bad()
@@ -310,8 +314,8 @@ class Run:
     def track(self, step, lr, **terms):
         """Add the scalar tensors `terms` of one step to the running means; None when no row is due.
 
-        Every `log_every` steps, and at the last, returns the means since the last row, over all ranks,
-        to be given to `log`. Raises UserError on every rank when one of them is not finite.
+        Every `log_every` steps, and at the last, logs and returns the means since the last row, over all
+        ranks. Raises UserError on every rank when one of them is not finite.
         """
         for name, value in terms.items():
             value = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
@@ -333,6 +337,7 @@ class Run:
         if wrong:
             raise UserError(f"not finite at step {step + 1}: {', '.join(wrong)}; lower --lr ({lr:.3g} now), "
                             "last.pt is from before")  # fmt: skip
+        self.log(row)
         return row
 
     def log(self, row):
@@ -414,8 +419,9 @@ class Run:
         Only rank 0 reads the file. A damaged one falls back to last.prev.pt with a warning. A run
         that goes on with another number of ranks has steps of another size: their number is
         converted, so that it has seen as many samples. Raises UserError for another script, another
-        identity, or files that are all damaged.
+        identity, or files that are all damaged. `steps` saves the same parts.
         """
+        self.kept = identity, parts
         state = self.on_main(self._read_checkpoint, identity)
         self.on_main(self._truncate_log, state["step"] if state else 0)
         if state is None:

@@ -553,18 +553,6 @@ def test_network_gives_logits_and_the_last_stage():
     assert torch.equal(logits, net.backbone(x)) and torch.equal(f, net.backbone.features(x)[-1])
 
 
-def test_schedule_by_hand():
-    args = Namespace(lr_steps=[20, 40], warmup=0)
-    steps = {0: 1, 199: 1, 200: 0.1, 399: 0.1, 400: 0.01, 499: 0.01}  # epochs of 10 steps
-    assert {s: mml.schedule(s, 500, 10, args) for s in steps} == pytest.approx(steps)
-    args.warmup = 4  # 40 steps
-    assert mml.schedule(0, 500, 10, args) == pytest.approx(1 / 40)
-    assert mml.schedule(39, 500, 10, args) == mml.schedule(100, 500, 10, args) == 1
-    args = Namespace(lr_steps=[], warmup=0)
-    assert [mml.schedule(s, 100, 10, args) for s in (0, 50)] == pytest.approx([1, 0.5])
-    assert mml.schedule(0, 100, 10, Namespace(lr_steps=[], warmup=2)) == pytest.approx(1 / 20)
-
-
 # ---- ensembles -------------------------------------------------------------------------------------
 
 
@@ -877,36 +865,6 @@ def test_a_teacher_wants_flow_of_its_bound(folder, run, monkeypatch, tmp_path):
     line = f"--nets rgb --mutual d3d --teacher {tmp_path}/teacher.pt --flow {tmp_path}/flow"
     with pytest.raises(UserError, match="bound"):
         trained(line, folder, run, monkeypatch)
-
-
-def test_flow_of_a_data_set(tmp_path, monkeypatch):
-    said, made = [], []
-    run = SimpleNamespace(say=said.append, device="cpu", rank=0, world=1)
-    monkeypatch.setattr(mml.flow, "extract", lambda videos, out, **_: made.append((len(videos), out)))
-    monkeypatch.setattr(mml.dist, "barrier", lambda: None)
-
-    def found(line, kinds=("rgb", "flow"), models={}):  # noqa: B006
-        data, scale = mml.with_flow(parsed(line), data_of(tmp_path), run, models, kinds)
-        assert data.train.flow == data.test.flow
-        return data.train.flow, *scale
-
-    line = f"--data ssv2 --root {tmp_path}/set/"
-    fine = {"a.pt": evaluate.Recipe(2, 1, modality="flow", bound=8.0, flow_side=100),
-            "b.pt": evaluate.Recipe(2, 1)}  # fmt: skip
-    assert found(line) == (None, *SCALE) and "python -m common.flow ssv2" in said.pop()
-    assert found(line, models=fine) == (None, 8.0, 100) and said.pop()  # computed as the model wants it
-    (tmp_path / "set_flow").mkdir()
-    (tmp_path / "set_flow" / "flow.json").write_text('{"bound": 8.0, "short_side": 100}')
-    assert found(line) == found(line, models=fine) == (f"{tmp_path}/set_flow", 8.0, 100)
-    assert found(line, ("rgb", "diff")) == (None, *SCALE)
-    assert found(f"--data ssv2 --flow {tmp_path}/set_flow") == (f"{tmp_path}/set_flow", 8.0, 100)
-    with pytest.raises(UserError, match="c.pt wants flow"):
-        found(line, models=fine | {"c.pt": evaluate.Recipe(2, 1, modality="flow", bound=8.0)})
-    with pytest.raises(UserError, match="--flow there"):
-        found("--data ssv2 --flow there")
-    assert not made and not said
-    assert found("--data toy:multi")[0] == "data/toy_multi_flow"
-    assert made == [(2, "data/toy_multi_flow")]  # training and test videos
 
 
 # ---- command line ----------------------------------------------------------------------------------

@@ -2,14 +2,16 @@
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from common import flow, video
+from common import UserError, flow, modality, video
 from common.datasets import Data, Videos
+from common.evaluate import Recipe
 from common.modality import MODALITIES, Streams, flip, stacked
 from common.video import VideoError
 
@@ -178,7 +180,7 @@ def test_subsets_keep_the_flow(library):
 
 
 def test_channels_of_each_modality():
-    assert {kind: m.channels for kind, m in MODALITIES.items()} == dict(rgb=3, diff=15, flow=10)
+    assert {kind: m.channels for kind, m in MODALITIES.items()} == dict(rgb=3, diff=15, flow=10, field=2)
 
 
 def test_stacked_differences_match_a_loop():
@@ -211,6 +213,16 @@ def test_stacked_flow_matches_a_loop():
 def test_stacked_rgb_is_as_it_was():
     x = pixels(2, 4, 3, 5, 6)
     assert torch.equal(stacked(x, "rgb"), x)
+
+
+def test_a_field_is_one_of_flow(library):
+    _, frames, fields = (part if k == 0 else part[f"v{N}"] for k, part in enumerate(library))
+    with opened(library, f"v{N}", "rgb", "field") as source:
+        assert source.lengths == dict(rgb=N, field=N - 1) and len(source) == N - 1
+        rgb, x = source.clips([np.array([0, 3]), np.array([7, 2, 7])])
+    assert torch.equal(rgb, frames[[0, 3]]) and torch.equal(x, fields[[7, 2, 7]])
+    assert torch.equal(stacked(x[None], "field"), x[None])
+    assert torch.equal(flip(x, "field"), flip(x, "flow"))
 
 
 # ---- mirrored --------------------------------------------------------------------------------------
@@ -251,3 +263,35 @@ def test_flip_of_flow_is_the_flow_of_the_mirrored_video():
     assert gap.mean() < 1 and gap.quantile(0.99) < 5  # of 127 / 4 steps to a pixel
     u, v = flow.to_pixels(flip(fields, "flow"), 4.0)[inside][0].mean((1, 2))
     assert u == pytest.approx(-1.5, abs=0.1) and v == pytest.approx(-0.8, abs=0.1)
+
+
+def test_flow_of_a_data_set(tmp_path, monkeypatch):
+    said, made = [], []
+    run = SimpleNamespace(say=said.append, device="cpu", rank=0, world=1)
+    monkeypatch.setattr(flow, "extract", lambda videos, out, **_: made.append((len(videos), out)))
+    monkeypatch.setattr(modality.dist, "barrier", lambda: None)
+    videos = Videos.make(tmp_path, ["a.mp4"], [0])
+    data = Data("set", 1, ("a",), videos, videos, False, True, ())
+
+    def found(name="ssv2", root=f"{tmp_path}/set/", folder=None, kinds=("rgb", "flow"), **models):
+        with_flow, scale = modality.with_flow(data, name, root, folder, run, kinds, models)
+        assert with_flow.train.flow == with_flow.test.flow
+        return with_flow.train.flow, *scale
+
+    usual = flow.BOUND, flow.SHORT_SIDE
+    fine = {"a": Recipe(2, 1, modality="flow", bound=8.0, flow_side=100), "b": Recipe(2, 1)}
+    assert found() == (None, *usual) and f"python -m common.flow ssv2 --out {tmp_path}/set_flow" in said.pop()
+    assert found(**fine) == (None, 8.0, 100) and said.pop()  # computed as the model wants it
+    (tmp_path / "set_flow").mkdir()
+    (tmp_path / "set_flow" / "flow.json").write_text('{"bound": 8.0, "short_side": 100}')
+    assert found() == found(**fine) == found(kinds=("field",)) == (f"{tmp_path}/set_flow", 8.0, 100)
+    assert found(kinds=("rgb", "diff")) == (None, *usual)
+    assert found("ssv2", None, f"{tmp_path}/set_flow") == (f"{tmp_path}/set_flow", 8.0, 100)
+    for kind in ("flow", "field"):
+        with pytest.raises(UserError, match="c wants flow"):
+            found(**fine, c=Recipe(2, 1, modality=kind, bound=8.0))
+    with pytest.raises(UserError, match="flow nowhere is not there: python -m common.flow ssv2"):
+        found(folder="nowhere")
+    assert not made and not said
+    assert found("toy:multi", None)[0] == "data/toy_multi_flow"
+    assert made == [(2, "data/toy_multi_flow")]  # training and test videos

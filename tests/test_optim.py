@@ -36,6 +36,15 @@ def test_warmup_steps_by_hand():
     assert optim.warmup_steps(9, [20], 10) == optim.warmup_steps(19, [20], 10) == 1
 
 
+def test_schedule_by_hand():
+    steps = {0: 1, 199: 1, 200: 0.1, 399: 0.1, 400: 0.01, 499: 0.01}  # epochs of 10 steps
+    assert {s: optim.schedule(s, 500, 10, [20, 40]) for s in steps} == pytest.approx(steps)
+    assert optim.schedule(0, 500, 10, [20, 40], warmup=4) == pytest.approx(1 / 40)
+    assert optim.schedule(39, 500, 10, [20, 40], 4) == optim.schedule(100, 500, 10, [20, 40], 4) == 1
+    assert [optim.schedule(s, 100, 10, []) for s in (0, 50)] == pytest.approx([1, 0.5])
+    assert optim.schedule(0, 100, 10, [], warmup=2) == pytest.approx(1 / 20)
+
+
 def test_set_lr_knows_the_factor_of_a_group():
     weight, bias = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
     optimizer = optim.build("sgd", [dict(params=[weight]), dict(params=[bias], lr_factor=5.0)], 0.1, 0.0)

@@ -256,9 +256,7 @@ def videos(n):
 def test_log_means_and_timing(tmp_path):
     with Run("cmpl", tmp_path, {}, log_every=2) as run:
         for step, _ in run.steps(loader(4), 0, 4, 0, [videos(100)]):
-            row = run.track(step, 0.1, loss=torch.tensor(float(step)))
-            if row:
-                run.log(row)
+            run.track(step, 0.1, loss=torch.tensor(float(step)))
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(r["step"], r["loss"]) for r in rows] == [(2, 0.5), (4, 2.5)]
     assert {"lr", "seconds_data", "seconds_compute", "unreadable"} <= rows[0].keys()
@@ -295,6 +293,28 @@ def test_too_many_bad_videos(tmp_path):
     with run, pytest.raises(UserError, match="2 of 20"):
         for step, _ in run.steps(loader(3, [(0, "x"), (1, "x")]), 0, 3, 0, [videos(20)]):
             run.track(step, 0.1, loss=0.0)
+
+
+@pytest.mark.parametrize("every, saved_after", [(2, [2, 4, 5]), (5, [5]), (9, [5]), (None, [])])
+def test_steps_save_what_resume_was_given(tmp_path, monkeypatch, every, saved_after):
+    found, net = [], small_net(1.0)
+    with Run("cmpl", tmp_path, {}) as run:
+        monkeypatch.setattr(run, "save", lambda *args, **parts: found.append((*args, parts)))
+        run.resume(IDENTITY, net=net)
+        for _ in run.steps(loader(5), 0, 5, 0, [videos(1)], every):
+            pass
+    assert found == [(step, IDENTITY, {"net": net}) for step in saved_after]
+
+
+def test_a_stop_is_saved_once(tmp_path, monkeypatch):
+    found = []
+    with Run("cmpl", tmp_path, {}) as run:
+        monkeypatch.setattr(run, "save", lambda step, *_, **__: found.append(step))
+        run.resume(IDENTITY, net=small_net(1.0))
+        for step, _ in run.steps(loader(9), 0, 9, 0, [videos(1)], 4):
+            if step == 5:
+                run.stop = True
+    assert found == [4, 6]
 
 
 def test_signal_ends_after_the_step(tmp_path):
