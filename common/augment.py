@@ -51,6 +51,27 @@ def resize_crop(clip: torch.Tensor, size: int = 224, short_side: int = 256) -> t
     return _square(clip, (H - side) // 2, (W - side) // 2, side, size)
 
 
+def stretched_crop(
+    clips: list[torch.Tensor], size: int = 112, stretch: tuple[int, int] = (128, 171), at: float | None = None
+) -> list[torch.Tensor]:
+    """Resize to `stretch`, height and width, whatever the shape; cut a square, at random or where `at` says.
+
+    at: 0 is the left, 0.5 the middle and 1 the right of the width, in the middle of the height. The crop is
+    the same of all clips, which show one scene in a resolution of their own. So Tran et al. 2018 and many
+    after them see videos. Raises ValueError if the square is larger than `stretch`.
+    """
+    if size > min(stretch):
+        raise ValueError(f"a crop of {size} pixels does not fit in {stretch[0]} x {stretch[1]}")
+    rows, columns = (side - size for side in stretch)
+    top, left = (_integer(0, rows), _integer(0, columns)) if at is None else (rows // 2, int(columns * at))
+    crops = []
+    for clip in clips:
+        h, w = (side / goal for side, goal in zip(clip.shape[-2:], stretch, strict=True))
+        box = round(top * h), round(left * w), max(1, round(size * h)), max(1, round(size * w))
+        crops.append(V.resized_crop(clip, *box, [size, size], antialias=True))
+    return crops
+
+
 def random_resized_crop(
     clip: torch.Tensor,
     size: int = 224,

@@ -35,6 +35,8 @@ class Recipe:
     `keep_every` n thins a clip: every n-th frame is kept and shown n times (CMPL, Fig. 5).
     `uniform` more clips have a frame of each of `frames` equal segments, as 2D networks see a video.
     spread: `clips` from the "first" to the last frame, or at equal "parts" (video.dense_parts).
+    stretch: (height, width) that pictures of any shape become, in place of short_side; 3 crops are then along
+    the width.
     modality: what an input frame is, see common/modality.py; of the optical flow, `bound` and `flow_side`
     are the pixels of its largest motion and of the short side of its pictures.
     """
@@ -48,6 +50,7 @@ class Recipe:
     keep_every: int = 1
     uniform: int = 0
     spread: str = "first"  # or "parts"
+    stretch: tuple = ()
     modality: str = "rgb"
     bound: float = flow.BOUND
     flow_side: int = flow.SHORT_SIDE
@@ -75,7 +78,11 @@ class Recipe:
 
     def view(self, clips):
         """uint8 clips (T, C, H, W) to views (V, T, C, size, size)."""
-        if self.crops == 1:
+        if self.stretch:
+            places = (0.5,) if self.crops == 1 else (0, 0.5, 1)
+            crops = [augment.stretched_crop([clip], self.size, self.stretch, at)[0]
+                     for clip in clips for at in places]  # fmt: skip
+        elif self.crops == 1:
             crops = [augment.resize_crop(clip, self.size, self.short_side) for clip in clips]
         else:
             crops = [crop for clip in clips for crop in augment.three_crops(clip, self.size)]
@@ -102,7 +109,6 @@ class Scores:
     bad: dict
 
 
-@torch.no_grad()
 def score(net, videos, recipe, run, workers=0, bar=False):
     """Score `videos` with all ranks of `run`; every rank returns the same Scores.
 
@@ -124,7 +130,6 @@ def score(net, videos, recipe, run, workers=0, bar=False):
     return Scores(probs, hits, counts, videos.labels, bad)
 
 
-@torch.no_grad()
 def embed(net, videos, recipe, run, workers=0, bar=False):
     """(features (N, D) float32, bad): net.embed averaged over the views of each video, on every rank.
 
@@ -162,26 +167,47 @@ def save_features(path, net, videos, classes, recipe, run, workers=0):
 
 def _each_video(net, call, of_videos, videos, recipe, run, workers, bar):
     """(rows, bad) of all ranks; a row is (index, ...) from of_videos(call(views of a block), block)."""
+    rows, bad = [], {}
+    for batch, y in blocks(net, call, videos, recipe, run, workers, bar and "scoring"):
+        bad.update(batch["bad"])
+        if y is not None:
+            rows += of_videos(y, batch)
+    return _gather(rows, bad, run.stop, videos, run.world)  # also of a rank without videos
+
+
+def videos_per_block(recipe):
+    """How many videos go through a network together, for any number of ranks."""
+    return max(1, VIEWS_PER_BATCH // (recipe.views * modality.MODALITIES[recipe.modality].pictures))
+
+
+@torch.no_grad()
+def blocks(net, call, videos, recipe, run, workers=0, bar=None, done=()):
+    """Yield (batch of video.test_loader, call(its views) as float32 on the CPU) for the blocks of this rank.
+
+    The second is None where no video of a block can be read. All ranks begin with the batch-norm statistics
+    of rank 0, and `net`, of which `call` is a part, is in eval mode until the end. A signal ends it after the
+    block at hand. bar: the name of a progress bar on rank 0. done: numbers of blocks that are left out.
+    """
     for buffer in net.buffers():  # since the last step of DDP each rank has had its own
         dist.broadcast(buffer, 0)
+    views = video.Views(videos, recipe.sample, recipe.view, recipe.short_side, recipe.open)
+    loader = video.test_loader(views, videos_per_block(recipe), run.rank, run.world, workers, done)
+    quiet = not (bar and run.main and sys.stderr.isatty())
     was_training = net.training
     net.eval()
-    views = video.Views(videos, recipe.sample, recipe.view, recipe.short_side, recipe.open)
-    block = max(1, VIEWS_PER_BATCH // (recipe.views * modality.MODALITIES[recipe.modality].pictures))
-    loader = video.test_loader(views, block, run.rank, run.world, workers)
-    rows, bad = [], {}
-    quiet = not (bar and run.main and sys.stderr.isatty())
-    for batch in tqdm(video.watched(loader), total=len(loader), desc="scoring", leave=False, disable=quiet):
-        bad.update(batch["bad"])
-        if batch["views"] is not None:
-            x = recipe.to_input(batch["views"], run.device)
-            with run.autocast():
-                y = torch.cat([call(part) for part in x.split(VIEWS_PER_BATCH)])
-            rows += of_videos(y.float().cpu(), batch)
-        if run.stop:
-            break
-    net.train(was_training)
-    return _gather(rows, bad, run.stop, videos, run.world)  # also of a rank without videos
+    try:
+        for batch in tqdm(video.watched(loader), total=len(loader), desc=bar, leave=False, disable=quiet):
+            y = None
+            if batch["views"] is not None:
+                x = recipe.to_input(batch["views"], run.device)
+                with run.autocast():
+                    y = torch.cat([call(part) for part in x.split(VIEWS_PER_BATCH)])
+                y = y.float().cpu()
+            yield batch, y
+            if run.stop:
+                break
+    finally:
+        net.train(was_training)
 
 
 def average_views(logits, batch, average, multilabel):
@@ -333,11 +359,11 @@ def write_csv(path, header, rows):
 # -------------------------------------------------------------------------------- model files
 
 
-def save_model(path, net, build, classes, recipe):
-    """Write model.pt: weights, the arguments of `backbones.build`, class names, input recipe."""
+def save_model(path, net, build, classes, recipe, **more):
+    """Write model.pt: weights, the arguments of `backbones.build`, class names, input recipe, and `more`."""
     with files.replacing(path) as file:
         torch.save({"net": net.state_dict(), "build": dict(build), "classes": list(classes),
-                    "input": asdict(recipe)}, file)  # fmt: skip
+                    "input": asdict(recipe), **more}, file)  # fmt: skip
 
 
 def load_model(path, recipe=Recipe):

@@ -40,6 +40,7 @@ VIEWS = [
     pytest.param(lambda clip: augment.resize_crop(clip, 32, 40), 32, id="resize_crop"),
     pytest.param(lambda clip: augment.random_resized_crop(clip, 32), 32, id="random_resized_crop"),
     pytest.param(lambda clip: augment.multi_scale_crop([clip], 32)[0], 32, id="multi_scale_crop"),
+    pytest.param(lambda clip: augment.stretched_crop([clip], 32, (40, 48))[0], 32, id="stretched_crop"),
     pytest.param(lambda clip: augment.random_flip(clip, 1.0), 60, id="random_flip"),
     pytest.param(lambda clip: augment.three_crops(clip, 32)[1], 32, id="three_crops"),
     pytest.param(lambda clip: augment.rand_augment(clip, 3, 10), 60, id="rand_augment"),
@@ -212,6 +213,39 @@ def test_multi_scale_crop_of_any_picture_has_the_size_asked_for(H, W):
 
 
 # ------------------------------------------------------------------------------ strong augmentation
+
+
+def test_stretched_crop_reaches_every_place(monkeypatch):
+    """Of a picture of 20 x 30 as 10 x 15 pixels, squares of 8: its rows and columns in steps of two."""
+    boxes, at = set(), torch.stack(torch.meshgrid(torch.arange(20), torch.arange(30), indexing="ij"))
+    clip = torch.cat([at, at[:1] * 0])[None].to(torch.uint8)  # red is the row, green the column
+    monkeypatch.setattr(augment.V, "resized_crop", lambda x, top, left, h, w, size, antialias: (
+        boxes.add((int(x[0, 0, top, left]), int(x[0, 1, top, left]), h, w, *size)), x)[1])  # fmt: skip
+    torch.manual_seed(0)
+    for _ in range(400):
+        augment.stretched_crop([clip], 8, (10, 15))
+    assert boxes == {(2 * row, 2 * column, 16, 16, 8, 8) for row in range(3) for column in range(8)}
+    boxes.clear()
+    for at in (0, 0.5, 1):
+        augment.stretched_crop([clip], 8, (10, 15), at)
+    assert boxes == {(2, column, 16, 16, 8, 8) for column in (0, 6, 14)}
+
+
+def test_stretched_crop_is_the_resized_picture_cut():
+    clip = random_clip(64, 96)
+    (out,) = augment.stretched_crop([clip], 32, (32, 32), 0.5)
+    assert torch.equal(out, augment.V.resize(clip, [32, 32], antialias=True))
+    with pytest.raises(ValueError, match="33 pixels does not fit in 32 x 40"):
+        augment.stretched_crop([clip], 33, (32, 40))
+
+
+def test_stretched_crop_cuts_one_scene_alike():
+    small, large = (torch.arange(side).float().div(side).mul(255).to(torch.uint8) for side in (48, 480))
+    clips = [ramp.view(1, 1, 1, -1).expand(2, 3, len(ramp), -1) for ramp in (small, large)]
+    torch.manual_seed(1)
+    for _ in range(5):
+        a, b = augment.stretched_crop(clips, 24, (32, 40))
+        assert (a.int() - b.int()).abs().max() <= 8  # a pixel of the small one is five levels
 
 
 @pytest.mark.parametrize("v", [0.9, 0.33, -0.5])

@@ -12,6 +12,7 @@ from PIL import Image
 from common import UserError, augment, backbones, evaluate, flow, video
 from common.datasets import Videos
 from common.evaluate import Recipe, Scores
+from common.run import Run
 
 
 def scores(probs, labels, bad=None, hits=None, views=None):
@@ -144,6 +145,35 @@ def test_recipe_views():
     clips = [torch.randint(256, (4, 3, 30, 50), dtype=torch.uint8) for _ in range(2)]
     assert Recipe(4, 1, 2, 1, 16, 16).view(clips).shape == (2, 4, 3, 16, 16)
     assert Recipe(4, 1, 2, 3, 16, 16).view(clips).shape == (6, 4, 3, 16, 16)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_blocks_of_videos(moving, tmp_path, monkeypatch, training):
+    monkeypatch.setattr(evaluate, "VIEWS_PER_BATCH", 4)
+    videos = Videos.make(moving[0].root, ["none", "none", "a", "none", "a", "a"], [0] * 6)
+    net, recipe, seen = torch.nn.BatchNorm3d(3).train(training), Recipe(2, 3, 2, 1, 16, 16), []
+    net.running_mean += 5
+
+    def call(x):
+        seen.append((len(x), net.training))
+        return net(x).double().mean((2, 3, 4))
+
+    def blocks(**how):
+        return evaluate.blocks(net, call, videos, recipe, run, **how)
+
+    with Run("evaluate", tmp_path, {}) as run:
+        found = list(blocks())
+        assert [batch["index"].tolist() for batch, _ in found] == [[0, 1], [2, 3], [4, 5]]
+        assert found[0][1] is None and [len(y) for _, y in found[1:]] == [2, 4]
+        assert all(y.dtype == torch.float32 and not y.requires_grad and (y < 0).all() for _, y in found[1:])
+        assert seen == [(2, False), (4, False)] and net.training == training
+        assert [batch["index"].tolist() for batch, _ in blocks(done={0, 2})] == [[2, 3]]
+        for batch, _ in blocks():
+            run.stop = batch["index"][0] == 2
+        assert batch["index"].tolist() == [2, 3] and net.training == training
+        for _ in blocks():
+            break
+        assert net.training == training
 
 
 def test_files_name_every_video(tmp_path):

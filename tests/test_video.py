@@ -722,6 +722,11 @@ def test_test_blocks_do_not_depend_on_the_ranks(library):
         dealt = [shares[k % world][k // world] for k in range(4)]
         assert same(dealt, whole) and sum(map(len, shares)) == 4
     assert same(list(video.test_loader(views, 3, workers=2)), whole)
+    rest = [whole[1], whole[2], whole[3]]
+    assert same(list(video.test_loader(views, 3, done={0})), rest)
+    assert same(list(video.test_loader(views, 3, 0, 2, done={0})), rest[::2])
+    assert same(list(video.test_loader(views, 3, 1, 2, done={0})), rest[1::2])
+    assert not list(video.test_loader(views, 3, done={0, 1, 2, 3}))
     broken = Views(Videos([library.path(3)], np.array([1])), sample_views, view_stack)
     (only,) = video.test_loader(broken, 4)
     assert only["views"] is None and only["counts"].tolist() == [0]
