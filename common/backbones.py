@@ -5,6 +5,7 @@
     net.features(x)   list of the outputs of the four stages, each (B, C', T', H', W')
     net.embed(x)      (B, D) the average of the last stage over time and space
     net.classify(f)   (B, K) logits of the last stage's output f: net(x) is net.classify(net.features(x)[-1])
+    net.freeze(2)     the first two stages, the stem with the first, learn nothing from here on
 
 resnet3d{10,18,34,50,101} is the slow-only 3D-ResNet of Feichtenhofer et al., SlowFast Networks for
 Video Recognition, ICCV 2019 (the Slow pathway of Table 1): no temporal stride anywhere, temporal
@@ -19,6 +20,10 @@ r3d_18-pool and so on, with the same tensors, have SlowFast's max-pool after the
 network of Xiao et al., Learning from Temporal Gradient, CVPR 2022 (Table 4: conv1 gives L x 56 x 56
 from 224, conv5 L/8 x 7 x 7); torchvision's, without it, has four times the operations in the stages.
 
+r2plus1d_{10,18,34} is R(2+1)D of the same paper and again of torchvision's parts: each kernel of R3D is a
+spatial one, batch norm, ReLU and a temporal one, in the blocks with as many parameters in all. It has
+-pool, too.
+
 i3d{10,18,34,50,101} is the inflated ResNet of Carreira and Zisserman, Quo Vadis, CVPR 2017, as
 PySlowFast has it (its config I3D_8x8_R50): resnet3d with the temporal kernels 5 in the stem, 3 in res2,
 3 and 1 by turns in res3 and res4, 1 and 3 in res5, and half of the frames after res2.
@@ -29,6 +34,13 @@ the shift, Wang et al., Temporal Segment Networks, ECCV 2016. Both average the l
 own code leaves every second block of ResNet-101 unshifted, of which its paper says nothing; here all are.
 
 i3d, tsm and tsn have -small as well.
+
+s3dg is S3D-G of Xie et al., Rethinking Spatiotemporal Feature Learning, ECCV 2018 (section 4.5): the S3D of
+torchvision with a gate where the authors' code (tensorflow/models, slim/nets/s3dg.py) has one, after conv_2c
+and at the end of every branch of the inception blocks. A gate is 2 sigmoid(W mean(x) + b) x, and W and b
+are 0 at the start: then it changes nothing, and torchvision's weights of S3D mean here what they mean
+there. The paper has no 2; it is a factor on the weights of the next layer. The clips must have 5 frames
+and 17 x 17 pixels at least.
 
 What rebuilds a network is plain values: build(name, classes, in_channels, width, dropout, bn_eps).
 """
@@ -42,7 +54,15 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 from torchvision.models import resnet
-from torchvision.models.video.resnet import BasicBlock, Conv3DSimple, R3D_18_Weights
+from torchvision.models.video.resnet import (
+    BasicBlock,
+    Conv2Plus1D,
+    Conv3DSimple,
+    R2Plus1D_18_Weights,
+    R3D_18_Weights,
+)
+from torchvision.models.video.s3d import S3D_Weights, SepInceptionBlock3D, TemporalSeparableConv
+from torchvision.ops import Conv3dNormActivation
 
 from common import UserError, files
 
@@ -55,7 +75,13 @@ BLOCKS = {
 }
 RESNETS = ("resnet3d", "i3d", "tsm", "tsn")
 NAMES = tuple(f"{net}{depth}{suffix}" for net in RESNETS for suffix in ("", "-small") for depth in BLOCKS)
-NAMES += tuple(f"r3d_{depth}{suffix}" for suffix in ("", "-pool") for depth in (10, 18, 34))
+NAMES += tuple(
+    f"{net}_{depth}{suffix}"
+    for net in ("r3d", "r2plus1d")
+    for suffix in ("", "-pool")
+    for depth in (10, 18, 34)
+)
+NAMES += ("s3dg",)
 
 # Weights that torchvision publishes, by the word that asks for them.
 IMAGENET = {
@@ -66,7 +92,11 @@ IMAGENET = {
 }
 PUBLISHED = {
     "imagenet": {f"{net}{depth}": weights for net in RESNETS for depth, weights in IMAGENET.items()},
-    "kinetics": {"r3d_18": R3D_18_Weights.KINETICS400_V1},
+    "kinetics": {
+        "r3d_18": R3D_18_Weights.KINETICS400_V1,
+        "r2plus1d_18": R2Plus1D_18_Weights.KINETICS400_V1,
+        "s3dg": S3D_Weights.KINETICS400_V1,
+    },
 }
 
 
@@ -77,7 +107,7 @@ def build(
     width: float = 1.0,
     dropout: float = 0.0,
     weights: str | None = None,
-    bn_eps: float = 1e-5,
+    bn_eps: float | None = None,
 ) -> nn.Module:
     """A network by its name (one of NAMES), initialised from torch's default generator.
 
@@ -88,7 +118,8 @@ def build(
             parameters).
         dropout: probability before the last layer, in training only (SlowFast trains with 0.5).
         weights: what to start from, a file, "imagenet" or "kinetics", see `load_weights`.
-        bn_eps: epsilon of every batch norm (the code of Learning from Temporal Gradient has 1e-3).
+        bn_eps: epsilon of every batch norm (the code of Learning from Temporal Gradient has 1e-3); None is
+            the network's own, 1e-3 for s3dg and 1e-5 for all others.
 
     Raises:
         UserError: unknown name, impossible width, dropout or epsilon, unfit weights.
@@ -99,16 +130,18 @@ def build(
         raise UserError(f"a backbone width of {width} is not between 1/64 and 16")
     if not 0 <= dropout < 1:
         raise UserError(f"a dropout of {dropout} is not in [0, 1)")
-    if not 0 < bn_eps < 1:
+    if bn_eps is not None and not 0 < bn_eps < 1:
         raise UserError(f"a batch-norm epsilon of {bn_eps} is not between 0 and 1")
-    family, depth, suffix = re.fullmatch(r"(.*?)(\d+)-?(small|pool)?", name).groups()
-    family = {"resnet3d": ResNet3D, "r3d_": R3D, "i3d": I3D, "tsm": TSM, "tsn": TSN}[family]
-    pool = suffix == "pool" if family is R3D else suffix != "small"
-    net = family(int(depth), classes, in_channels, width, dropout, pool)
+    family, depth, suffix = re.fullmatch(r"(.*?)(\d*)-?(small|pool)?", name).groups()
+    family, more = FAMILIES[family], {}
+    if depth:
+        more["depth"] = int(depth)
+        more["pool"] = suffix == "pool" if issubclass(family, R3D) else suffix != "small"
+    net = family(classes=classes, in_channels=in_channels, width=width, dropout=dropout, **more)
     net.name = name
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eps = bn_eps
+            module.eps = family.BN_EPS if bn_eps is None else bn_eps
     net.new_fc = weights is None or not load_weights(net, weights)
     return net
 
@@ -155,6 +188,9 @@ class Backbone(nn.Module):
     """What the families share; each has its `features`, `dropout` and `fc`."""
 
     FIRST: str  # name of the first convolution's weight
+    STAGES = ("stem", "layer1"), ("layer2",), ("layer3",), ("layer4",)  # children that make up each
+    BN_EPS = 1e-5  # where `build` is given none
+    frozen = 0  # stages at rest
 
     def _initialise(self, fc_std=0.01):
         """He normal by fan out, last layer normal; SlowFast's blocks have their last batch norm 0."""
@@ -166,6 +202,30 @@ class Backbone(nn.Module):
                 nn.init.zeros_((module.conv3 or module.conv2).bn.weight)
         nn.init.normal_(self.fc.weight, std=fc_std)
         nn.init.zeros_(self.fc.bias)
+
+    def freeze(self, stages: int) -> "Backbone":
+        """Put the first `stages` of the four at rest and let the others learn; returns the network.
+
+        At rest, parameters have no gradient and batch norms are in eval mode, whatever `train` is told.
+        To be called before DistributedDataParallel and the optimizer look at the parameters.
+
+        Raises:
+            UserError: not a number from 0 to 4.
+        """
+        if stages not in range(5):
+            raise UserError(f"{stages} stages cannot be frozen: 0 to 4 can")
+        self.frozen = stages
+        for i, names in enumerate(self.STAGES):
+            for name in names:
+                getattr(self, name).requires_grad_(i >= stages)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        super().train(mode)
+        for names in self.STAGES[: self.frozen]:
+            for name in names:
+                getattr(self, name).eval()
+        return self
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """(B, D) average of the last stage over time and space; D is `net.fc.in_features`."""
@@ -187,6 +247,7 @@ class ResNet3D(Backbone):
     """The slow-only 3D-ResNet; see the top of this file and `build`."""
 
     FIRST = "stem.conv.weight"
+    STAGES = ("stem", "res2"), ("res3",), ("res4",), ("res5",)
     STEM_T = 1  # temporal kernel of the stem
     KERNELS_T = (1,), (1,), (3,), (3,)  # of the blocks of res2 to res5, by turns
     POOL_T = 1  # frames of which the maximum goes from res2 to res3
@@ -236,15 +297,12 @@ class R3D(Backbone):
     """R3D with the names, and for one seed the weights, of torchvision's; see the top of this file."""
 
     FIRST = "stem.0.weight"
+    CONV = Conv3DSimple  # of the blocks
 
     def __init__(self, depth, classes, in_channels=3, width=1.0, dropout=0.0, pool=False):
         super().__init__()
         c_in = round(64 * width)
-        self.stem = nn.Sequential(
-            nn.Conv3d(in_channels, c_in, (3, 7, 7), (1, 2, 2), (1, 3, 3), bias=False),
-            nn.BatchNorm3d(c_in),
-            nn.ReLU(inplace=True),
-        )
+        self.stem = self._stem(in_channels, c_in)
         self.pool = max_pool() if pool else nn.Identity()
         for i, blocks in enumerate(BLOCKS[depth]):
             c_out = round(64 * 2**i * width)
@@ -256,12 +314,16 @@ class R3D(Backbone):
                     project = nn.Sequential(
                         nn.Conv3d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm3d(c_out)
                     )
-                stage.append(BasicBlock(c_in, c_out, Conv3DSimple, stride, project))
+                stage.append(BasicBlock(c_in, c_out, self.CONV, stride, project))
                 c_in = c_out
             self.add_module(f"layer{i + 1}", stage)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(c_in, classes)
         self._initialise()
+
+    @staticmethod
+    def _stem(c_in, c_out):
+        return Conv3dNormActivation(c_in, c_out, (3, 7, 7), (1, 2, 2))
 
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Outputs of layer1 to layer4, each (B, C', T', H', W'); T' is T, T/2, T/4, T/8, rounded up."""
@@ -271,6 +333,20 @@ class R3D(Backbone):
             x = stage(x)
             stages.append(x)
         return stages
+
+
+class R2Plus1D(R3D):
+    """R3D with each kernel in two, again as torchvision's, name by name; see the top of this file."""
+
+    CONV = Conv2Plus1D
+
+    @staticmethod
+    def _stem(c_in, c_out):
+        c_mid = round(c_out * 45 / 64)
+        return nn.Sequential(
+            *Conv3dNormActivation(c_in, c_mid, (1, 7, 7), (1, 2, 2)),
+            *Conv3dNormActivation(c_mid, c_out, (3, 1, 1)),
+        )
 
 
 class Shift(torch.autograd.Function):
@@ -329,6 +405,7 @@ class TSN(Backbone):
     """
 
     FIRST = "conv1.weight"
+    STAGES = ("conv1", "bn1", "layer1"), ("layer2",), ("layer3",), ("layer4",)
     SHIFT = False
 
     def __init__(self, depth, classes, in_channels=3, width=1.0, dropout=0.0, pool=True):
@@ -380,6 +457,111 @@ class TSM(TSN):
     SHIFT = True
 
 
+class Gate(nn.Linear):
+    """Self-gating y = 2 sigmoid(W mean(x) + b) x of x (B, C, T, H, W), the mean over time and space.
+
+    W and b start at 0, and then y is x.
+    """
+
+    def __init__(self, channels):
+        super().__init__(channels, channels)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x):
+        gate = 2 * super().forward(x.mean((2, 3, 4))).sigmoid()  # (B, C)
+        return x * gate[:, :, None, None, None]
+
+
+class S3DG(Backbone):
+    """S3D-G; layer1 to layer4 hold torchvision's S3D under its numbers: features.5 is layer2.5.
+
+    Every batch norm has torch's momentum of 0.1; torchvision's 0.001 needs thousands of steps to arrive.
+    """
+
+    FIRST = "layer1.0.0.0.weight"
+    STAGES = ("layer1",), ("layer2",), ("layer3",), ("layer4",)
+    BN_EPS = 1e-3
+    # Channels in 3b to 5c of the branches 1x1x1; 1x1x1 and 3x3x3; 1x1x1 and 3x3x3; 1x1x1 after a pool.
+    INCEPTION = (
+        (64, 96, 128, 16, 32, 32),
+        (128, 128, 192, 32, 96, 64),
+        (192, 96, 208, 16, 48, 64),
+        (160, 112, 224, 24, 64, 64),
+        (128, 128, 256, 24, 64, 64),
+        (112, 144, 288, 32, 64, 64),
+        (256, 160, 320, 32, 128, 128),
+        (256, 160, 320, 32, 128, 128),
+        (384, 192, 384, 48, 128, 128),
+    )
+
+    def __init__(self, classes, in_channels=3, width=1.0, dropout=0.0):
+        super().__init__()
+
+        def scaled(*channels):
+            return [max(1, round(c * width)) for c in channels]
+
+        c, c_in = scaled(64, 192)
+        norm = nn.BatchNorm3d
+        conv_2c = TemporalSeparableConv(c, c_in, 3, 1, 1, norm)
+        conv_2c.add_module("gate", Gate(c_in))
+        blocks = []
+        for channels in self.INCEPTION:
+            b0, _, b1, _, b2, b3 = channels = scaled(*channels)
+            block = SepInceptionBlock3D(c_in, *channels, norm)
+            for branch, c_out in zip(block.children(), (b0, b1, b2, b3), strict=True):
+                branch.add_module("gate", Gate(c_out))
+            blocks.append(block)
+            c_in = b0 + b1 + b2 + b3
+        layers = nn.Sequential(
+            TemporalSeparableConv(in_channels, c, 7, 2, 3, norm),
+            max_pool(),
+            Conv3dNormActivation(c, c, 1),
+            conv_2c,
+            max_pool(),
+            *blocks[:2],
+            nn.MaxPool3d(3, 2, 1),
+            *blocks[2:7],
+            nn.MaxPool3d(2),
+            *blocks[7:],
+        )
+        # A slice of a Sequential keeps the numbers.
+        self.layer1, self.layer2 = layers[:4], layers[4:7]
+        self.layer3, self.layer4 = layers[7:13], layers[13:]
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(c_in, classes)
+        self._initialise()
+
+    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Outputs of conv_2c, 3c, 4f and 5c, each (B, C', T', H', W').
+
+        T' is T/2, T/2, T/4, rounded up, and half of that, rounded down; H' is H/4, H/8, H/16 and half of
+        that, and so is W'.
+
+        Raises:
+            UserError: a clip of which nothing would be left.
+        """
+        T, H, W = x.shape[2:]
+        if T < 5 or min(H, W) < 17:  # the last pool needs 2 x 2 x 2
+            raise UserError(f"s3dg needs clips of 5 frames and 17 x 17 pixels at least, not {T} of {H} x {W}")
+        stages = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            stages.append(x)
+        return stages
+
+
+FAMILIES = {
+    "resnet3d": ResNet3D,
+    "r3d_": R3D,
+    "r2plus1d_": R2Plus1D,
+    "i3d": I3D,
+    "tsm": TSM,
+    "tsn": TSN,
+    "s3dg": S3DG,
+}
+
+
 def fetch(name: str, weights: str) -> Path:
     """The file that `build(name, weights=weights)` reads; one of torchvision's is downloaded if need be.
 
@@ -412,12 +594,13 @@ def load_weights(net: Backbone, source: str) -> bool:
     """Fill a network of `build` with weights from `source`; whether its last layer is from there, too.
 
     source: a file, which is a model.pt of a run or a bare state_dict saved by torch.save; or what
-    torchvision publishes, "imagenet" (the ResNets' IMAGENET1K_V1) or "kinetics" (R3D-18's), see `fetch`.
+    torchvision publishes, "imagenet" (the ResNets' IMAGENET1K_V1) or "kinetics", see `PUBLISHED` and `fetch`.
 
     - Prefixes of DistributedDataParallel and torch.compile are taken off the names.
     - A 2D ResNet's tensors are inflated for resnet3d and i3d: every kernel is repeated along time and
       divided by its number of frames (Carreira and Zisserman 2017), so that a clip of one picture gives
       what the picture gave.
+    - torchvision's tensors of S3D go to s3dg, whose gates stay as they start.
     - A first convolution for another number of input channels is averaged over its channels and
       repeated (Mutual Modality Learning, section 2.1).
     - A last layer for another number of classes, or none, leaves the network's own, and says so; so does
@@ -438,6 +621,8 @@ def load_weights(net: Backbone, source: str) -> bool:
 
     own = net.state_dict()
     first, last = net.FIRST, {"fc.weight", "fc.bias"}
+    if isinstance(net, S3DG) and "features.0.0.0.weight" in state:
+        state = _gated(state, own)
     if source in PUBLISHED:
         state = {key: value for key, value in state.items() if key not in last}
     if isinstance(net, ResNet3D) and "conv1.weight" in state:
@@ -479,3 +664,15 @@ def _inflate(state, own):
             value = value.float().unsqueeze(2).repeat_interleave(T, dim=2) / T
         inflated[key] = value
     return inflated
+
+
+def _gated(state, own):
+    """The tensors of torchvision's S3D by the names of S3DG's, `own`, and with its gates."""
+    names = {re.sub(r"^layer\d", "features", key): key for key in own}
+    names |= {"classifier.1.weight": "fc.weight", "classifier.1.bias": "fc.bias"}
+    gated = {key: value for key, value in own.items() if ".gate." in key}
+    for key, value in state.items():
+        if key == "classifier.1.weight" and value.dim() == 5:  # (K, D, 1, 1, 1)
+            value = value[..., 0, 0, 0]
+        gated[names.get(key, key)] = value
+    return gated

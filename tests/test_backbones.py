@@ -1,5 +1,6 @@
 """The backbones against published figures and torchvision, and weights that go in or are refused."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -11,15 +12,22 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import ResNet50_Weights, resnet18, resnet50
-from torchvision.models.video import R3D_18_Weights, r3d_18
+from torchvision.models.video import (
+    R2Plus1D_18_Weights,
+    R3D_18_Weights,
+    S3D_Weights,
+    r2plus1d_18,
+    r3d_18,
+    s3d,
+)
 
 from common import UserError
-from common.backbones import BLOCKS, NAMES, Block, Shift, build, fetch
+from common.backbones import BLOCKS, NAMES, Block, Gate, Shift, build, fetch
 
 SLOW = [name for name in NAMES if name.startswith("resnet3d")]
 R3D = [name for name in NAMES if name.startswith("r3d_")]
 TINY = ["resnet3d10", "resnet3d50", "resnet3d10-small", "r3d_10", "r3d_10-pool"]  # quick to compute
-TINY += ["i3d10", "i3d10-small", "tsm10", "tsm50-small", "tsn10"]
+TINY += ["i3d10", "i3d10-small", "tsm10", "tsm50-small", "tsn10", "r2plus1d_10", "r2plus1d_10-pool"]
 
 
 def tiny(name="resnet3d10", classes=5, width=1 / 16, seed=0, **more):
@@ -101,11 +109,11 @@ def test_depths_of_r3d(depth, millions, suffix):
     assert convs + 1 == depth
 
 
-@pytest.mark.parametrize("depth", [10, 18, 34])
-def test_r3d_with_pool_has_the_published_sizes(depth):
+@pytest.mark.parametrize("name", ["r3d_10", "r3d_18", "r3d_34", "r2plus1d_18"])
+def test_r3d_with_pool_has_the_published_sizes(name):
     """Learning from Temporal Gradient, Table 4, L = 8 frames of 224: conv1, then conv2 to conv5."""
     with torch.device("meta"):
-        net, x = build(f"r3d_{depth}-pool", 400), torch.empty(1, 3, 8, 224, 224)
+        net, x = build(f"{name}-pool", 400), torch.empty(1, 3, 8, 224, 224)
         sizes = [tuple(f.shape[1:]) for f in [net.pool(net.stem(x)), *net.features(x)]]
     assert sizes == [(64, 8, 56, 56), (64, 8, 56, 56), (128, 4, 28, 28), (256, 2, 14, 14), (512, 1, 7, 7)]
 
@@ -125,9 +133,54 @@ def test_r3d_18_computes_what_torchvision_computes():
         assert torch.allclose(net(x), theirs(x), rtol=1e-5, atol=1e-6 * theirs(x).abs().max())
 
 
+def test_r2plus1d_18_has_torchvisions_tensors_and_operations():
+    """torchvision documents 31,505,325 parameters and 40.52 GFLOPS (multiply-adds) for 16x112x112."""
+    meta = R2Plus1D_18_Weights.KINETICS400_V1.meta
+    with torch.device("meta"):
+        net, theirs = build("r2plus1d_18", 400), r2plus1d_18(weights=None)
+        pooled = build("r2plus1d_18-pool", 400)
+    assert parameters(net) == meta["num_params"] == 31_505_325
+    shapes = [(k, v.shape) for k, v in theirs.state_dict().items()]
+    assert [(k, v.shape) for k, v in net.state_dict().items()] == shapes
+    assert [(k, v.shape) for k, v in pooled.state_dict().items()] == shapes
+    assert macs(net, 112, frames=16) == pytest.approx(meta["_ops"] * 1e9, rel=1e-4)
+
+
+@pytest.mark.parametrize("depth, width, c_in", [(10, 1, 3), (34, 1, 3), (18, 1 / 2, 10), (10, 1 / 64, 3)])
+def test_depths_and_widths_of_r2plus1d(depth, width, c_in):
+    """Section 3.5 of the paper: a block's M gives two convolutions the parameters of the 3D one."""
+    with torch.device("meta"):
+        net = build(f"r2plus1d_{depth}", 400, in_channels=c_in, width=width)
+    a, M = int(64 * width), round(45 * width)
+    count = c_in * M * 49 + 2 * M + M * a * 3 + 2 * a
+    for i, blocks in enumerate(BLOCKS[depth]):
+        for _ in range(blocks):
+            b = int(64 * width) * 2**i
+            M = 27 * a * b // (9 * a + 3 * b)
+            for c in (a, b):
+                count += c * M * 9 + 2 * M + M * b * 3 + 2 * b
+            count += a * b + 2 * b if a != b else 0
+            a = b
+    assert parameters(net) == count + a * 400 + 400
+
+
+def test_r2plus1d_18_starts_as_torchvisions_and_computes_what_it_computes():
+    torch.manual_seed(3)
+    theirs, x = r2plus1d_18(weights=None, num_classes=5).eval(), clips(1)
+    torch.manual_seed(3)
+    net = build("r2plus1d_18", 5).eval()
+    assert same(net, theirs)
+    randomise_batch_norms(theirs)
+    net.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        want = theirs(x)
+        assert torch.allclose(net(x), want, rtol=1e-5, atol=1e-6 * want.abs().max())
+
+
 def test_names():
-    assert len({*NAMES}) == len(NAMES) == 46
+    assert len({*NAMES}) == len(NAMES) == 53
     assert {"tsm50", "tsm101", "tsn50", "i3d50", "tsm18-small", "i3d10-small"} <= {*NAMES}
+    assert {"r2plus1d_34", "r2plus1d_10-pool", "s3dg"} <= {*NAMES}
 
 
 def test_i3d_r50_has_the_published_parameters():
@@ -268,7 +321,72 @@ def test_tsm_compiles_without_a_break():
     assert torch.equal(torch.compile(net, backend="eager", fullgraph=True)(x), net(x))
 
 
-@pytest.mark.parametrize("name", ["resnet3d18", "resnet3d50", "r3d_18", "i3d50", "tsm18", "tsm50"])
+def test_s3dg_is_torchvisions_s3d_and_its_gates():
+    """8,320,048 parameters, documented; a gate of C channels has C^2 + C; 17.98 G multiply-adds."""
+    meta = S3D_Weights.KINETICS400_V1.meta
+    with torch.device("meta"):
+        net, theirs = build("s3dg", 400), s3d(weights=None)
+    state = net.state_dict()
+    shapes = [v.shape for k, v in state.items() if ".gate." not in k and not k.startswith("fc.")]
+    assert shapes == [v.shape for k, v in theirs.state_dict().items() if k.startswith("features.")]
+    gates = {n: m.weight.shape[0] for n, m in net.named_modules() if isinstance(m, Gate)}
+    blocks = [(2, 5), (2, 6), *[(3, n) for n in range(8, 13)], (4, 14), (4, 15)]
+    branches = [f"layer{i}.{n}.branch{b}.gate" for i, n in blocks for b in range(4)]
+    assert [*gates] == ["layer1.3.gate", *branches] and net.fc.weight.shape == (400, 1024)
+    assert parameters(net) == meta["num_params"] + sum(C * C + C for C in gates.values()) == 9_545_056
+    assert macs(net, 224, frames=16) == pytest.approx(meta["_ops"] * 1e9, rel=1e-3)
+    assert {m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm3d)} == {0.1}
+
+
+def test_s3dg_computes_what_torchvisions_s3d_computes(tmp_path, capsys):
+    """With the gates at rest, for the one size of which torchvision's pool is the average of all."""
+    torch.manual_seed(0)
+    theirs, x = s3d(weights=None, num_classes=5).eval(), clips(1, T=16, S=224)
+    randomise_batch_norms(theirs)
+    torch.save(theirs.state_dict(), tmp_path / "s3d.pth")
+    net = build("s3dg", 5, weights=tmp_path / "s3d.pth").eval()
+    assert capsys.readouterr().out == ""
+    want = []
+    for n in (3, 6, 12, 15):
+        theirs.features[n].register_forward_hook(lambda module, inputs, y: want.append(y))
+    with torch.no_grad():
+        logits, found = theirs(x), net.features(x)
+        assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+        assert torch.allclose(net.classify(found[-1]), logits, rtol=1e-5, atol=1e-6 * logits.abs().max())
+
+
+def test_gate_equals_a_value_worked_by_hand():
+    gate = Gate(2)
+    x = torch.tensor([[[2.0, 6], [3, 5]], [[1, 3], [-2, 2]]])[None, :, :, None]  # means 4 and 1
+    assert torch.equal(gate(x), x)
+    x_last = torch.rand(2, 2, 3, 4, 5).contiguous(memory_format=torch.channels_last_3d)
+    assert gate(x_last).stride() == x_last.stride()
+    with torch.no_grad():
+        gate.weight[0, 1] = math.log(3)  # 2 sigmoid(log(3) 1) = 2 * 3/4
+        gate.bias[1] = -math.log(3)  # 2 sigmoid(-log 3) = 2 * 1/4
+    y = gate(torch.cat([x, 0 * x + 1, -x]))
+    assert torch.allclose(y[0, :, :, 0], torch.tensor([[[3.0, 9], [4.5, 7.5]], [[0.5, 1.5], [-1, 1]]]))
+    assert torch.allclose(y[1], torch.tensor([1.5, 0.5])[:, None, None, None].expand(2, 2, 1, 2))
+    assert torch.allclose(y[2, 0], -x[0, 0] / 2)  # 2 sigmoid(log(3) (-1)): each clip has its own mean
+
+
+def test_gates_act_on_the_ends_of_the_branches():
+    net = tiny("s3dg", width=1 / 4).eval()
+    block, x = net.layer2[1], torch.rand(1, 48, 2, 3, 3)
+    want, ends = block(x), [0, 16, 48, 56, 64]  # a quarter of 64, 128, 32, 32
+    for b, branch in enumerate(block.children()):
+        nn.init.constant_(branch.gate.bias, 50)  # 2 sigmoid(50) = 2
+        factor = torch.ones(64)
+        factor[ends[b] : ends[b + 1]] = 2
+        assert torch.allclose(block(x), want * factor[:, None, None, None])
+        nn.init.zeros_(branch.gate.bias)
+    x = clips(1, T=5)
+    want = net.features(x)[0]
+    nn.init.constant_(net.layer1[3].gate.bias, 50)
+    assert torch.allclose(net.features(x)[0], 2 * want) and want.any()
+
+
+@pytest.mark.parametrize("name", ["resnet3d18", "resnet3d50", "r3d_18", "i3d50", "tsm18", "tsm50", "s3dg"])
 def test_width_acts_on_every_layer(name):
     with torch.device("meta"):
         whole = build(name, 400)
@@ -322,19 +440,48 @@ def test_frames_mix_only_through_temporal_kernels():
 def test_contract(name, T, S):
     net, x = tiny(name).eval(), clips(2, T=T, S=S)
     features, z = net.features(x), net.embed(x)
-    side = S // 2 if name.endswith("-small") or name == "r3d_10" else S // 4
+    r3d = name.startswith(("r3d_", "r2plus1d_"))
+    side = S // 2 if name.endswith("-small") or r3d and not name.endswith("-pool") else S // 4
     c = 4 * 4 if "50" in name else 4
     assert len(features) == 4
     for i, f in enumerate(features):
         assert f.shape == (2, c * 2**i, T, side, side)
         side = -(-side // 2)
-        if name.startswith("r3d_") or name.startswith("i3d") and i == 0:
+        if r3d or name.startswith("i3d") and i == 0:
             T = -(-T // 2)
     assert z.shape == (2, c * 8) == (2, net.fc.in_features)
     assert torch.allclose(z, features[-1].mean((2, 3, 4)))
     assert torch.allclose(net(x), net.fc(z), atol=1e-6)
     assert torch.equal(net(x), net.classify(features[-1]))
     assert net(x).shape == (2, 5)
+
+
+S3DG_SIZES = {
+    (8, 112): [(12, 4, 28, 28), (30, 4, 14, 14), (52, 2, 7, 7), (64, 1, 3, 3)],
+    (16, 48): [(12, 8, 12, 12), (30, 8, 6, 6), (52, 4, 3, 3), (64, 2, 1, 1)],
+    (5, 17): [(12, 3, 5, 5), (30, 3, 3, 3), (52, 2, 2, 2), (64, 1, 1, 1)],
+}
+
+
+@pytest.mark.parametrize("T, S", S3DG_SIZES)
+def test_contract_of_s3dg(T, S):
+    net, x = tiny("s3dg").eval(), clips(2, T=T, S=S)
+    features, z = net.features(x), net.embed(x)
+    assert [tuple(f.shape[1:]) for f in features] == S3DG_SIZES[T, S]
+    assert z.shape == (2, net.fc.in_features) and torch.allclose(z, features[-1].mean((2, 3, 4)))
+    assert torch.allclose(net(x), net.fc(z), atol=1e-6) and net(x).shape == (2, 5)
+    assert torch.equal(net(x), net.classify(features[-1]))
+
+
+@pytest.mark.parametrize("T, H, W", [(4, 32, 32), (8, 16, 32), (8, 32, 16)])
+def test_s3dg_refuses_a_clip_that_is_too_small(T, H, W):
+    net = tiny("s3dg").eval()
+    with pytest.raises(UserError, match=f"5 frames and 17 x 17 pixels at least, not {T} of {H} x {W}$"):
+        net(torch.zeros(1, 3, T, H, W))
+
+
+def test_the_thinnest_s3dg_has_channels():
+    assert tiny("s3dg", width=1 / 64).eval()(clips(1, T=5)).shape == (1, 5)
 
 
 @pytest.mark.parametrize("name", ["resnet3d10", "r3d_10", "r3d_10-pool", "i3d10", "tsm10"])
@@ -425,22 +572,29 @@ def test_a_block_starts_as_its_shortcut(name):
             assert torch.equal(block(x), x)
 
 
-@pytest.mark.parametrize("name", TINY)
+def test_gates_learn_from_the_start():
+    net = tiny("s3dg", width=1 / 4).train()
+    net(clips(4, T=5)).log_softmax(1)[:, 0].sum().backward()
+    gates = [m for m in net.modules() if isinstance(m, Gate)]
+    assert len(gates) == 37 and all(m.weight.grad.any() and m.bias.grad.any() for m in gates)
+
+
+@pytest.mark.parametrize("name", [*TINY, "s3dg"])
 def test_gradients_reach_every_parameter(name):
     """DistributedDataParallel needs one for each; after a step none is zero."""
-    net = tiny(name).train()
+    net = tiny(name, width=1 / 4 if name == "s3dg" else 1 / 16).train()
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     for _ in range(3):
         optimizer.zero_grad()
-        net(clips(4)).log_softmax(1)[:, 0].sum().backward()
+        net(clips(4, T=5)).log_softmax(1)[:, 0].sum().backward()
         assert all(p.grad is not None for p in net.parameters())
         optimizer.step()
     assert [n for n, p in net.named_parameters() if not p.grad.any()] == []
 
 
-@pytest.mark.parametrize("name", ["resnet3d10", "r3d_10", "tsm10"])
+@pytest.mark.parametrize("name", ["resnet3d10", "r3d_10", "tsm10", "s3dg"])
 def test_dropout_is_for_training_only(name):
-    net, x = tiny(name, dropout=0.5), clips()
+    net, x = tiny(name, dropout=0.5), clips(T=5)
     net.eval()
     assert torch.equal(net(x), tiny(name).eval()(x))
     z = net.embed(x)
@@ -452,9 +606,17 @@ def test_dropout_is_for_training_only(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_epsilon_is_every_batch_norms(name):
     with torch.device("meta"):
-        net = build(name, 5, bn_eps=1e-3)
+        net = build(name, 5, bn_eps=2e-3)
     norms = [m for m in net.modules() if isinstance(m, (nn.BatchNorm2d, nn.BatchNorm3d))]
-    assert {m.eps for m in norms} == {1e-3} and net.name == name
+    assert {m.eps for m in norms} == {2e-3} and net.name == name
+
+
+@pytest.mark.parametrize("name", ["resnet3d10", "r3d_10", "tsm10", "s3dg"])
+def test_epsilon_where_none_is_given(name):
+    eps = 1e-3 if name == "s3dg" else 1e-5
+    for more in ({}, {"bn_eps": None}):
+        net = tiny(name, **more)
+        assert {m.eps for m in net.modules() if isinstance(m, (nn.BatchNorm2d, nn.BatchNorm3d))} == {eps}
 
 
 @pytest.mark.parametrize("name", ["resnet3d10", "r3d_10", "tsm10"])
@@ -484,13 +646,66 @@ def test_names_of_tensors_are_stable():
         ("resnet3d10", {"dropout": 1.0}, "dropout of 1.0"),
         ("r3d_10-small", {}, "r3d_10-pool"),
         ("r3d_50", {}, "r3d_34"),
+        ("r2plus1d_50", {}, "r2plus1d_34-pool"),
+        ("s3dg-pool", {}, "s3dg$"),
+        ("s3dg18", {}, "s3dg$"),
         ("r3d_10", {"bn_eps": 0.0}, "epsilon of 0.0"),
+        ("s3dg", {"bn_eps": 1.0}, "epsilon of 1.0"),
         ("resnet3d10", {"bn_eps": float("nan")}, "epsilon of nan"),
     ],
 )
 def test_impossible_networks_are_refused(name, more, words):
     with pytest.raises(UserError, match=words):
         build(name, 5, **more)
+
+
+# -------------------------------------------------------------------------------------- freezing
+
+LAYERS = [("layer2.",), ("layer3.",), ("layer4.",)]
+STAGES = {
+    "resnet3d10": [("stem.", "res2."), ("res3.",), ("res4.",), ("res5.",)],
+    "i3d10": [("stem.", "res2."), ("res3.",), ("res4.",), ("res5.",)],
+    "r3d_10-pool": [("stem.", "layer1."), *LAYERS],
+    "r2plus1d_10-pool": [("stem.", "layer1."), *LAYERS],
+    "tsm10": [("conv1.", "bn1.", "layer1."), *LAYERS],
+    "tsn10-small": [("conv1.", "bn1.", "layer1."), *LAYERS],
+    "s3dg": [("layer1.",), *LAYERS],
+}
+
+
+@pytest.mark.parametrize("stages", [0, 1, 2, 4])
+@pytest.mark.parametrize("name", STAGES)
+def test_frozen_stages_stay_and_the_others_learn(name, stages):
+    net = tiny(name, width=1 / 4)
+    randomise_batch_norms(net)  # a block whose last batch norm is 0 has no gradients
+    assert net.freeze(stages) is net
+    outer = nn.Sequential(net)  # as DistributedDataParallel has it, and as a test between steps leaves it
+    outer.eval()
+    assert not any(m.training for m in net.modules())
+    outer.train()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    outer(clips(4, T=5)).log_softmax(1)[:, 0].sum().backward()
+    torch.optim.SGD(net.parameters(), 0.1, weight_decay=0.1).step()
+    changed = {key for key, value in net.state_dict().items() if not torch.equal(value, before[key])}
+    rest = sum(STAGES[name][:stages], ())
+    assert changed == {key for key in before if not key.startswith(rest)}
+    assert [n for n, p in net.named_parameters() if p.requires_grad == n.startswith(rest)] == []
+
+
+def test_freezing_again_is_from_the_stem_on():
+    net = tiny("resnet3d10").eval()
+    net.freeze(3).freeze(1)
+    assert not any(m.training for m in net.modules())  # as it was
+    net.train()
+    assert not net.res2.training and net.res3.training and net.res3[0].conv1.conv.weight.requires_grad
+    net.freeze(0)
+    assert all(p.requires_grad for p in net.parameters()) and all(m.training for m in net.modules())
+
+
+@pytest.mark.parametrize("stages", [-1, 5, 1.5])
+def test_stages_that_are_not_there_cannot_be_frozen(stages):
+    with pytest.raises(UserError, match=f"^{stages} stages cannot be frozen: 0 to 4 can$"):
+        tiny().freeze(stages)
 
 
 # --------------------------------------------------------------------------------------- weights
@@ -527,11 +742,17 @@ def hub(tmp_path, monkeypatch):
     return tmp_path / "checkpoints", asked
 
 
-@pytest.mark.parametrize("name", ["r3d_18", "r3d_18-pool"])
-def test_weights_of_torchvision(hub, name, capsys):
+@pytest.mark.parametrize(
+    "name, model, file",
+    [
+        ("r3d_18", r3d_18, "r3d_18-b3b3357e.pth"),
+        ("r2plus1d_18-pool", r2plus1d_18, "r2plus1d_18-91a641e6.pth"),
+    ],
+)
+def test_weights_of_torchvision(hub, name, model, file, capsys):
     """Their 400 classes and RGB as they are, then for 5 classes and 10 channels; "kinetics" is that file."""
     torch.manual_seed(1)
-    theirs, path = r3d_18(weights=None), hub[0] / "r3d_18-b3b3357e.pth"
+    theirs, path = model(weights=None), hub[0] / file
     torch.save(theirs.state_dict(), path)
     assert same(build(name, 400, weights=path), theirs) and capsys.readouterr().out == ""
     net = build(name, 5, in_channels=10, weights=path)
@@ -539,6 +760,44 @@ def test_weights_of_torchvision(hub, name, capsys):
     mean = theirs.stem[0].weight.mean(1)
     assert all(torch.allclose(net.stem[0].weight[:, c], mean, atol=1e-7) for c in range(10))
     assert fetch(name, "kinetics") == path
+
+
+def test_weights_of_torchvisions_s3d(hub, capsys):
+    """Its last layer is a convolution, and never that of "kinetics"; the gates stay at their start."""
+    torch.manual_seed(1)
+    theirs, path = s3d(weights=None), hub[0] / "s3d-d76dad2f.pth"
+    randomise_batch_norms(theirs)
+    torch.save(theirs.state_dict(), path)
+    net = build("s3dg", 400, weights=path)
+    assert torch.equal(net.fc.weight, theirs.classifier[1].weight.flatten(1)) and not net.new_fc
+    assert torch.equal(net.fc.bias, theirs.classifier[1].bias) and capsys.readouterr().out == ""
+
+    net = build("s3dg", 400, in_channels=10, weights="kinetics").eval()
+    assert net.new_fc and not net.fc.bias.any() and "last layer" in capsys.readouterr().out
+    assert fetch("s3dg", "kinetics") == path and not hub[1] and net(clips(1, C=10, T=5)).shape == (1, 400)
+    mean = theirs.features[0][0][0].weight.mean(1)
+    assert all(torch.allclose(net.layer1[0][0][0].weight[:, c], mean, atol=1e-7) for c in range(10))
+    state, old = net.state_dict(), theirs.state_dict()
+    for layer, n in ((1, 3), (2, 5), (2, 6), (3, 8), (3, 12), (4, 14), (4, 15)):
+        keys = [key for key in old if key.startswith(f"features.{n}.")]
+        ours = [key.replace("features", f"layer{layer}") for key in keys]
+        assert keys and all(torch.equal(state[a], old[b]) for a, b in zip(ours, keys, strict=True))
+    assert not any(value.any() for key, value in state.items() if ".gate." in key)
+    with pytest.raises(UserError, match="fits another network"):
+        tiny("s3dg", weights="kinetics")
+
+
+def test_weights_of_s3dg_have_their_gates(tmp_path):
+    source, path = tiny("s3dg", seed=1), tmp_path / "w.pt"
+    for m in source.modules():
+        if isinstance(m, Gate):
+            nn.init.normal_(m.weight)
+            nn.init.normal_(m.bias)
+    torch.save({"net": source.state_dict()}, path)
+    assert same(tiny("s3dg", seed=2, weights=path), source)
+    torch.save({key: value for key, value in source.state_dict().items() if ".gate." not in key}, path)
+    with pytest.raises(UserError, match="fits another network, 74 tensors differ"):
+        tiny("s3dg", weights=path)
 
 
 @pytest.mark.parametrize("name", ["resnet3d10", "r3d_10"])
@@ -555,7 +814,7 @@ def test_last_layer_of_other_classes_starts_afresh(tmp_path, name, capsys, monke
 
 
 @pytest.mark.parametrize("c_from, c_to", [(3, 10), (10, 3), (3, 1)])
-@pytest.mark.parametrize("name", ["resnet3d10", "r3d_10", "i3d10", "tsm10"])
+@pytest.mark.parametrize("name", ["resnet3d10", "r3d_10", "r2plus1d_10", "i3d10", "tsm10"])
 def test_first_convolution_is_averaged_and_repeated(tmp_path, name, c_from, c_to):
     source = tiny(name, seed=1, in_channels=c_from)
     torch.save(source.state_dict(), tmp_path / "w.pt")
@@ -649,7 +908,14 @@ def test_imagenet(hub, name, capsys):
 
 @pytest.mark.parametrize(
     "name, weights",
-    [("tsm10", "imagenet"), ("r3d_18", "imagenet"), ("tsm50", "kinetics"), ("r3d_34-pool", "kinetics")],
+    [
+        ("tsm10", "imagenet"),
+        ("r3d_18", "imagenet"),
+        ("s3dg", "imagenet"),
+        ("tsm50", "kinetics"),
+        ("r3d_34-pool", "kinetics"),
+        ("r2plus1d_10", "kinetics"),
+    ],
 )
 def test_weights_that_nobody_publishes(hub, name, weights):
     with pytest.raises(UserError, match=f"no {weights} weights for {name}, only .*: a file is needed$"):
