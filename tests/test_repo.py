@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent.parent
-SCRIPTS = ["cmpl", "tg_distill", "mml"]
+SCRIPTS = ["cmpl", "tg_distill", "mml", "motionfit"]
 
 
 def commands():
@@ -36,8 +36,9 @@ def test_command_parses(command):
     elif "pytest" in words:
         assert words[words.index("pytest") - 2 :][:2] == ["python", "-m"]
     else:  # a module or a tool of ours: what it says of itself must know the words used
+        first = words.index("-m") if "-m" in words else 1
         start = words.index("-m") + 2 if "-m" in words else 2
-        call = [sys.executable, *words[1:start], words[start], "--help"]
+        call = [sys.executable, *words[first:start], words[start], "--help"]
         done = subprocess.run(call, cwd=HERE, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert all(word in done.stdout for word in words[start:] if word.startswith("--"))

@@ -35,12 +35,16 @@ TINY = {
     "--workers 0",
     "mml": "--per_class 2 --nets rgb,diff --width 0.0625 --size 16 --test_size 16 --batch 4 --epochs 8 "
     "--warmup 1 --clips 1 --uniform 1 --log_every 2 --eval_every 4 --workers 0",
+    "motionfit": "--per_class 2 --generator_on rgb --width 0.0625 --size 16 --stretch 20 24 --frames 4 "
+    "--clusters 8 --batch 4 --multi_clips 2 --epochs 1 1 8 --clips 1 --log_every 2 --eval_every 4 "
+    "--max_bad 0.1 --workers 0",
 }
 # What the last line of log.jsonl, a quick test, says of the networks.
 LOGGED = {
     "cmpl": {"pri_top1", "aux_top1", "kept_aux", "agree"},
     "tg_distill": {"rgb_top1", "tg_top1"},
     "mml": {"rgb_top1", "diff_top1"},
+    "motionfit": {"val_top1"},
 }
 SCRIPTS = list(TINY)
 FIRST = SCRIPTS[0]
@@ -186,7 +190,7 @@ def test_run_folder_is_complete(finished, toy_root):
     names = "config.json labelled.txt log.jsonl last.pt model.pt result.json per_class.csv predictions.csv"
     assert set(names.split()) <= {path.name for path in out.iterdir()}
     result = json.loads((out / "result.json").read_text())
-    line = next(line for line in printed.splitlines() if line.startswith("RESULT "))
+    line = [line for line in printed.splitlines() if line.startswith("RESULT ")][-1]  # of the last stage
     assert line.startswith(f"RESULT script={script} data=toy ") and f"top1={result['top1']:.2f}" in line
     assert re.search(r"videos=20 unreadable=0 seconds=\d+$", line)
     log = rows(out)
@@ -387,6 +391,12 @@ VARIANTS = {
         "--nets rgb,rgb,diff --mean logits --sampling dense --optimizer sgd --lr_steps 0.5 --average softmax",
         "--nets diff --lam 0 --net i3d10 --flip --dropout 0.5 --no-channels_last --crops 3",
     ],
+    "motionfit": [
+        "--lam 0.5 --neighbours --optimizer sgd --lr_steps 0.4,0.6 --flip --no-channels_last --hop 3",
+        "--transfer mers --source rest --net r2plus1d_10 --multi_clips 1 --average softmax",
+        "--transfer mars --holdout 0.3 --dropout 0.5",
+        "--granularity segment --lam 0 --source_part test",
+    ],
 }
 
 
@@ -426,6 +436,13 @@ MISTAKES = {
         "--mutual mars": "--teacher",
         "--init /nowhere.pt": "/nowhere.pt",
         "--lr 1e30 --optimizer sgd --clip_grad 0": "--lr",
+    },
+    "motionfit": {
+        "--frames 8 16": "--frames",
+        "--stage finetune": "--stage selftrain",
+        "--clusters 1000": "--clusters 1000",
+        "--size 32": "--size",
+        "--lr 1e30 --optimizer sgd": "--lr",
     },
 }
 
