@@ -606,7 +606,7 @@ class Pseudo:
     """Pseudo-labels of dense clips: `labels` (N,) int32, those of video i from first[i] to first[i + 1].
 
     frames, stride, hop: of these clips; fewer: by how many frames the generator's video is shorter than that
-    of RGB, 1 of flow; videos: datasets.digest of the source; learned: see `load_generator`.
+    of RGB, 1 of flow; videos: datasets.digest of the source; learned: see `load`.
     """
 
     labels: np.ndarray

@@ -43,6 +43,7 @@ except ImportError:  # not POSIX: two runs in one folder are then not noticed
     fcntl = None
 
 RUNS = itertools.count()  # of this process
+PARENT = os.getppid()  # torchrun, while it lives
 
 # What an error of torch means to the person who started the run: (text in the error, our sentence).
 TROUBLES = (
@@ -92,7 +93,6 @@ class Run:
         self.save_failed = self.log_failed = None
         self.began, self.seconds_before = time.time(), 0.0
         self.lock = self.bar = None
-        self.parent = os.getppid()
 
     # ---------------------------------------------------------------------------- begin and end
 
@@ -118,6 +118,8 @@ class Run:
         if cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
+        if self._orphaned():  # between two runs: nobody would answer
+            raise UserError("torchrun has ended; the same command goes on where it was")
         if "RANK" in os.environ:
             store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=15)))
             # A restarted attempt, or the next run of one process, must not read the addresses that the one
@@ -309,7 +311,7 @@ class Run:
 
     def _orphaned(self):
         """Whether torchrun is gone: some signals end it and leave its processes alone."""
-        return "RANK" in os.environ and os.getppid() != self.parent
+        return "RANK" in os.environ and os.getppid() != PARENT
 
     def track(self, step, lr, **terms):
         """Add the scalar tensors `terms` of one step to the running means; None when no row is due.

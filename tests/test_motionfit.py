@@ -473,7 +473,7 @@ def whole(sets, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     flags = f"--data {sets}/set --source {sets}/src --out {out} {SHORT} --holdout 0.2"
     with pytest.MonkeyPatch.context() as patch:
-        for more in ("", "--stage retrieve --sheet 2"):
+        for more in ("", "--stage retrieve --sheet 2 --clips 3"):
             line = f"{flags} --epochs 10 8 16 --batch 4 --lr 0.02 {more}"
             patch.setattr("sys.argv", ["motionfit.py", *line.split()])
             motionfit.main()
@@ -611,6 +611,10 @@ def test_d10_a_video_with_fewer_frames_than_its_flow_told(videos):
     with motionfit.Labelled(videos, 6, pseudo=labels, neighbours=False) as source:  # 9 frames: clips 0, 1
         source.draw(np.random.default_rng(0), args)
     assert source.drawn.tolist() == [0, 1]
+
+
+def seen_args(**changes):
+    return train_args(**dict(clips=2, crops=1, test_size=16, average="logits") | changes)
 
 
 def train_args(**changes):
@@ -1040,7 +1044,7 @@ class Teacher:
 
 @pytest.mark.parametrize("stage, transfer", [("selftrain", "mers"), ("finetune", "mars")])
 def test_table5_teacher_and_student_see_one_moment(stage, transfer, sets, tmp_path, steps, monkeypatch):
-    teacher, its = Teacher(), motionfit.recipe_of("field", train_recipe(), (20.0, 256))
+    teacher, its = Teacher(), motionfit.recipe_of("field", seen_args(), (20.0, 256))
     monkeypatch.setattr(motionfit, "load_generator", lambda *_: ("g.pt", teacher, its, {}))
     go(stage, sets, tmp_path, f"--transfer {transfer} --source all")
     assert len(steps) == len(teacher.x) == 4
@@ -1049,10 +1053,6 @@ def test_table5_teacher_and_student_see_one_moment(stage, transfer, sets, tmp_pa
         found = moments_of(x)
         assert found == moments_of(x_teacher, "field")
         assert y is None if transfer == "mers" else y.flatten().tolist() == [v % 2 for v, _ in found]
-
-
-def train_recipe():
-    return train_args(clips=2, crops=1, test_size=16, average="logits")
 
 
 def test_mers_trains_features_alone(whole, sets, tmp_path, steps):
@@ -1411,22 +1411,25 @@ def test_fig2_all_stages_on_a_small_set(whole):
 
 
 def test_table7_features_are_those_before_finetuning(whole, sets):
-    """Of each clip, of which a video has two here, by the self-trained network."""
+    """Of each clip, of which a video has three here, by the self-trained network."""
     net, _, _, recipe = evaluate.load_model(whole / "selftrain" / "model.pt")
-    recipe, data = replace(recipe, clips=2), datasets.load(f"{sets}/set")
+    recipe, data = replace(recipe, clips=3), datasets.load(f"{sets}/set")
     with recipe.open(data.train, 1) as source:
         x = recipe.to_input(recipe.view(source.clips(recipe.sample(source))), "cpu")
     with torch.no_grad():
         z = net.features(x)[-1].amax((2, 3, 4)).numpy()
     rows = np.load(whole / "retrieve" / "train" / "features.npy")
-    assert len(rows) == 16 and rows[2:4] == pytest.approx(z, abs=1e-5)
-    assert len(np.load(whole / "retrieve" / "test" / "features.npy")) == 8
+    assert len(rows) == 8 * 3 and rows[3:6] == pytest.approx(z, abs=1e-5)
+    assert len(np.load(whole / "retrieve" / "test" / "features.npy")) == 4 * 3
 
 
-def test_retrieval_of_random_weights(sets, tmp_path):
+def test_retrieval_of_random_weights(sets, tmp_path, monkeypatch):
+    seen, real = [], motionfit.max_features
+    monkeypatch.setattr(motionfit, "max_features", lambda net, x: seen.append(len(x)) or real(net, x))
     assert motionfit.one_run(line_of(sets, tmp_path, "--init none --sheet 0 --crops 3"), "retrieve")
     result = result_of(tmp_path / "retrieve")
     assert result["stage"] == "retrieve" and result["R50"] == pytest.approx(80)
+    assert sum(seen) == 2 * (8 + 4)
 
 
 def test_retrieval_wants_a_network_that_sees_rgb(whole, sets, tmp_path):
@@ -1434,7 +1437,7 @@ def test_retrieval_wants_a_network_that_sees_rgb(whole, sets, tmp_path):
         motionfit.one_run(line_of(sets, tmp_path, f"--init {whole}/generator/model.pt"), "retrieve")
 
 
-def test_eval_tests_one_model(whole, sets, tmp_path):
+def test_eval_tests_one_model(whole, sets, tmp_path, scored):
     args = line_of(sets, tmp_path, f"--eval {whole}/generator/model.pt --crops 3")
     assert motionfit.one_run(args, "eval") and motionfit.one_run(args, "eval")  # tested again
     result = result_of(tmp_path)
@@ -1467,6 +1470,7 @@ ALL = ["generator", "pseudo", "selftrain", "finetune"]
     ("--transfer mers", ["generator", "selftrain", "finetune"]),
     ("--transfer mers --generator g.pt", ["selftrain", "finetune"]), ("--transfer mers --init m.pt", ALL[3:]),
     ("--transfer mars", ["generator", "finetune"]), ("--transfer mars --generator g.pt", ["finetune"]),
+    ("--transfer mars --init none", ["generator", "finetune"]),
     *((f"--stage {stage}", [stage]) for stage in (*ALL, "retrieve")),
     ("--stage selftrain --pseudo p.npz", ["selftrain"]), ("--stage generator --init m.pt", ["generator"]),
 ])  # fmt: skip
@@ -1518,6 +1522,13 @@ def test_each_stage_has_its_folder_and_ends_once(tmp_path, monkeypatch):
     assert motionfit.one_run(args, "generator") and len(calls) == 6
 
 
+def test_a_stopped_stage_leaves_no_model(sets, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "told_to_stop", lambda run: True)
+    assert not motionfit.one_run(line_of(sets, tmp_path), "generator")
+    folder = tmp_path / "generator"
+    assert (folder / "last.pt").exists() and not (folder / "model.pt").exists() and len(rows_of(folder)) == 1
+
+
 def test_a_stage_without_what_it_needs_says_who_makes_it(sets, tmp_path):
     for stage, maker in (("pseudo", "generator"), ("selftrain", "pseudo"), ("finetune", "selftrain"),
                          ("retrieve", "selftrain")):  # fmt: skip
@@ -1557,7 +1568,8 @@ def test_defaults_are_those_of_the_paper():
     assert (recipe.size, recipe.stretch, recipe.average) == (112, (128, 171), "logits")
     assert (recipe.modality, recipe.bound, recipe.flow_side) == ("field", 9.0, 100)
     assert (recipe.mean, recipe.std) == ((0.5,), (0.226,))  # D2
-    assert motionfit.recipe_of("rgb", train_recipe(), (9.0, 100)).mean == (0.485, 0.456, 0.406)
+    recipe = motionfit.recipe_of("rgb", seen_args(crops=3, test_size=20), (9.0, 100))
+    assert (recipe.size, recipe.crops, recipe.mean) == (20, 3, (0.485, 0.456, 0.406))
 
 
 def test_recipes_of_other_sets():
