@@ -35,34 +35,39 @@ has made, and the stages before are left out: `--data hmdb51 --init RUN/selftrai
 
 Differences from the paper, and what it leaves open (VCOP is the code of its reference [67]):
 
-D1  The learning rate is for one GPU with the paper's batch, and scales linearly with their number.
-D2  Flow is TV-L1 as bytes, 20 pixels the bound; a clip has two channels, u and v, of neighbouring frames,
-    normalised by 0.5 and 0.226. RGB has ImageNet's mean and deviation.
-D3  Clips are of neighbouring frames (stride 1). The R clips of a video do not overlap if it is long enough,
+D1  `--batch` is per GPU and `--lr` for one GPU; the rate scales linearly with their number. The paper's
+    batches, which it wants small, are totals: on 8 GPUs `--batch 1 2 1 --lr 0.000125`. Batch norm is each
+    GPU's, and there is no dropout.
+D2  Flow is TV-L1 as bytes, 20 pixels the bound; a clip has two channels, u and v, normalised by 0.5 and
+    0.226, which count the pixels of the flow's pictures, whatever these are stretched to. RGB has ImageNet's
+    mean and deviation.
+D3  The R clips of a video do not overlap if it is long enough,
     each has its own crop, as in VCOP, and nothing is mirrored unless `--flip`.
 D4  Crops of S3D-G (224 pixels) are out of 256 x 342: `--size 224 --stretch 256 342`.
 D5  The clips' order is predicted from the pooled features of all pairs, as in VCOP: 512 units for each pair,
     dropout 0.5, R! classes. The clips are in the order of time and their features are shuffled.
 D6  R = 3 in all stages; the paper says so of the generator alone.
 D7  Dense clips follow each other without overlap, `--hop` frames apart, at most 128 of a video, evenly
-    spread; the features are those before the classifier, averaged over time and space, neither reduced nor
-    normalised (DeepCluster does both).
+    spread, cropped in the centre; the features are those before the classifier, averaged over time and
+    space, neither reduced nor normalised (DeepCluster does both).
 D8  K-means starts once from K random rows and makes 20 iterations, or fewer if nothing changes; an empty
     cluster starts again at the row farthest from its centre.
 D9  p of Eq. 4 is 75, of the differences within a video.
 D10 A training clip of self-training is a dense clip with its pseudo-label; one that is longer than the
     generator's has that in its middle.
 D11 Pseudo-labels of the next and the previous clip (Sec. 4.4) are told by a linear layer each; their losses
-    are added, and at the ends of a video there is none. Off by default: `--neighbours`.
+    are added to Eq. 1, and at the ends of a video there is none. Off by default: `--neighbours`.
 D12 The held-out 10 % (Sec. 4.2) are groups of videos where the data set has them (UCF-101: gXX), so that one
-    scene is never on both sides. They are for the log alone: the last weights are kept.
+    scene is never on both sides, in fine-tuning as well. They are for the log alone: the last weights are
+    kept. `--holdout 0` learns from all.
 D13 In fine-tuning the stages before conv4 are at rest, with their batch norms. From random weights
     everything learns.
 D14 Test: ten clips, the central crop, the average of their logits, as in VCOP.
 D15 Retrieval asks with each clip, as the paper defines it (R1, R5, ...); VCOP averages a video's ten clips
     first (videos_R1, ...). Nearest by cosine, as in VCOP. The network is that before fine-tuning.
 D16 A generator, or what has learned from it, is refused if it has learned from a test video, as that of
-    UCF-101's split 1 on splits 2 and 3; the paper does not say what it did. `--allow_leak` permits it.
+    UCF-101's split 1 on splits 2 and 3, and so is a source that holds test videos of `--data`; the paper does
+    not say what it did. `--allow_leak` permits it, and models that do not say what they have learned from.
 D17 MERS and MARS compare the features before the classifier, by the mean squared difference, times 50 beside
     cross-entropy (Crasto et al. 2019). MARS trains all stages from random weights.
 D18 `--source all` or `rest` are the training videos of `--data`, with or without the labelled ones (Tables 8
@@ -98,6 +103,16 @@ from common.video import Clips, Views, train_loader
 STAGES = "generator", "pseudo", "selftrain", "finetune"
 TRAINED = "generator", "selftrain", "finetune"
 EACH = "frames", "multi_clips", "lam", "epochs", "batch", "lr_steps"  # flags with a value for each of these
+# Flags that a stage does not look at: with another value, what it has made is still right.
+UNUSED = {
+    "generator": "source source_part source_list generator pseudo init transfer net neighbours hop "
+                 "granularity percentile clusters iterations alpha frozen",
+    "pseudo": "pseudo init transfer generator_on generator_net net width dropout neighbours alpha frozen lr "
+              "warmup weight_decay optimizer stride size test_size stretch flip clips crops average "
+              + " ".join(EACH),
+    "selftrain": "generator_on generator_net hop granularity percentile clusters iterations frozen",
+}  # fmt: skip
+UNUSED = {stage: names.split() for stage, names in UNUSED.items()}
 TEST = "clips", "crops", "average"  # what of a test is not in the model's file
 # Defaults per data set (the flags' own defaults are UCF-101's, with Kinetics-400 as source). Sec. 4.2.
 RECIPES = {
@@ -135,6 +150,7 @@ def parse_args(argv=None):
     g.add_argument("--stage", choices=["all", *STAGES, "retrieve"], default="all", help="do this one alone")
     g.add_argument("--generator", metavar="MODEL.PT", help="instead of stage 1")
     g.add_argument("--pseudo", metavar="FILE.NPZ", help="pseudo-labels, instead of stages 1 and 2")
+    g.add_argument("--features", metavar="DIR", help="of stage 2, to be shared; <out>/pseudo/features")
     g.add_argument("--init", metavar="MODEL.PT", help="instead of stages 1 to 3; none: random, Table 4")
     g.add_argument("--transfer", choices=["pseudo", "mers", "mars"], default="pseudo", help="Table 5, D17")
     g.add_argument("--generator_on", choices=["field", "rgb"], default="field", help="flow or RGB, Table 1")
@@ -192,6 +208,12 @@ def parse_args(argv=None):
         p.error(f"--percentile is in 0 to 100, not {args.percentile}")
     if max(args.size, args.test_size) > min(args.stretch):
         p.error(f"--size and --test_size are crops of --stretch {args.stretch[0]} {args.stretch[1]}")
+    if args.source in ("all", "rest") and args.source_part == "test":
+        p.error(f"--source {args.source} is of training videos: --source_part test is for another data set")
+    if args.transfer == "mars" and (args.init or args.stage == "retrieve"):
+        p.error("--transfer mars starts from random weights: without --init; retrieve by --init RUN/model.pt")
+    if args.transfer != "pseudo" and args.pseudo:
+        p.error(f"--transfer {args.transfer} has no use for --pseudo")
     if args.transfer == "mers" and args.lam[1] < 1:
         p.error("--transfer mers matches features: --lam 1 in self-training")
     if args.neighbours and (args.granularity != "clip" or args.transfer != "pseudo"):
@@ -283,7 +305,7 @@ class KMeans(nn.Module):
         self.rows, self.run, self.held = np.asarray(rows), run, {}  # nothing is copied
         N, D = rows.shape
         if N < K:
-            raise UserError(f"--clusters {K} needs as many clips, and there are {N}: lower it")
+            raise UserError(f"--clusters {K} needs as many clips or segments, and there are {N}: lower it")
         if N < ENOUGH * K:
             run.say(f"{N} clips are few for --clusters {K}: fewer than {ENOUGH} for each")
         self.starts = range(run.rank * CHUNK, N, run.world * CHUNK)
@@ -291,6 +313,7 @@ class KMeans(nn.Module):
         # exactly in float64 in any order: over the rows, by CUDA's atomic additions, over the ranks.
         self.grid = 2.0 ** (math.frexp(self._largest())[1] - 24)
         if run.device.type == "cuda":
+            torch.cuda.empty_cache()
             need = 4 * D * CHUNK * len(self.starts)
             if need <= torch.cuda.mem_get_info(run.device)[0] / 2:
                 self.held = {start: self._block(start) for start in self.starts}
@@ -540,6 +563,7 @@ def source(args, run, kinds, models):
     if args.source_list:
         chosen = np.intersect1d(chosen, datasets.labelled(data, listfile=args.source_list))
     videos = data.train.subset(chosen)
+    refuse_leak(args, f"--source {args.source}", {kind_of(data): stems(videos)})
     if not len(videos):
         raise UserError(f"--source {args.source} has no videos: all training videos are labelled")
     run.say(f"{data.name}: {len(videos)} unlabelled videos")
@@ -606,7 +630,7 @@ class Pseudo:
     """Pseudo-labels of dense clips: `labels` (N,) int32, those of video i from first[i] to first[i + 1].
 
     frames, stride, hop: of these clips; fewer: by how many frames the generator's video is shorter than that
-    of RGB, 1 of flow; videos: datasets.digest of the source; learned: see `load`.
+    of RGB, 1 of flow; videos: datasets.digest of the source; learned: see `learned_by`.
     """
 
     labels: np.ndarray
@@ -618,6 +642,7 @@ class Pseudo:
     fewer: int
     videos: str
     learned: dict
+    granularity: str = "clip"
 
     def of(self, i):
         """(T,) the pseudo-labels of video i."""
@@ -734,19 +759,26 @@ def pseudo(args, run):
     """Stage 2 (Sec. 3.2): features of the dense clips of the source, clusters of them, pseudo-labels."""
     path, net, recipe, learned = load_generator(args, run)
     hop = args.hop or recipe.frames * recipe.stride  # D7
-    dense = Dense(**vars(recipe) | dict(clips=8, crops=1, hop=hop))  # about 8 clips of a video
     data, videos, _ = source(args, run, (recipe.modality,), {path: recipe})
+    # How many clips a video may have decides how many videos are worked on together: where flow has to be
+    # computed, one.
+    slow = recipe.modality == "field" and videos.flow is None
+    dense = Dense(**vars(recipe) | dict(clips=64 if slow else 8, crops=1, uniform=0, hop=hop))
     digest = datasets.digest(videos, range(len(videos)))
     identity = {"generator": digest_of(net), "source": digest}
-    found = features.extract(run.out / "features", net, net.embed, videos, dense, run, args.workers, identity)
+    folder, call = Path(args.features or run.out / "features"), partial(mean_features, net)
+    found = features.extract(folder, net, call, videos, dense, run, args.workers, identity)
     if found is None:
         return
+    if len(found.bad) > args.max_bad * len(videos):
+        raise UserError(f"{len(found.bad)} of {len(videos)} videos have no features, more than --max_bad "
+                        f"{args.max_bad}; when they are mended, delete {folder}")  # fmt: skip
     rows, segment = found.rows, np.arange(len(found.rows))
     if args.granularity != "clip":
         segment = run.on_main(write_segments, run.out / "segments.npy", found, args)
         rows = np.load(run.out / "segments.npy", mmap_mode="r")
     means = KMeans(rows, args.clusters, args.seed, run)
-    iterations = range(run.resume(identity, kmeans=means), args.iterations)  # D8
+    iterations = range(run.resume(identity, samples=False, kmeans=means), args.iterations)  # D8
     for i in tqdm(iterations, "k-means", leave=False, disable=not (run.main and sys.stderr.isatty())):
         row = means.step()
         run.log({"step": i, "eval": "kmeans", **row})  # the inertia after i iterations
@@ -758,10 +790,11 @@ def pseudo(args, run):
             break
     y = means.assign()[segment]
     about = dict(clusters=args.clusters, frames=recipe.frames, stride=recipe.stride, hop=hop,
-                 fewer=int(recipe.modality == "field"), videos=digest, learned=learned)  # fmt: skip
+                 granularity=args.granularity, fewer=int(recipe.modality == "field"), videos=digest,
+                 learned=learned)  # fmt: skip
     run.on_main(write_pseudo, run.out / "pseudo.npz", y, np.append(found.first, len(y)), about)
     counts = {"videos": len(videos), "unreadable": len(found.bad), "seconds": round(run.seconds)}
-    run.result({"script": run.script, "data": args.data, "stage": "pseudo", "source": data.name,
+    run.result({"script": run.script, "data": Path(args.data).name, "stage": "pseudo", "source": data.name,
                 "clips": len(y), "segments": len(rows), "clusters": len(np.unique(y)),
                 "purity": purity(y, np.repeat(videos.labels, found.counts, axis=0)), **counts})  # fmt: skip
 
@@ -782,17 +815,20 @@ def selftrain(args, run):
         clips, held = pseudo_clips(videos, labels, args)
         recipes = (Middle(**vars(recipe_of("rgb", args, scale)), pseudo=labels),)
         learned, learn, K = labels.learned, "pseudo", labels.clusters
+    taught = digest_of(teacher) if teacher else hashlib.sha256(labels.labels.tobytes()).hexdigest()
+    run.write("labelled.txt", datasets.as_list(clips.videos))
     net, made = build(args, args.net, K, "rgb", run)
     if teacher:
         check_width(path, teacher, net)
         net.fc.requires_grad_(False)  # which MERS has no use for
     wrapped = Network(net, args.multi_clips, args.lam < 1, args.neighbours)
-    if fit(args, run, wrapped, clips, recipes, held, learn, teacher):
+    if fit(args, run, wrapped, clips, recipes, held, learn, teacher, taught=taught):
         if run.main:
             recipe, names = recipe_of("rgb", args, scale), [f"cluster {k}" for k in range(K)]
             evaluate.save_model(run.out / "model.pt", net, made, names, recipe, learned=learned)
-        run.result({"script": run.script, "data": args.data, "stage": "selftrain", "source": data.name,
-                    "clusters": K, "videos": len(clips.videos), "seconds": round(run.seconds)})  # fmt: skip
+        run.result({"script": run.script, "data": Path(args.data).name, "stage": "selftrain",
+                    "source": data.name, "transfer": args.transfer, "clusters": K,
+                    "videos": len(clips.videos), "seconds": round(run.seconds)})  # fmt: skip
 
 
 def finetune(args, run):
@@ -803,7 +839,7 @@ def finetune(args, run):
         path, teacher, its, learned = load_generator(args, run)
         models = {path: its}
     elif init and init not in backbones.PUBLISHED:
-        _, _, learned = load(args, run, init, "selftrain")
+        learned = learned_by(args, init, "selftrain")
     kinds = "rgb", *(its.modality for its in models.values())
     data, videos, held, scale = target(args, run, kinds, models)
     net, made = build(args, args.net, len(data.classes), "rgb", run, init)
@@ -816,7 +852,8 @@ def finetune(args, run):
     wrapped = Network(net, args.multi_clips, args.lam < 1)
     if fit(args, run, wrapped, clips, (recipe, *models.values()), held, "labels", teacher):
         mine = {*learned.get(kind_of(data), []), *stems(videos, held)}
-        finish(args, run, net, made, data, recipe, learned | {kind_of(data): sorted(mine)})
+        learned = learned | {kind_of(data): sorted(mine)}
+        finish(args, run, net, made, data, recipe, learned, transfer=args.transfer)
 
 
 def retrieve(args, run):
@@ -832,7 +869,7 @@ def retrieve(args, run):
         net, recipe = run.place(net), recipe_of("rgb", of_stage(args, "finetune"), (0, 0))
     if recipe.modality != "rgb":
         raise UserError(f"{path} sees flow: retrieval is for a network that sees RGB")
-    recipe, call = replace(recipe, clips=args.clips, crops=1), partial(max_features, net)
+    recipe, call = replace(recipe, clips=args.clips, crops=1, uniform=0), partial(max_features, net)
     found, identity = [], {"weights": digest_of(net), "pooled": "max"}
     for part, videos in (("train", data.train), ("test", data.test)):
         folder = run.out / part
@@ -847,11 +884,12 @@ def retrieve(args, run):
 # -------------------------------------------------------------------------------- training
 
 
-def fit(args, run, net, clips, recipes, held, learn="labels", teacher=None):
+def fit(args, run, net, clips, recipes, held, learn="labels", teacher=None, **identity):
     """Train the Network `net`; False if a signal has stopped it.
 
     recipes: how it sees a clip, and how the teacher does; held: videos for validation; learn: "labels" of the
-    videos, "pseudo"-labels that come with the clips, or "features" of the teacher (MERS) alone.
+    videos, "pseudo"-labels that come with the clips, or "features" of the teacher (MERS) alone. identity:
+    what else a resumption must share.
     """
     videos, backbone = clips.videos, net.backbone
     epoch = ceil(len(videos) / (args.batch * run.world))
@@ -860,8 +898,9 @@ def fit(args, run, net, clips, recipes, held, learn="labels", teacher=None):
     net = run.distribute(net, args.channels_last, args.compile)
     lr, learning = args.lr * run.world, [p for p in net.parameters() if p.requires_grad]  # D1
     optimizer = optim.build(args.optimizer, learning, lr, args.weight_decay)
-    identity = dict(labelled=datasets.digest(videos, range(len(videos))), classes=backbone.fc.out_features,
-                    net=f"{backbone.name} x{args.width}")  # fmt: skip
+    identity |= dict(labelled=datasets.digest(videos, range(len(videos))), classes=backbone.fc.out_features,
+                     net=f"{backbone.name} x{args.width}",
+                     flow=str([(recipe.bound, recipe.flow_side) for recipe in recipes]))  # fmt: skip
     start = run.resume(identity, net=net.module, optimizer=optimizer)
     run.say(f"{total} steps, {epoch} an epoch, of {args.batch * run.world} x {args.multi_clips} clips; "
             f"learning rate {lr:.4g}; {run.device.type}")  # fmt: skip
@@ -915,12 +954,21 @@ def stems(*lists):
 
 def load(args, run, path, stage):
     """(network at rest on the device, its Recipe, {data set: videos whose labels it knows}) of a model.pt."""
+    learned = learned_by(args, path, stage)
+    net, _, _, recipe = evaluate.load_model(path)
+    return run.place(net, args.channels_last).requires_grad_(False), recipe, learned
+
+
+def learned_by(args, path, stage):
+    """{data set: videos whose labels it knows} of a model.pt that `stage` makes; UserError for a leak."""
     if not Path(path).exists():
         raise UserError(f"{path} is not there: --stage {stage} makes it")
-    net, _, _, recipe = evaluate.load_model(path)
-    learned = files.load(path).get("learned", {})
-    refuse_leak(args, path, learned)
-    return run.place(net, args.channels_last).requires_grad_(False), recipe, learned
+    state = files.load(path)
+    learned = state.get("learned") if isinstance(state, dict) else None
+    if learned is None and not args.allow_leak:
+        raise UserError(f"{path} does not say whose labels it has learned from: --allow_leak if you know")
+    refuse_leak(args, path, learned or {})
+    return learned or {}
 
 
 def load_generator(args, run):
@@ -944,11 +992,11 @@ def start_of(args):
 
 
 def refuse_leak(args, path, learned):
-    """Raise UserError if what is in `path` has learned from labels of test videos (D16)."""
+    """Raise UserError if `path` has learned from test videos of --data, {data set: videos} (D16)."""
     data = datasets.load(args.data, args.root, args.split)
     both = sorted(set(stems(data.test)) & set(learned.get(kind_of(data), [])))
     if both and not args.allow_leak:
-        raise UserError(f"{path} knows the labels of {len(both)} test videos of {data.name}, split "
+        raise UserError(f"{path} knows {len(both)} of the {len(data.test)} test videos of {data.name}, split "
                         f"{data.split}: take one of this split, or --allow_leak")  # fmt: skip
 
 
@@ -1008,12 +1056,19 @@ def load_pseudo(args, run, videos):
     if found.videos != datasets.digest(videos, range(len(videos))):
         raise UserError(f"{path} has pseudo-labels of other videos than --source {args.source} has")
     refuse_leak(args, path, found.learned)
+    if args.neighbours and found.granularity != "clip":
+        raise UserError(f"{path} has pseudo-labels of granularity {found.granularity}: --neighbours is for clip")
     return found
 
 
+def mean_features(net, x):
+    """(B, D) float32: the mean of the last stage over time and space (D7)."""
+    return net.features(x)[-1].float().mean((2, 3, 4))
+
+
 def max_features(net, x):
-    """(B, D): the maximum of the last stage over time and space (Sec. 4.5)."""
-    return net.features(x)[-1].amax((2, 3, 4))
+    """(B, D) float32: its maximum (Sec. 4.5)."""
+    return net.features(x)[-1].float().amax((2, 3, 4))
 
 
 def recalls(args, run, data, recipe, train, test):
@@ -1075,6 +1130,7 @@ def test_only(args, run):
     """--eval: the test of one model."""
     data = datasets.load(args.data, args.root, args.split)
     changes = dict(clips=args.clips, crops=args.crops, average=args.average)
+    learned_by(args, args.eval, "finetune")
     net, recipe = evaluate.load_for(args.eval, data, run.device, **changes)
     models = {args.eval: recipe}
     data, _ = modality.with_flow(data, args.data, args.root, args.flow, run, [recipe.modality], models)
@@ -1084,8 +1140,9 @@ def test_only(args, run):
 def one_run(args, stage):
     """A stage, or a test, in its folder; whether there is a result, and no signal to stop after it."""
     out = args.out if args.eval or stage == "finetune" else f"{args.out}/{stage}"
-    free = vars(args) if args.eval else (*FREE, "stage", "flow", "source_root", "source_flow", "sheet")
-    with Run("motionfit", out, vars(args), free, args.log_every, args.max_bad) as run:
+    config = vars(of_stage(args, stage) if stage in TRAINED else args)
+    free = (*FREE, "stage", "flow", "source_root", "source_flow", "features", "sheet", *UNUSED.get(stage, ()))
+    with Run("motionfit", out, config, config if args.eval else free, args.log_every, args.max_bad) as run:
         if args.eval:
             test_only(args, run)
         elif not run.finished():

@@ -67,8 +67,9 @@ def stretched_crop(
     crops = []
     for clip in clips:
         h, w = (side / goal for side, goal in zip(clip.shape[-2:], stretch, strict=True))
-        box = round(top * h), round(left * w), max(1, round(size * h)), max(1, round(size * w))
-        crops.append(V.resized_crop(clip, *box, [size, size], antialias=True))
+        height, width = max(1, round(size * h)), max(1, round(size * w))
+        y, x = min(round(top * h), clip.shape[-2] - height), min(round(left * w), clip.shape[-1] - width)
+        crops.append(V.resized_crop(clip, y, x, height, width, [size, size], antialias=True))
     return crops
 
 

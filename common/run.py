@@ -169,8 +169,8 @@ class Run:
             for key in sorted(args.keys() | old_args.keys()):
                 if key not in self.free and args.get(key) != old_args.get(key):
                     raise UserError(
-                        f"--out {self.out} holds a run with --{key} {old_args.get(key)}, not "
-                        f"{args.get(key)}: choose another --out, or delete that folder"
+                        f"{self.out} holds a run with --{key} {old_args.get(key)}, not {args.get(key)}: "
+                        "choose another --out"
                     )
         config = {"script": self.script, "args": args, "world": self.world, "device": str(self.device),
                   "versions": versions(), "command": " ".join(sys.argv)}  # fmt: skip
@@ -221,7 +221,7 @@ class Run:
             except UserError as error:
                 box[1] = str(error)
             except OSError as error:
-                box[1] = f"{error.filename} cannot be written: {error.strerror}"
+                box[1] = f"{error.filename or f'a file of {self.out}'} cannot be written: {error.strerror}"
         dist.broadcast_object_list(box)
         if box[1] is not None:
             raise UserError(box[1])
@@ -415,13 +415,14 @@ class Run:
             )
             self.say(self.save_failed + "; training goes on, the older one is kept")
 
-    def resume(self, identity, **parts):
+    def resume(self, identity, samples=True, **parts):
         """Load last.pt into `parts` if it is there; returns the number of finished steps, else 0.
 
         Only rank 0 reads the file. A damaged one falls back to last.prev.pt with a warning. A run
         that goes on with another number of ranks has steps of another size: their number is
         converted, so that it has seen as many samples. Raises UserError for another script, another
-        identity, or files that are all damaged. `steps` saves the same parts.
+        identity, or files that are all damaged. `steps` saves the same parts. samples: False where steps are
+        the same for any number of ranks.
         """
         self.kept = identity, parts
         state = self.on_main(self._read_checkpoint, identity)
@@ -436,8 +437,8 @@ class Run:
             raise UserError(f"{self.out} has a checkpoint of another {name}: {reason}") from None
         self.seconds_before = state["seconds"]
         self.say(f"resumed from {state['path']} after step {state['step']}")
-        step = state["step"] * state["world"] // self.world
-        if state["world"] != self.world:
+        step = state["step"] * state["world"] // self.world if samples else state["step"]
+        if samples and state["world"] != self.world:
             self.say(f"that was with {state['world']} ranks; with {self.world} it is step {step}, and the "
                      "batch of a step, and a learning rate that follows it, are others")  # fmt: skip
         return step

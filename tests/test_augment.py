@@ -239,6 +239,14 @@ def test_stretched_crop_is_the_resized_picture_cut():
         augment.stretched_crop([clip], 33, (32, 40))
 
 
+@pytest.mark.parametrize("H, W", [(45, 45), (45, 61), (33, 48), (7, 5)])
+def test_stretched_crop_stays_in_the_picture(H, W):
+    clip = torch.full((1, 3, H, W), 200, dtype=torch.uint8)
+    for seed in range(100):
+        torch.manual_seed(seed)
+        assert augment.stretched_crop([clip], 40, (48, 48))[0].min() == 200
+
+
 def test_stretched_crop_cuts_one_scene_alike():
     small, large = (torch.arange(side).float().div(side).mul(255).to(torch.uint8) for side in (48, 480))
     clips = [ramp.view(1, 1, 1, -1).expand(2, 3, len(ramp), -1) for ramp in (small, large)]

@@ -1034,7 +1034,7 @@ class Teacher:
     """In place of a generator, of the student's width: keeps what it is shown."""
 
     def __init__(self):
-        self.x, self.fc = [], nn.Linear(32, 2)
+        self.x, self.fc, self.state_dict = [], nn.Linear(32, 2), dict
 
     def embed(self, x):
         assert not torch.is_grad_enabled()
@@ -1180,14 +1180,34 @@ def leaky(sets, tmp_path_factory):
 @pytest.mark.parametrize("stage, line", [
     ("pseudo", "--generator {}/m.pt"), ("selftrain", "--transfer mers --generator {}/m.pt"),
     ("finetune", "--transfer mars --generator {}/m.pt"), ("finetune", "--init {}/m.pt"),
-    ("retrieve", "--init {}/m.pt"), ("selftrain", "--pseudo {}/p.npz"),
+    ("retrieve", "--init {}/m.pt"), ("selftrain", "--pseudo {}/p.npz"), ("eval", "--eval {}/m.pt"),
 ])  # fmt: skip
 def test_d16_what_knows_test_labels_is_refused(stage, line, leaky, sets, tmp_path):
     with pytest.raises(SystemExit) as end:
         go(stage, sets, tmp_path, line.format(leaky))
     said = str(end.value)
-    assert f"{leaky}/" in said and "labels of 1 test videos of set, split 1" in said
+    assert f"{leaky}/" in said and "1 of the 5 test videos of set, split 1" in said
     assert "--allow_leak" in said and said.endswith("(2)") and "\n" not in said
+
+
+def test_d16_a_source_with_test_videos_is_refused(sets, run):
+    """--source set is that of --data: its test list is what is tested."""
+    line = f"--source {sets}/set --source_part test"
+    with pytest.raises(UserError, match="set knows 5 of the 5 test videos of set"):
+        source_of(sets, run, line)
+    assert len(source_of(sets, run, f"{line} --allow_leak")[1]) == 5
+    assert len(source_of(sets, run, f"--source {sets}/set")[1]) == 8
+
+
+def test_d16_a_model_that_says_nothing_is_refused(sets, tmp_path):
+    """Of another script, say."""
+    made = dict(name="r3d_10-pool", classes=2, in_channels=3, width=1 / 16)
+    evaluate.save_model(tmp_path / "m.pt", backbones.build(**made), made, "ab", evaluate.Recipe(4, 1))
+    args = line_of(sets, "o")
+    with pytest.raises(UserError, match="m.pt does not say whose labels"):
+        motionfit.learned_by(args, tmp_path / "m.pt", "generator")
+    args.allow_leak = True
+    assert motionfit.learned_by(args, tmp_path / "m.pt", "generator") == {}
 
 
 def test_d16_allow_leak_permits(leaky, sets, run):
@@ -1205,7 +1225,7 @@ def test_d16_it_is_the_videos_that_count(name, learned, refused, sets, monkeypat
     data = replace(datasets.load(f"{sets}/set"), name=name)
     monkeypatch.setattr(datasets, "load", lambda *_: data)
     if refused:
-        with pytest.raises(UserError, match="m.pt knows the labels of 1 test videos"):
+        with pytest.raises(UserError, match="m.pt knows 1 of the 5 test videos"):
             motionfit.refuse_leak(line_of(sets, "o"), "m.pt", learned)
     else:
         motionfit.refuse_leak(line_of(sets, "o"), "m.pt", learned)
@@ -1219,8 +1239,8 @@ def test_d16_it_is_the_videos_that_count(name, learned, refused, sets, monkeypat
 def test_d16_a_model_says_whose_labels_it_has_learned(line, learned, whole, sets, tmp_path, monkeypatch):
     """Those of its own three videos, and of all that made what it started from."""
     found = []
-    monkeypatch.setattr(motionfit, "fit", lambda *_: True)
-    monkeypatch.setattr(motionfit, "finish", lambda *a: found.append(a[-1]))
+    monkeypatch.setattr(motionfit, "fit", lambda *_, **__: True)
+    monkeypatch.setattr(motionfit, "finish", lambda *a, **_: found.append(a[-1]))
     (tmp_path / "list.txt").write_text("b/train1 1\na/train4 0\n" + "a/train6 0\n" * ("src" not in line))
     args = line_of(sets, tmp_path, f"--labelled_list {tmp_path}/list.txt --holdout 0.3 "
                    + line.format(whole, sets=sets))  # fmt: skip
@@ -1285,6 +1305,48 @@ def test_pseudo_labels_that_are_something_else(other, sets, run, tmp_path):
         path.mkdir()
     with pytest.raises(UserError, match="p.npz"):
         loaded(sets, run, path)
+
+
+def test_neighbours_are_of_clips(whole, sets, run, tmp_path):
+    with np.load(whole / "pseudo" / "pseudo.npz") as file:
+        about = json.loads(str(file["about"])) | {"granularity": "thirds"}
+        motionfit.write_pseudo(tmp_path / "p.npz", file["labels"], file["first"], about)
+    args = line_of(sets, "o", f"--pseudo {tmp_path}/p.npz --neighbours")
+    with pytest.raises(UserError, match="labels of granularity thirds: --neighbours"):
+        motionfit.load_pseudo(args, run, datasets.load(f"{sets}/src").train)
+
+
+def test_other_pseudo_labels_are_not_gone_on_with(whole, sets, tmp_path, monkeypatch):
+    """The file behind --pseudo is another one after a stop."""
+    with np.load(whole / "pseudo" / "pseudo.npz") as file:
+        first, about, y = file["first"], json.loads(str(file["about"])), file["labels"]
+    motionfit.write_pseudo(tmp_path / "p.npz", y, first, about)
+    line = f"--pseudo {tmp_path}/p.npz --epochs 3"
+    with monkeypatch.context() as patch:
+        patch.setattr(motionfit.Run, "told_to_stop", lambda run: True)
+        assert not motionfit.one_run(line_of(sets, tmp_path / "o", line), "selftrain")
+    motionfit.write_pseudo(tmp_path / "p.npz", 1 - y, first, about)
+    with pytest.raises(SystemExit, match="was trained with taught"):
+        go("selftrain", sets, tmp_path / "o", line)
+
+
+def test_a_source_without_its_flow_is_not_clustered(whole, sets, tmp_path):
+    """One of six videos cannot be read, and --max_bad is the limit here, too."""
+    line = f"--generator {whole}/generator/model.pt --max_bad"
+    go("pseudo", sets, tmp_path / "b", f"{line} 0.2")
+    with pytest.raises(SystemExit, match="1 of 6 videos have no features, more than --max_bad 0.1;"):
+        go("pseudo", sets, tmp_path / "a", f"{line} 0.1")
+
+
+@pytest.mark.parametrize("line", ["--batch 4 2 4", "--clusters 3", "--frozen 1", "--iterations 4"])
+def test_flags_of_later_stages_may_change(line, whole, sets, capsys):
+    """The generator that is there stays right: its RESULT is shown again."""
+    with open(whole / "generator" / "config.json") as file:
+        before = json.load(file)
+    flags = [w for w in before["command"].split()[1:]]
+    args = motionfit.parse_args([*flags, *line.split()])
+    assert motionfit.one_run(args, "generator") and "stage=generator" in capsys.readouterr().out
+    (whole / "generator" / "config.json").write_text(json.dumps(before))
 
 
 def test_pseudo_labels_of_another_source_are_refused(whole, sets, run):
@@ -1470,7 +1532,6 @@ ALL = ["generator", "pseudo", "selftrain", "finetune"]
     ("--transfer mers", ["generator", "selftrain", "finetune"]),
     ("--transfer mers --generator g.pt", ["selftrain", "finetune"]), ("--transfer mers --init m.pt", ALL[3:]),
     ("--transfer mars", ["generator", "finetune"]), ("--transfer mars --generator g.pt", ["finetune"]),
-    ("--transfer mars --init none", ["generator", "finetune"]),
     *((f"--stage {stage}", [stage]) for stage in (*ALL, "retrieve")),
     ("--stage selftrain --pseudo p.npz", ["selftrain"]), ("--stage generator --init m.pt", ["generator"]),
 ])  # fmt: skip

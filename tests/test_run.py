@@ -306,6 +306,16 @@ def test_steps_save_what_resume_was_given(tmp_path, monkeypatch, every, saved_af
     assert found == [(step, IDENTITY, {"net": net}) for step in saved_after]
 
 
+@pytest.mark.parametrize("samples, step", [(True, 6), (False, 3)])
+def test_steps_of_another_number_of_ranks(tmp_path, samples, step):
+    """Steps of samples are converted, iterations over everything are not."""
+    with Run("cmpl", tmp_path, {}) as run:
+        run.world = 2  # as two ranks would have written
+        run.save(3, IDENTITY, net=small_net(1.0))
+    with Run("cmpl", tmp_path, {}) as run:
+        assert run.resume(IDENTITY, samples, net=small_net(2.0)) == step
+
+
 def test_a_stop_is_saved_once(tmp_path, monkeypatch):
     found = []
     with Run("cmpl", tmp_path, {}) as run:

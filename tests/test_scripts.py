@@ -395,7 +395,7 @@ VARIANTS = {
         "--lam 0.5 --neighbours --optimizer sgd --lr_steps 0.4,0.6 --flip --no-channels_last --hop 3",
         "--transfer mers --source rest --net r2plus1d_10 --multi_clips 1 --average softmax",
         "--transfer mars --holdout 0.3 --dropout 0.5",
-        "--granularity segment --lam 0 --source_part test",
+        "--granularity segment --lam 0 --iterations 1",
     ],
 }
 
