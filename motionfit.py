@@ -1057,7 +1057,8 @@ def load_pseudo(args, run, videos):
         raise UserError(f"{path} has pseudo-labels of other videos than --source {args.source} has")
     refuse_leak(args, path, found.learned)
     if args.neighbours and found.granularity != "clip":
-        raise UserError(f"{path} has pseudo-labels of granularity {found.granularity}: --neighbours is for clip")
+        raise UserError(f"{path} has pseudo-labels of granularity {found.granularity}, --neighbours wants "
+                        "clip")  # fmt: skip
     return found
 
 

@@ -1312,7 +1312,7 @@ def test_neighbours_are_of_clips(whole, sets, run, tmp_path):
         about = json.loads(str(file["about"])) | {"granularity": "thirds"}
         motionfit.write_pseudo(tmp_path / "p.npz", file["labels"], file["first"], about)
     args = line_of(sets, "o", f"--pseudo {tmp_path}/p.npz --neighbours")
-    with pytest.raises(UserError, match="labels of granularity thirds: --neighbours"):
+    with pytest.raises(UserError, match="labels of granularity thirds, --neighbours"):
         motionfit.load_pseudo(args, run, datasets.load(f"{sets}/src").train)
 
 
