@@ -18,14 +18,14 @@ Equations:  Eq. 1 -> multi_clip_loss    Eq. 2 -> clip_order_loss    Eq. 3 -> bat
             Eq. 4 -> boundaries, in segments    K-means (Sec. 3.2) -> KMeans    Sec. 4.5 -> recall
             MERS, MARS (Table 5) -> feature_loss
 
-Names: B videos of a step, R clips of each, K classes or clusters, D width; <what>_rgb of M_RGB and
-<what>_flow of M_MPLG; source, target: the unlabelled and the labelled videos.
+Names: B videos of a step, R clips of each, K classes or clusters, D width; source, target: the unlabelled and
+the labelled videos.
 
 Run (8 GPUs, the paper's two data sets; then one process on the embedded data set, on a CPU too):
 
     python -m common.flow ucf101 --out data/ucf101_flow
     torchrun --nproc_per_node 8 -m common.flow k400 --out data/k400_flow
-    torchrun --nproc_per_node 8 motionfit.py --data ucf101 --source k400
+    torchrun --nproc_per_node 8 motionfit.py --data ucf101 --source k400 --batch 1 2 1 --lr 0.000125
     python motionfit.py --data toy
 
 The stages are runs of their own in folders of `--out`, the last in `--out` itself; the same command goes on
@@ -38,11 +38,11 @@ Differences from the paper, and what it leaves open (VCOP is the code of its ref
 D1  `--batch` is per GPU and `--lr` for one GPU; the rate scales linearly with their number. The paper's
     batches, which it wants small, are totals: on 8 GPUs `--batch 1 2 1 --lr 0.000125`. Batch norm is each
     GPU's, and there is no dropout.
-D2  Flow is TV-L1 as bytes, 20 pixels the bound; a clip has two channels, u and v, normalised by 0.5 and
-    0.226, which count the pixels of the flow's pictures, whatever these are stretched to. RGB has ImageNet's
+D2  Flow is TV-L1 as bytes, 20 pixels the bound, in pixels of the pictures it was computed from, whatever
+    these are stretched to; a clip has two channels, u and v, normalised by 0.5 and 0.226. RGB has ImageNet's
     mean and deviation.
-D3  The R clips of a video do not overlap if it is long enough,
-    each has its own crop, as in VCOP, and nothing is mirrored unless `--flip`.
+D3  The R clips of a video do not overlap if it is long enough; each has its own crop, as in VCOP, and
+    nothing is mirrored unless `--flip`.
 D4  Crops of S3D-G (224 pixels) are out of 256 x 342: `--size 224 --stretch 256 342`.
 D5  The clips' order is predicted from the pooled features of all pairs, as in VCOP: 512 units for each pair,
     dropout 0.5, R! classes. The clips are in the order of time and their features are shuffled.
@@ -208,6 +208,9 @@ def parse_args(argv=None):
         p.error(f"--percentile is in 0 to 100, not {args.percentile}")
     if max(args.size, args.test_size) > min(args.stretch):
         p.error(f"--size and --test_size are crops of --stretch {args.stretch[0]} {args.stretch[1]}")
+    for net in (args.generator_net, args.net):  # one of them would be missed days later
+        if net not in backbones.NAMES:
+            p.error(f"there is no backbone {net}: choose one of {', '.join(backbones.NAMES)}")
     if args.source in ("all", "rest") and args.source_part == "test":
         p.error(f"--source {args.source} is of training videos: --source_part test is for another data set")
     if args.transfer == "mars" and (args.init or args.stage == "retrieve"):
@@ -1029,9 +1032,12 @@ def write_segments(path, found, args):
 
 
 def purity(clusters, y):
-    """Per cent of the clips that have the most frequent class of their cluster; nothing learns from it."""
+    """Per cent of the clips that have the most frequent class of their cluster; nothing learns from it.
+
+    None for videos of several labels.
+    """
     if y.ndim > 1:
-        return float("nan")
+        return None
     pairs, counts = np.unique(np.stack([clusters, y]), axis=1, return_counts=True)
     best = np.zeros(pairs[0].max() + 1, np.int64)
     np.maximum.at(best, pairs[0], counts)

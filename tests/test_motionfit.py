@@ -1265,7 +1265,7 @@ def test_purity_by_hand():
     # Cluster 0 has classes 1, 1, 0; cluster 2 has 0, 2 of which one is right; cluster 5 has 2, 2.
     clusters, y = np.array([0, 2, 5, 0, 0, 2, 5], np.int32), np.array([1, 0, 2, 1, 0, 2, 2])
     assert motionfit.purity(clusters, y) == pytest.approx(100 * (2 + 1 + 2) / 7)
-    assert math.isnan(motionfit.purity(clusters, np.zeros((7, 3))))
+    assert motionfit.purity(clusters, np.zeros((7, 3))) is None
 
 
 def loaded(sets, run, path):
@@ -1667,6 +1667,7 @@ def test_good_lines(line):
     ("--generator_on diff", "--generator_on"), ("--optimizer lars", "--optimizer"), ("--ratio 20", "--ratio"),
     ("--average max", "--average"),
     # what would be noticed days later
+    ("--net r2plus1d_11", "r2plus1d_11"), ("--generator_net x", "backbone x"),
     ("--frozen 5", "--frozen"), ("--transfer mers --lam 0.5", "--lam"), ("--lr_steps nan", "--lr_steps"),
 ])  # fmt: skip
 def test_mistakes_are_one_sentence_with_status_2(line, word):
