@@ -15,7 +15,6 @@ blocks of videos that do not depend on the number of ranks; nothing in them is c
 """
 
 import dataclasses
-import fcntl
 import json
 import os
 import sys
@@ -171,13 +170,9 @@ def _short(value):
 def _lock(folder):
     """A lock on a folder, held until it is closed; UserError if another process has it."""
     lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not files.lock(lock, wait=False):
         os.close(lock)
-        raise UserError(f"another run is computing the features in {folder}") from None
-    except OSError:  # a file system without locks
-        pass
+        raise UserError(f"another run is computing the features in {folder}")
     return lock
 
 

@@ -20,6 +20,19 @@ def free_bytes(folder):
     return disk.f_bavail * disk.f_frsize
 
 
+def lock(file, wait=True):
+    """Lock an open file (or descriptor) for this process; False if another has it and `wait` is False."""
+    import fcntl  # POSIX alone has it
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
 def make_folder(path):
     """Make a folder where there is none, and try to write in it: OSError before long work, not after."""
     try:

@@ -17,7 +17,6 @@ There may be more processes than GPUs: some read and write videos while others c
 """
 
 import argparse
-import fcntl
 import json
 import math
 import os
@@ -231,7 +230,7 @@ def write(path, fields, times=None, fps=25.0):
     options = {"preset": "superfast", "qp": "0", "sc_threshold": "0"}
     # By name: of errors in a file object's methods, such as a full disk, av does not tell the reason.
     with files.replacing(os.path.abspath(path)) as file, av.open(file.name, "w", "mp4") as container:
-        _lock(file)  # while it is written, see _sweep
+        files.lock(file)  # while it is written, see _sweep
         stream = container.add_stream("libx264", Fraction(fps).limit_denominator(1001), options)
         context, pts = stream.codec_context, -1
         context.pix_fmt, context.color_range = "gray", av.video.reformatter.ColorRange.JPEG
@@ -480,19 +479,8 @@ def _jobs(parts, out):
 def _alone(out):
     """Only one process at a time is in here."""
     with open(os.path.join(out, ".lock"), "w") as lock:
-        _lock(lock)
+        files.lock(lock)
         yield
-
-
-def _lock(file, wait=True):
-    """Lock an open file for this process; False if another has it and `wait` is False."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        pass
-    return True
 
 
 def _agree(out, settings, there):
@@ -521,7 +509,7 @@ def _sweep(out, targets):
                 there.add(path)
             elif path.endswith(".tmp") and re.sub(r"\.\d+-\d+\.tmp$", "", path) in targets:
                 with suppress(FileNotFoundError), open(path) as half:
-                    if _lock(half, wait=False):
+                    if files.lock(half, wait=False):
                         os.unlink(path)
     return there
 
