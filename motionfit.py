@@ -540,13 +540,13 @@ def target(args, run, kinds, models):
     data, scale = modality.with_flow(data, args.data, args.root, args.flow, run, kinds, models)
     chosen = datasets.labelled(data, args.ratio, args.per_class, args.seed, args.labelled_list)
     videos = data.train.subset(chosen)
-    held = held_out(videos, args.holdout, args.seed)
+    learn, held = split(videos, args)
     run.say(f"{data.name}: {len(data.classes)} classes, {len(videos)} of {len(data.train)} training videos, "
-            f"{held.sum()} of them held out, {len(data.test)} test videos")  # fmt: skip
+            f"{len(held)} of them held out, {len(data.test)} test videos")  # fmt: skip
     for note in data.notes:
         run.say(note)
     run.write("labelled.txt", datasets.as_list(videos))
-    return data, videos.subset(np.flatnonzero(~held)), videos.subset(np.flatnonzero(held)), scale
+    return data, learn, held, scale
 
 
 def source(args, run, kinds, models):
@@ -573,6 +573,12 @@ def source(args, run, kinds, models):
     for note in data.notes:
         run.say(note)
     return data, videos, scale
+
+
+def split(videos, args):
+    """(videos to learn from, videos for validation)."""
+    held = held_out(videos, args.holdout, args.seed)
+    return videos.subset(np.flatnonzero(~held)), videos.subset(np.flatnonzero(held))
 
 
 def held_out(videos, share, seed):
@@ -726,13 +732,12 @@ def pseudo_clips(videos, labels, args):
     """(Training clips with their pseudo-labels, the videos held out, whose label is that of the middle)."""
     readable = np.flatnonzero(np.diff(labels.first))
     videos = replace(videos, labels=np.arange(len(videos))).subset(readable)  # their own labels are gone
-    held = held_out(videos, args.holdout, args.seed)
-    validation, videos = (videos.subset(np.flatnonzero(which)) for which in (held, ~held))
-    middle = [labels.of(i)[len(labels.of(i)) // 2] for i in validation.labels]
+    videos, held = split(videos, args)
+    middle = [labels.of(i)[len(labels.of(i)) // 2] for i in held.labels]
     streams = partial(Labelled, pseudo=labels, neighbours=args.neighbours)
     view = partial(train_views, args=args, kinds=("rgb",), labelled=True)
     clips = Clips(videos, partial(Labelled.draw, args=args), view, args.seed, open=streams)
-    return clips, replace(validation, labels=np.array(middle, dtype=np.int64))
+    return clips, replace(held, labels=np.array(middle, dtype=np.int64))
 
 
 def recipe_of(kind, args, scale):
@@ -769,8 +774,8 @@ def pseudo(args, run):
     dense = Dense(**vars(recipe) | dict(clips=64 if slow else 8, crops=1, uniform=0, hop=hop))
     digest = datasets.digest(videos, range(len(videos)))
     identity = {"generator": digest_of(net), "source": digest}
-    folder, call = Path(args.features or run.out / "features"), partial(mean_features, net)
-    found = features.extract(folder, net, call, videos, dense, run, args.workers, identity)
+    folder = Path(args.features or run.out / "features")
+    found = features.extract(folder, net, net.embed, videos, dense, run, args.workers, identity)
     if found is None:
         return
     if len(found.bad) > args.max_bad * len(videos):
@@ -780,17 +785,9 @@ def pseudo(args, run):
     if args.granularity != "clip":
         segment = run.on_main(write_segments, run.out / "segments.npy", found, args)
         rows = np.load(run.out / "segments.npy", mmap_mode="r")
-    means = KMeans(rows, args.clusters, args.seed, run)
-    iterations = range(run.resume(identity, samples=False, kmeans=means), args.iterations)  # D8
-    for i in tqdm(iterations, "k-means", leave=False, disable=not (run.main and sys.stderr.isatty())):
-        row = means.step()
-        run.log({"step": i, "eval": "kmeans", **row})  # the inertia after i iterations
-        run.save(i + 1, identity, kmeans=means)
-        if run.told_to_stop():
-            run.say(f"stopped by a signal after iteration {i + 1} of K-means")
-            return
-        if not row["moved"]:
-            break
+    means = cluster(args, run, rows, identity)
+    if means is None:
+        return
     y = means.assign()[segment]
     about = dict(clusters=args.clusters, frames=recipe.frames, stride=recipe.stride, hop=hop,
                  granularity=args.granularity, fewer=int(recipe.modality == "field"), videos=digest,
@@ -802,21 +799,38 @@ def pseudo(args, run):
                 "purity": purity(y, np.repeat(videos.labels, found.counts, axis=0)), **counts})  # fmt: skip
 
 
+def cluster(args, run, rows, identity):
+    """KMeans of the rows at its end (D8), gone on with from last.pt; None if a signal has stopped it."""
+    means = KMeans(rows, args.clusters, args.seed, run)
+    iterations = range(run.resume(identity, samples=False, kmeans=means), args.iterations)
+    for i in tqdm(iterations, "k-means", leave=False, disable=not (run.main and sys.stderr.isatty())):
+        row = means.step()
+        run.log({"step": i, "eval": "kmeans", **row})  # the inertia after i iterations
+        run.save(i + 1, identity, kmeans=means)
+        if run.told_to_stop():
+            run.say(f"stopped by a signal after iteration {i + 1} of K-means")
+            return None
+        if not row["moved"]:
+            break
+    return means
+
+
 def selftrain(args, run):
     """Stage 3 (Sec. 3.2): M_RGB learns the pseudo-labels of the source; in MERS the generator's features."""
     args = of_stage(args, "selftrain")
     if args.transfer == "mers":
         path, teacher, its, learned = load_generator(args, run)
         data, videos, scale = source(args, run, ("rgb", its.modality), {path: its})
-        held = videos.subset([])  # nothing to validate, but the same videos to learn from
-        videos = videos.subset(np.flatnonzero(~held_out(videos, args.holdout, args.seed)))
-        clips = training_clips(videos, args, ("rgb", its.modality), scale)
-        recipes, learn, K = (recipe_of("rgb", args, scale), its), "features", 1
+        clips = training_clips(split(videos, args)[0], args, ("rgb", its.modality), scale)
+        held = videos.subset([])  # MERS has nothing to validate, but learns from the same videos
+        recipe = recipe_of("rgb", args, scale)
+        recipes, learn, K = (recipe, its), "features", 1
     else:
         data, videos, scale = source(args, run, ("rgb",), {})
         labels, teacher = load_pseudo(args, run, videos), None
         clips, held = pseudo_clips(videos, labels, args)
-        recipes = (Middle(**vars(recipe_of("rgb", args, scale)), pseudo=labels),)
+        recipe = recipe_of("rgb", args, scale)
+        recipes = (Middle(**vars(recipe), pseudo=labels),)
         learned, learn, K = labels.learned, "pseudo", labels.clusters
     taught = digest_of(teacher) if teacher else hashlib.sha256(labels.labels.tobytes()).hexdigest()
     run.write("labelled.txt", datasets.as_list(clips.videos))
@@ -827,7 +841,7 @@ def selftrain(args, run):
     wrapped = Network(net, args.multi_clips, args.lam < 1, args.neighbours)
     if fit(args, run, wrapped, clips, recipes, held, learn, teacher, taught=taught):
         if run.main:
-            recipe, names = recipe_of("rgb", args, scale), [f"cluster {k}" for k in range(K)]
+            names = [f"cluster {k}" for k in range(K)]
             evaluate.save_model(run.out / "model.pt", net, made, names, recipe, learned=learned)
         run.result({"script": run.script, "data": Path(args.data).name, "stage": "selftrain",
                     "source": data.name, "transfer": args.transfer, "clusters": K,
@@ -857,31 +871,6 @@ def finetune(args, run):
         mine = {*learned.get(kind_of(data), []), *stems(videos, held)}
         learned = learned | {kind_of(data): sorted(mine)}
         finish(args, run, net, made, data, recipe, learned, transfer=args.transfer)
-
-
-def retrieve(args, run):
-    """Clip retrieval (Sec. 4.5, Table 7): clips of the test videos ask for those of the training videos."""
-    data = datasets.load(args.data, args.root, args.split)
-    if data.multilabel:
-        raise UserError(f"{data.name} has several labels per video, which retrieval does not know")
-    path = start_of(args)
-    if path and path not in backbones.PUBLISHED:
-        net, recipe, _ = load(args, run, path, "selftrain")
-    else:
-        net, _ = build(args, args.net, len(data.classes), "rgb", run, path)
-        net, recipe = run.place(net), recipe_of("rgb", of_stage(args, "finetune"), (0, 0))
-    if recipe.modality != "rgb":
-        raise UserError(f"{path} sees flow: retrieval is for a network that sees RGB")
-    recipe, call = replace(recipe, clips=args.clips, crops=1, uniform=0), partial(max_features, net)
-    found, identity = [], {"weights": digest_of(net), "pooled": "max"}
-    for part, videos in (("train", data.train), ("test", data.test)):
-        folder = run.out / part
-        found.append(features.extract(folder, net, call, videos, recipe, run, args.workers, identity))
-        if found[-1] is None:
-            return
-    row = run.on_main(recalls, args, run, data, recipe, *found)
-    counts = {"videos": len(data.test), "unreadable": len(found[1].bad), "seconds": round(run.seconds)}
-    run.result({"script": run.script, "data": data.name, "stage": "retrieve", **row, **counts})
 
 
 # -------------------------------------------------------------------------------- training
@@ -1068,13 +1057,36 @@ def load_pseudo(args, run, videos):
     return found
 
 
-def mean_features(net, x):
-    """(B, D) float32: the mean of the last stage over time and space (D7)."""
-    return net.features(x)[-1].float().mean((2, 3, 4))
+# -------------------------------------------------------------------------------- retrieval
+
+
+def retrieve(args, run):
+    """Clip retrieval (Sec. 4.5, Table 7): clips of the test videos ask for those of the training videos."""
+    data = datasets.load(args.data, args.root, args.split)
+    if data.multilabel:
+        raise UserError(f"{data.name} has several labels per video, which retrieval does not know")
+    path = start_of(args)
+    if path and path not in backbones.PUBLISHED:
+        net, recipe, _ = load(args, run, path, "selftrain")
+    else:
+        net, _ = build(args, args.net, len(data.classes), "rgb", run, path)
+        net, recipe = run.place(net), recipe_of("rgb", of_stage(args, "finetune"), (0, 0))
+    if recipe.modality != "rgb":
+        raise UserError(f"{path} sees flow: retrieval is for a network that sees RGB")
+    recipe, call = replace(recipe, clips=args.clips, crops=1, uniform=0), partial(max_features, net)
+    found, identity = [], {"weights": digest_of(net), "pooled": "max"}
+    for part, videos in (("train", data.train), ("test", data.test)):
+        folder = run.out / part
+        found.append(features.extract(folder, net, call, videos, recipe, run, args.workers, identity))
+        if found[-1] is None:
+            return
+    row = run.on_main(recalls, args, run, data, recipe, *found)
+    counts = {"videos": len(data.test), "unreadable": len(found[1].bad), "seconds": round(run.seconds)}
+    run.result({"script": run.script, "data": data.name, "stage": "retrieve", **row, **counts})
 
 
 def max_features(net, x):
-    """(B, D) float32: its maximum (Sec. 4.5)."""
+    """(B, D) float32: the maximum of the last stage over time and space (Sec. 4.5)."""
     return net.features(x)[-1].float().amax((2, 3, 4))
 
 

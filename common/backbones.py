@@ -228,8 +228,8 @@ class Backbone(nn.Module):
         return self
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, D) average of the last stage over time and space; D is `net.fc.in_features`."""
-        return self.features(x)[-1].mean((2, 3, 4))
+        """(B, D) float32 average of the last stage over time and space; D is `net.fc.in_features`."""
+        return self.features(x)[-1].float().mean((2, 3, 4))  # bfloat16 has 8 bits, too few for distances
 
     def classify(self, f: torch.Tensor) -> torch.Tensor:
         """(B, K) logits from the last stage's output f (B, D, T', H', W')."""
