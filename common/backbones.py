@@ -5,6 +5,7 @@
     net.features(x)   list of the outputs of the four stages, each (B, C', T', H', W')
     net.embed(x)      (B, D) the average of the last stage over time and space
     net.classify(f)   (B, K) logits of the last stage's output f: net(x) is net.classify(net.features(x)[-1])
+    net.head(z)       (B, K) logits of the embedding z
     net.freeze(2)     the first two stages, the stem with the first, learn nothing from here on
 
 resnet3d{10,18,34,50,101} is the slow-only 3D-ResNet of Feichtenhofer et al., SlowFast Networks for
@@ -42,16 +43,27 @@ are 0 at the start: then it changes nothing, and torchvision's weights of S3D me
 there. The paper has no 2; it is a factor on the weights of the next layer. The clips must have 5 frames
 and 17 x 17 pixels at least.
 
-What rebuilds a network is plain values: build(name, classes, in_channels, width, dropout, bn_eps).
+swin3d_{t,s,b} is the Video Swin Transformer of Liu et al., CVPR 2022, of torchvision's parts: tokens of 2
+frames and 4 x 4 pixels, and attention in windows of 8 x 7 x 7 tokens, every second time shifted by half of
+one. A stage is its blocks and, before them, the patch merging that halves height and width; the output of
+the last has gone through the final layer norm. Stochastic depth rises to 0.1 in all three, as torchvision's.
+
+Any of them can have an adapter (Houlsby et al., Parameter-Efficient Transfer Learning for NLP, ICML 2019)
+between the embedding and the last layer, see `Adapter`.
+
+What rebuilds a network is plain values: build(name, classes, in_channels, width, dropout, bn_eps, adapter).
 """
 
 import http.client
 import os
 import re
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlparse
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet
 from torchvision.models.video.resnet import (
@@ -62,6 +74,13 @@ from torchvision.models.video.resnet import (
     R3D_18_Weights,
 )
 from torchvision.models.video.s3d import S3D_Weights, SepInceptionBlock3D, TemporalSeparableConv
+from torchvision.models.video.swin_transformer import (
+    PatchEmbed3d,
+    Swin3D_B_Weights,
+    Swin3D_S_Weights,
+    Swin3D_T_Weights,
+    SwinTransformer3d,
+)
 from torchvision.ops import Conv3dNormActivation
 
 from common import UserError, files
@@ -81,7 +100,7 @@ NAMES += tuple(
     for suffix in ("", "-pool")
     for depth in (10, 18, 34)
 )
-NAMES += ("s3dg",)
+NAMES += ("s3dg", "swin3d_t", "swin3d_s", "swin3d_b")
 
 # Weights that torchvision publishes, by the word that asks for them.
 IMAGENET = {
@@ -96,8 +115,13 @@ PUBLISHED = {
         "r3d_18": R3D_18_Weights.KINETICS400_V1,
         "r2plus1d_18": R2Plus1D_18_Weights.KINETICS400_V1,
         "s3dg": S3D_Weights.KINETICS400_V1,
+        "swin3d_t": Swin3D_T_Weights.KINETICS400_V1,
+        "swin3d_s": Swin3D_S_Weights.KINETICS400_V1,
+        "swin3d_b": Swin3D_B_Weights.KINETICS400_V1,
     },
 }
+# Frames of a clip and clips of a video in torchvision's tests on Kinetics, by the family.
+CLIPS = {"r3d": (16, 5), "r2plus1d": (16, 5), "s3dg": (128, 1), "swin3d": (32, 12)}
 
 
 def build(
@@ -108,6 +132,8 @@ def build(
     dropout: float = 0.0,
     weights: str | None = None,
     bn_eps: float | None = None,
+    adapter: int = 0,
+    names: Sequence[str] | None = None,
 ) -> nn.Module:
     """A network by its name (one of NAMES), initialised from torch's default generator.
 
@@ -115,14 +141,18 @@ def build(
         classes: number of logits K.
         in_channels: C of the clips: 3 for RGB, 10 for a stack of five flows, ...
         width: factor on the channels of every layer, the stem included (1/4 has about 1/16 of the
-            parameters).
+            parameters). It must leave swin3d whole heads, of which t and s have 3 in the first stage and b 4.
         dropout: probability before the last layer, in training only (SlowFast trains with 0.5).
         weights: what to start from, a file, "imagenet" or "kinetics", see `load_weights`.
         bn_eps: epsilon of every batch norm (the code of Learning from Temporal Gradient has 1e-3); None is
-            the network's own, 1e-3 for s3dg and 1e-5 for all others.
+            the network's own, 1e-3 for s3dg and 1e-5 for all others. swin3d has no batch norm.
+        adapter: hidden units of an `Adapter` between the embedding and the last layer; 0 for none.
+        names: of the classes, in their order, to know published ones by, see `load_weights`.
+
+    The network's `new_fc` says whether its last layer is not from `weights`.
 
     Raises:
-        UserError: unknown name, impossible width, dropout or epsilon, unfit weights.
+        UserError: unknown name, impossible width, dropout, epsilon or adapter, unfit weights.
     """
     if name not in NAMES:
         raise UserError(f"there is no backbone {name!r}: choose one of {', '.join(NAMES)}")
@@ -132,6 +162,8 @@ def build(
         raise UserError(f"a dropout of {dropout} is not in [0, 1)")
     if bn_eps is not None and not 0 < bn_eps < 1:
         raise UserError(f"a batch-norm epsilon of {bn_eps} is not between 0 and 1")
+    if adapter < 0:
+        raise UserError(f"an adapter cannot have {adapter} units")
     family, depth, suffix = re.fullmatch(r"(.*?)(\d*)-?(small|pool)?", name).groups()
     family, more = FAMILIES[family], {}
     if depth:
@@ -139,10 +171,12 @@ def build(
         more["pool"] = suffix == "pool" if issubclass(family, R3D) else suffix != "small"
     net = family(classes=classes, in_channels=in_channels, width=width, dropout=dropout, **more)
     net.name = name
+    if adapter:  # drawn last: for one seed the rest starts as without it
+        net.adapter = Adapter(net.fc.in_features, adapter)
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eps = family.BN_EPS if bn_eps is None else bn_eps
-    net.new_fc = weights is None or not load_weights(net, weights)
+    net.new_fc = weights is None or not load_weights(net, weights, names)
     return net
 
 
@@ -184,6 +218,28 @@ class Block(nn.Module):
         return self.relu(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
+class Adapter(nn.Module):
+    """Residual bottleneck z + drop(up(SiLU(down(z)))) of an embedding z (B, D), with `hidden` units.
+
+    The weight and bias of `up` start at 0, and then it gives z back.
+    """
+
+    def __init__(self, width, hidden, dropout=0.0):
+        super().__init__()
+        self.down = nn.Linear(width, hidden)
+        self.up = nn.Linear(hidden, width)
+        self.drop = nn.Dropout(dropout)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def change(self, z: torch.Tensor) -> torch.Tensor:
+        """(B, D), what `forward` adds to z before dropout."""
+        return self.up(F.silu(self.down(z)))
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return z + self.drop(self.change(z))
+
+
 class Backbone(nn.Module):
     """What the families share; each has its `features`, `dropout` and `fc`."""
 
@@ -191,6 +247,10 @@ class Backbone(nn.Module):
     STAGES = ("stem", "layer1"), ("layer2",), ("layer3",), ("layer4",)  # children that make up each
     BN_EPS = 1e-5  # where `build` is given none
     frozen = 0  # stages at rest
+
+    def __init__(self):
+        super().__init__()
+        self.adapter = nn.Identity()  # for `build` to replace
 
     def _initialise(self, fc_std=0.01):
         """He normal by fan out, last layer normal; SlowFast's blocks have their last batch norm 0."""
@@ -206,8 +266,8 @@ class Backbone(nn.Module):
     def freeze(self, stages: int) -> "Backbone":
         """Put the first `stages` of the four at rest and let the others learn; returns the network.
 
-        At rest, parameters have no gradient and batch norms are in eval mode, whatever `train` is told.
-        To be called before DistributedDataParallel and the optimizer look at the parameters.
+        At rest, parameters have no gradient, and batch norms and stochastic depth are in eval mode, whatever
+        `train` is told. To be called before DistributedDataParallel and the optimizer look at the parameters.
 
         Raises:
             UserError: not a number from 0 to 4.
@@ -231,9 +291,13 @@ class Backbone(nn.Module):
         """(B, D) float32 average of the last stage over time and space; D is `net.fc.in_features`."""
         return self.features(x)[-1].float().mean((2, 3, 4))  # bfloat16 has 8 bits, too few for distances
 
+    def head(self, z: torch.Tensor) -> torch.Tensor:
+        """(B, K) logits from the embedding z (B, D): adapter, dropout, last layer."""
+        return self.fc(self.dropout(self.adapter(z)))
+
     def classify(self, f: torch.Tensor) -> torch.Tensor:
         """(B, K) logits from the last stage's output f (B, D, T', H', W')."""
-        return self.fc(self.dropout(f.mean((2, 3, 4))))
+        return self.head(f.mean((2, 3, 4)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classify(self.features(x)[-1])
@@ -446,7 +510,12 @@ class TSN(Backbone):
         return stages
 
     def classify(self, f: torch.Tensor) -> torch.Tensor:
-        """(B, K), the mean of the frames' logits (segment consensus); each frame has its own dropout."""
+        """(B, K), the mean of the frames' logits (segment consensus); each frame has its own dropout.
+
+        An adapter sees the mean of the frames, as in all networks.
+        """
+        if isinstance(self.adapter, Adapter):
+            return super().classify(f)
         z = f.mean((3, 4)).transpose(1, 2)  # (B, T, D)
         return self.fc(self.dropout(z)).mean(1)
 
@@ -551,6 +620,65 @@ class S3DG(Backbone):
         return stages
 
 
+class Swin3D(Backbone):
+    """Video Swin, for one seed torchvision's; layer1 to layer4 hold its features under their numbers."""
+
+    FIRST = "patch_embed.proj.weight"
+    STAGES = ("patch_embed", "layer1"), ("layer2",), ("layer3",), ("layer4", "norm")
+    BLOCKS3 = 6  # in the third stage; the others have 2
+    HEADS = 3  # in the first stage, each of 32 channels; every stage has twice the heads of the last
+
+    def __init__(self, classes, in_channels=3, width=1.0, dropout=0.0):
+        super().__init__()
+        heads = round(self.HEADS * width, 2)  # 0.333 is a third
+        if heads < 1 or heads % 1:
+            raise UserError(
+                f"a width of {width} leaves swin3d {heads:g} heads for {self.HEADS}: a whole number is needed"
+            )
+        heads = int(heads)
+        whole = SwinTransformer3d(
+            patch_size=[2, 4, 4],
+            embed_dim=32 * heads,
+            depths=[2, 2, self.BLOCKS3, 2],
+            num_heads=[heads, 2 * heads, 4 * heads, 8 * heads],
+            window_size=[8, 7, 7],
+            num_classes=classes,
+            patch_embed=partial(PatchEmbed3d, in_channels=in_channels),
+        )
+        self.patch_embed = whole.patch_embed
+        # A slice of a Sequential keeps the numbers; the odd ones are the patch mergings.
+        self.layer1, self.layer2 = whole.features[:1], whole.features[1:3]
+        self.layer3, self.layer4 = whole.features[3:5], whole.features[5:]
+        self.norm = whole.norm
+        self.dropout = nn.Dropout(dropout)
+        self.fc = whole.head
+
+    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Outputs of layer1 to layer4, the last one normalised, each (B, C', T', H', W').
+
+        T' is T/2; H' is H/4, H/8, H/16 and H/32, and so is W'; all rounded up.
+        """
+        x = self.patch_embed(x)  # (B, T', H', W', C')
+        stages = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            stages.append(x)
+        stages[-1] = self.norm(x)
+        return [x.permute(0, 4, 1, 2, 3) for x in stages]
+
+
+class Swin3DS(Swin3D):
+    """Video Swin small; see the top of this file."""
+
+    BLOCKS3 = 18
+
+
+class Swin3DB(Swin3DS):
+    """Video Swin base; see the top of this file."""
+
+    HEADS = 4
+
+
 FAMILIES = {
     "resnet3d": ResNet3D,
     "r3d_": R3D,
@@ -559,6 +687,9 @@ FAMILIES = {
     "tsm": TSM,
     "tsn": TSN,
     "s3dg": S3DG,
+    "swin3d_t": Swin3D,
+    "swin3d_s": Swin3DS,
+    "swin3d_b": Swin3DB,
 }
 
 
@@ -573,15 +704,12 @@ def fetch(name: str, weights: str) -> Path:
     """
     if weights not in PUBLISHED:
         return Path(weights)
-    published, base = PUBLISHED[weights], name.partition("-")[0]  # the suffix changes no tensor
-    if base not in published:
-        only = ", ".join(published)
-        raise UserError(f"torchvision has no {weights} weights for {name}, only for {only}: a file is needed")
-    url = published[base].url
+    published = _published(name, weights)
+    url = published.url
     path = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
     if not path.exists():
         try:
-            published[base].get_state_dict(progress=False, check_hash=True, weights_only=True)
+            published.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
             reason = " ".join(str(error).split())[:160] or type(error).__name__
             raise UserError(
@@ -590,21 +718,62 @@ def fetch(name: str, weights: str) -> Path:
     return path
 
 
-def load_weights(net: Backbone, source: str) -> bool:
+def published_input(name: str, weights: str = "kinetics") -> dict:
+    """What torchvision shows a network of published weights in its test, as plain values of evaluate.Recipe.
+
+    The clips are those of its documented scores, at 15 frames a second, which is every second frame of 30;
+    the pictures are resized, cut in the middle and normalised as by the weights' own transforms.
+
+    Raises:
+        UserError: nothing is published for this network, or weights of pictures, which have no clips.
+    """
+    if weights != "kinetics":
+        raise UserError(f"torchvision has no clips for {weights} weights, only for kinetics")
+    view = _published(name, weights).transforms()
+    frames, clips = CLIPS[name.partition("_")[0]]
+    return dict(
+        frames=frames,
+        stride=2,
+        clips=clips,
+        crops=1,
+        short_side=view.resize_size[0],
+        size=view.crop_size[0],
+        stretch=tuple(view.resize_size) if len(view.resize_size) == 2 else (),
+        mean=tuple(view.mean),
+        std=tuple(view.std),
+    )
+
+
+def _published(name, weights):
+    """torchvision's entry of the `weights`, a word of PUBLISHED, for a network; UserError if it has none."""
+    published, base = PUBLISHED[weights], name.partition("-")[0]  # the suffix changes no tensor
+    if base not in published:
+        only = ", ".join(published)
+        raise UserError(f"torchvision has no {weights} weights for {name}, only for {only}: a file is needed")
+    return published[base]
+
+
+def load_weights(net: Backbone, source: str, names: Sequence[str] | None = None) -> bool:
     """Fill a network of `build` with weights from `source`; whether its last layer is from there, too.
 
-    source: a file, which is a model.pt of a run or a bare state_dict saved by torch.save; or what
-    torchvision publishes, "imagenet" (the ResNets' IMAGENET1K_V1) or "kinetics", see `PUBLISHED` and `fetch`.
+    source: a file, which is a model.pt of a run, a bare state_dict saved by torch.save or a checkpoint that
+    has one as "state_dict"; or what torchvision publishes, "imagenet" (the ResNets' IMAGENET1K_V1) or
+    "kinetics", see `PUBLISHED` and `fetch`. names: of the network's classes, in their order.
 
     - Prefixes of DistributedDataParallel and torch.compile are taken off the names.
     - A 2D ResNet's tensors are inflated for resnet3d and i3d: every kernel is repeated along time and
       divided by its number of frames (Carreira and Zisserman 2017), so that a clip of one picture gives
       what the picture gave.
-    - torchvision's tensors of S3D go to s3dg, whose gates stay as they start.
+    - torchvision's tensors of S3D go to s3dg, whose gates stay as they start, and those of Video Swin to
+      swin3d.
+    - MMAction2's tensors of TSN go to tsn, and those of TSM to tsm. Not to each other: there a shifted
+      convolution has a name of its own, and so its TSM of ResNet-101, with half of them, is refused.
+    - An adapter of which the file has nothing stays as it starts.
     - A first convolution for another number of input channels is averaged over its channels and
       repeated (Mutual Modality Learning, section 2.1).
     - A last layer for another number of classes, or none, leaves the network's own, and says so; so does
-      one of "imagenet" or "kinetics", whose classes are others even where their number is the same.
+      one of "imagenet" or "kinetics", whose classes are others even where their number is the same, unless
+      `names` are its classes: then its rows are put in their order.
 
     Everything else must fit name by name and shape by shape. Nothing in the file is executed.
 
@@ -614,24 +783,30 @@ def load_weights(net: Backbone, source: str) -> bool:
     path = fetch(net.name, source)
     state = files.load(path)
     if isinstance(state, dict):
-        state = state.get("net", state)
+        state = state.get("net", state.get("state_dict", state))
     if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
         raise UserError(f"{path} holds no network: a model.pt or a saved state_dict is right")
     state = {_plain(key): value for key, value in state.items()}
 
     own = net.state_dict()
     first, last = net.FIRST, {"fc.weight", "fc.bias"}
-    if isinstance(net, S3DG) and "features.0.0.0.weight" in state:
-        state = _gated(state, own)
+    if isinstance(net, (S3DG, Swin3D)) and any(key.startswith("features.") for key in state):
+        state = _staged(state, own)
+    if isinstance(net, TSN) and "backbone.conv1.conv.weight" in state:
+        state = _mmaction(state, own, net.SHIFT)
+    rows = None
     if source in PUBLISHED:
-        state = {key: value for key, value in state.items() if key not in last}
+        rows = _rows(_published(net.name, source).meta["categories"], names or ())
+        if rows is None:
+            state = {key: value for key, value in state.items() if key not in last}
     if isinstance(net, ResNet3D) and "conv1.weight" in state:
         state = _inflate(state, own)
     c_in = own[first].shape[1]
     if first in state and state[first].dim() == own[first].dim() and state[first].shape[1] != c_in:
         state[first] = state[first].float().mean(1, keepdim=True).repeat_interleave(c_in, dim=1)
-    # Files of old versions of torch lack these counts, which nothing here reads.
-    state = {key: own[key] for key in own if key.endswith("num_batches_tracked")} | state
+    # Files of old versions of torch lack the counts, which nothing here reads.
+    spare = [key for key in own if key.endswith("num_batches_tracked") or key.startswith("adapter.")]
+    state = {key: own[key] for key in spare} | state
 
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     wanted = {key: tuple(value.shape) for key, value in own.items()}
@@ -643,6 +818,8 @@ def load_weights(net: Backbone, source: str) -> bool:
         state |= {key: own[key] for key in last}
         if os.environ.get("RANK", "0") == "0":
             print(f"{path}: the last layer is not for these classes and starts afresh")
+    elif rows is not None:
+        state |= {key: state[key][rows] for key in last}
     net.load_state_dict(state)
     return not wrong
 
@@ -666,13 +843,39 @@ def _inflate(state, own):
     return inflated
 
 
-def _gated(state, own):
-    """The tensors of torchvision's S3D by the names of S3DG's, `own`, and with its gates."""
+def _staged(state, own):
+    """torchvision's tensors of S3D or Video Swin by the names of `own`, with S3DG's gates."""
     names = {re.sub(r"^layer\d", "features", key): key for key in own}
-    names |= {"classifier.1.weight": "fc.weight", "classifier.1.bias": "fc.bias"}
-    gated = {key: value for key, value in own.items() if ".gate." in key}
+    for kind in ("weight", "bias"):
+        names |= {f"{last}.{kind}": f"fc.{kind}" for last in ("classifier.1", "head")}
+    staged = {key: value for key, value in own.items() if ".gate." in key}
     for key, value in state.items():
         if key == "classifier.1.weight" and value.dim() == 5:  # (K, D, 1, 1, 1)
             value = value[..., 0, 0, 0]
-        gated[names.get(key, key)] = value
-    return gated
+        staged[names.get(key, key)] = value
+    return staged
+
+
+def _mmaction(state, own, shift):
+    """MMAction2's tensors of TSN, or with `shift` of TSM, by the names of `own`."""
+    names = {f"cls_head.fc_cls.{kind}": f"fc.{kind}" for kind in ("weight", "bias")}
+    for key in own:  # layer1.0.bn2.bias is backbone.layer1.0.conv2.bn.bias there
+        theirs = re.sub(r"\b(conv|bn)(\d)\.", r"conv\2.\1.", key)
+        theirs = theirs.replace("downsample.0", "downsample.conv").replace("downsample.1", "downsample.bn")
+        if shift:  # conv1 of every block
+            theirs = theirs.replace(".conv1.conv.", ".conv1.conv.net.")
+        names[f"backbone.{theirs}"] = key
+    return {names.get(key, key): value for key, value in state.items()}
+
+
+def _rows(theirs, names):
+    """Where each of `names` is among the classes `theirs`; None if these are not the same, one to one.
+
+    Classes of Kinetics are spelt in many ways: only letters, in lower case, and digits count.
+    """
+
+    def plain(name):
+        return re.sub("[^a-z0-9]", "", name.lower())
+
+    place, ours = {plain(name): i for i, name in enumerate(theirs)}, [plain(name) for name in names]
+    return [place[name] for name in ours] if sorted(ours) == sorted(place) else None

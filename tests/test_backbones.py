@@ -19,10 +19,26 @@ from torchvision.models.video import (
     r2plus1d_18,
     r3d_18,
     s3d,
+    swin3d_b,
+    swin3d_s,
+    swin3d_t,
 )
+from torchvision.models.video.swin_transformer import SwinTransformer3d
+from torchvision.ops import StochasticDepth
 
-from common import UserError
-from common.backbones import BLOCKS, NAMES, Block, Gate, Shift, build, fetch
+from common import UserError, evaluate
+from common.backbones import (
+    BLOCKS,
+    NAMES,
+    PUBLISHED,
+    Adapter,
+    Block,
+    Gate,
+    Shift,
+    build,
+    fetch,
+    published_input,
+)
 
 SLOW = [name for name in NAMES if name.startswith("resnet3d")]
 R3D = [name for name in NAMES if name.startswith("r3d_")]
@@ -178,9 +194,9 @@ def test_r2plus1d_18_starts_as_torchvisions_and_computes_what_it_computes():
 
 
 def test_names():
-    assert len({*NAMES}) == len(NAMES) == 53
+    assert len({*NAMES}) == len(NAMES) == 56
     assert {"tsm50", "tsm101", "tsn50", "i3d50", "tsm18-small", "i3d10-small"} <= {*NAMES}
-    assert {"r2plus1d_34", "r2plus1d_10-pool", "s3dg"} <= {*NAMES}
+    assert {"r2plus1d_34", "r2plus1d_10-pool", "s3dg", "swin3d_t", "swin3d_s", "swin3d_b"} <= {*NAMES}
 
 
 def test_i3d_r50_has_the_published_parameters():
@@ -386,6 +402,52 @@ def test_gates_act_on_the_ends_of_the_branches():
     assert torch.allclose(net.features(x)[0], 2 * want) and want.any()
 
 
+@pytest.mark.parametrize("name, model", [("t", swin3d_t), ("s", swin3d_s), ("b", swin3d_b)])
+def test_swin3d_has_torchvisions_tensors(name, model):
+    """Documented: 28,158,070, 49,816,678, 88,048,984 parameters; for t 43.88 G multiply-adds of 16 frames."""
+    meta = PUBLISHED["kinetics"][f"swin3d_{name}"].meta
+    with torch.device("meta"):
+        net, theirs = build(f"swin3d_{name}", 400), model()
+    assert parameters(net) == meta["num_params"]
+    assert [v.shape for v in net.state_dict().values()] == [v.shape for v in theirs.state_dict().values()]
+    depths = [[m.p for m in n.modules() if isinstance(m, StochasticDepth)] for n in (net, theirs)]
+    assert depths[0] == depths[1] and depths[0][-1] == 0.1
+    if name == "t":
+        assert macs(net.eval(), 224, frames=16) == pytest.approx(meta["_ops"] * 1e9, rel=1e-3)
+
+
+def tiny_swin():
+    """torchvision's transformer as its swin3d_t has them, with a third of the heads."""
+    torch.manual_seed(3)
+    sizes = dict(embed_dim=32, depths=[2, 2, 6, 2], num_heads=[1, 2, 4, 8], window_size=[8, 7, 7])
+    return SwinTransformer3d([2, 4, 4], **sizes, num_classes=5).eval()
+
+
+@pytest.mark.parametrize("T, H, W", [(18, 40, 36), (1, 32, 32)])
+def test_swin3d_starts_as_torchvisions_and_computes_what_it_computes(T, H, W, tmp_path, capsys):
+    """Windows larger and smaller than the clip, the last of one token."""
+    theirs, x = tiny_swin(), torch.randn(1, 3, T, H, W, generator=torch.Generator().manual_seed(0))
+    net, want = tiny("swin3d_t", width=1 / 3, seed=3, dropout=0.5).eval(), []
+    for n in (0, 2, 4, 6):
+        theirs.features[n].register_forward_hook(lambda module, inputs, y: want.append(y))
+    with torch.no_grad():
+        logits, found = theirs(x), net.features(x)
+        want[3] = theirs.norm(want[3])
+        assert all(torch.equal(a, b.permute(0, 4, 1, 2, 3)) for a, b in zip(found, want, strict=True))
+        sides = [(-(-H // s), -(-W // s)) for s in (4, 8, 16, 32)]
+        sizes = [(1, 32 * 2**i, -(-T // 2), *side) for i, side in enumerate(sides)]
+        assert [f.shape for f in found] == sizes
+        assert torch.allclose(net(x), logits, atol=1e-6) and torch.equal(net(x), net.classify(found[-1]))
+        assert torch.allclose(net.fc(net.embed(x)), logits, atol=1e-6)
+        torch.save(theirs.state_dict(), tmp_path / "swin.pth")
+        loaded = tiny("swin3d_t", width=1 / 3, weights=tmp_path / "swin.pth").eval()
+        assert torch.equal(loaded(x), net(x)) and not loaded.new_fc and capsys.readouterr().out == ""
+    flow = tiny("swin3d_t", 7, width=0.333, in_channels=10, weights=tmp_path / "swin.pth")
+    assert flow.new_fc and same(flow, net, skip=["fc.", flow.FIRST]) and flow(clips(C=10)).shape == (2, 7)
+    mean = theirs.patch_embed.proj.weight.mean(1)
+    assert all(torch.allclose(kernel(flow)[:, c], mean, atol=1e-7) for c in range(10))
+
+
 @pytest.mark.parametrize("name", ["resnet3d18", "resnet3d50", "r3d_18", "i3d50", "tsm18", "tsm50", "s3dg"])
 def test_width_acts_on_every_layer(name):
     with torch.device("meta"):
@@ -536,6 +598,54 @@ def test_block_equals_a_naive_loop(bottleneck):
     assert torch.allclose(block(x[None])[0], want)
 
 
+# --------------------------------------------------------------------------------------- adapter
+
+
+def test_adapter_gives_back_what_it_gets_and_then_its_formula():
+    torch.manual_seed(0)
+    adapter, z = Adapter(6, 3, dropout=0.5).requires_grad_(False), torch.randn(4, 6)
+    assert torch.equal(adapter(z), z)
+    nn.init.normal_(adapter.up.weight)
+    nn.init.normal_(adapter.up.bias)
+    (W, a), (V, b) = ((layer.weight, layer.bias) for layer in (adapter.down, adapter.up))
+    hidden = [[sum(W[j, d] * z[i, d] for d in range(6)) + a[j] for j in range(3)] for i in range(4)]
+    for i, row in enumerate(adapter.change(z)):
+        for d in range(6):
+            want = b[d] + sum(V[d, j] * h / (1 + math.exp(-h)) for j, h in enumerate(hidden[i]))
+            assert row[d].item() == pytest.approx(want.item(), abs=1e-5)
+    added, change = adapter(z) - z, adapter.change(z)
+    kept = torch.isclose(added, 2 * change, atol=1e-6)
+    assert torch.equal(kept, added != 0) and 0 < kept.sum() < kept.numel()
+    assert torch.allclose(adapter.eval()(z), z + change)
+
+
+@pytest.mark.parametrize("name", ["resnet3d10", "r3d_10", "tsm10", "s3dg"])
+def test_network_with_an_adapter(name):
+    """For one seed it starts as the network without; the mean over time is before the adapter in all."""
+    x, plain, net = clips(T=5), tiny(name).eval(), tiny(name, adapter=7).eval()
+    D = net.fc.in_features
+    shapes = {"down.weight": (7, D), "down.bias": (7,), "up.weight": (D, 7), "up.bias": (D,)}
+    assert {k: v.shape for k, v in net.adapter.state_dict().items()} == shapes
+    assert net.state_dict().keys() - plain.state_dict().keys() == {f"adapter.{key}" for key in shapes}
+    assert not any("adapter" in key for key in plain.state_dict()) and same(plain, net)
+    assert torch.allclose(net(x), plain(x), atol=1e-6)
+    net.freeze(4)(x).log_softmax(1)[:, 0].sum().backward()
+    assert net.adapter.up.weight.grad.any() and net.adapter.up.bias.grad.any() and net.fc.weight.grad.any()
+    for p in net.adapter.parameters():
+        nn.init.normal_(p)
+    z = net.embed(x)
+    want = net.fc(z + net.adapter.up(nn.functional.silu(net.adapter.down(z))))
+    assert torch.allclose(net(x), want, atol=1e-5) and torch.equal(net.head(z), net.fc(net.adapter(z)))
+    assert not torch.allclose(want, plain(x), atol=1e-2)
+
+
+def test_head_drops_before_the_last_layer_and_the_adapter_nothing():
+    net = tiny(classes=32, dropout=0.5, adapter=4).train()
+    nn.init.eye_(net.fc.weight)
+    nn.init.ones_(net.adapter.up.bias)
+    assert {*net.head(torch.ones(9, 32)).flatten().tolist()} == {0, 4}
+
+
 # -------------------------------------------------------------------------------- initialisation
 
 
@@ -579,10 +689,10 @@ def test_gates_learn_from_the_start():
     assert len(gates) == 37 and all(m.weight.grad.any() and m.bias.grad.any() for m in gates)
 
 
-@pytest.mark.parametrize("name", [*TINY, "s3dg"])
+@pytest.mark.parametrize("name", [*TINY, "s3dg", "swin3d_b"])
 def test_gradients_reach_every_parameter(name):
     """DistributedDataParallel needs one for each; after a step none is zero."""
-    net = tiny(name, width=1 / 4 if name == "s3dg" else 1 / 16).train()
+    net = tiny(name, width=1 / 16 if name in TINY else 1 / 4).train()
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     for _ in range(3):
         optimizer.zero_grad()
@@ -608,7 +718,7 @@ def test_epsilon_is_every_batch_norms(name):
     with torch.device("meta"):
         net = build(name, 5, bn_eps=2e-3)
     norms = [m for m in net.modules() if isinstance(m, (nn.BatchNorm2d, nn.BatchNorm3d))]
-    assert {m.eps for m in norms} == {2e-3} and net.name == name
+    assert {m.eps for m in norms} == (set() if name.startswith("swin3d") else {2e-3}) and net.name == name
 
 
 @pytest.mark.parametrize("name", ["resnet3d10", "r3d_10", "tsm10", "s3dg"])
@@ -647,8 +757,13 @@ def test_names_of_tensors_are_stable():
         ("r3d_10-small", {}, "r3d_10-pool"),
         ("r3d_50", {}, "r3d_34"),
         ("r2plus1d_50", {}, "r2plus1d_34-pool"),
-        ("s3dg-pool", {}, "s3dg$"),
-        ("s3dg18", {}, "s3dg$"),
+        ("s3dg-pool", {}, "s3dg, "),
+        ("s3dg18", {}, "s3dg, "),
+        ("swin3d_l", {}, "swin3d_b$"),
+        ("swin3d_t", {"width": 0.25}, "width of 0.25 leaves swin3d 0.75 heads for 3"),
+        ("swin3d_b", {"width": 0.3}, "1.2 heads for 4"),
+        ("swin3d_s", {"width": 1.5}, "4.5 heads for 3"),
+        ("resnet3d10", {"adapter": -1}, "adapter cannot have -1 units"),
         ("r3d_10", {"bn_eps": 0.0}, "epsilon of 0.0"),
         ("s3dg", {"bn_eps": 1.0}, "epsilon of 1.0"),
         ("resnet3d10", {"bn_eps": float("nan")}, "epsilon of nan"),
@@ -670,6 +785,7 @@ STAGES = {
     "tsm10": [("conv1.", "bn1.", "layer1."), *LAYERS],
     "tsn10-small": [("conv1.", "bn1.", "layer1."), *LAYERS],
     "s3dg": [("layer1.",), *LAYERS],
+    "swin3d_b": [("patch_embed.", "layer1."), *LAYERS[:2], ("layer4.", "norm.")],
 }
 
 
@@ -688,7 +804,7 @@ def test_frozen_stages_stay_and_the_others_learn(name, stages):
     torch.optim.SGD(net.parameters(), 0.1, weight_decay=0.1).step()
     changed = {key for key, value in net.state_dict().items() if not torch.equal(value, before[key])}
     rest = sum(STAGES[name][:stages], ())
-    assert changed == {key for key in before if not key.startswith(rest)}
+    assert changed == {key for key in before if not key.startswith(rest) and "position_index" not in key}
     assert [n for n, p in net.named_parameters() if p.requires_grad == n.startswith(rest)] == []
 
 
@@ -785,6 +901,128 @@ def test_weights_of_torchvisions_s3d(hub, capsys):
     assert not any(value.any() for key, value in state.items() if ".gate." in key)
     with pytest.raises(UserError, match="fits another network"):
         tiny("s3dg", weights="kinetics")
+
+
+def test_weights_go_into_a_network_with_an_adapter(tmp_path):
+    source, path = tiny(seed=1), tmp_path / "w.pt"
+    torch.save(source.state_dict(), path)
+    net = tiny(seed=2, adapter=4, weights=path)
+    assert same(source, net) and same(net.adapter, tiny(seed=2, adapter=4).adapter) and not net.new_fc
+    for p in net.adapter.parameters():
+        nn.init.normal_(p)
+    torch.save(net.state_dict(), path)
+    assert same(tiny(seed=3, adapter=4, weights=path), net)
+    for more in ({}, {"adapter": 5}):
+        with pytest.raises(UserError, match=r"another network, [34] tensors differ: adapter\."):
+            tiny(weights=path, **more)
+
+
+KINETICS = S3D_Weights.KINETICS400_V1.meta["categories"]
+
+
+def spelt(name):
+    """A class of Kinetics as the folders of some copies are called."""
+    return "".join(word.capitalize() for word in re.split("[^A-Za-z0-9]+", name))
+
+
+@pytest.mark.parametrize("name", ["r3d_18", "s3dg"])
+def test_published_last_layer_in_the_order_of_the_classes(hub, name, capsys):
+    """The file of a thin network stands in for the published one, which has a kernel in s3d's last layer."""
+    source, names = tiny(name, 400, seed=1), [spelt(KINETICS[(7 * i + 3) % 400]) for i in range(400)]
+    nn.init.normal_(source.fc.bias)
+    state = source.state_dict()
+    if name == "s3dg":
+        state = {re.sub(r"^layer\d", "features", k): v for k, v in state.items() if ".gate." not in k}
+        for kind in ("weight", "bias"):
+            state[f"classifier.1.{kind}"] = state.pop(f"fc.{kind}")
+        state["classifier.1.weight"] = state["classifier.1.weight"][..., None, None, None]
+    torch.save(state, hub[0] / PUBLISHED["kinetics"][name].url.rpartition("/")[2])
+    net = tiny(name, 400, seed=2, weights="kinetics", names=names)
+    assert not hub[1] and not net.new_fc and capsys.readouterr().out == "" and same(net, source, skip=["fc."])
+    for i in range(400):
+        assert torch.equal(net.fc.weight[i], source.fc.weight[(7 * i + 3) % 400])
+        assert net.fc.bias[i] == source.fc.bias[(7 * i + 3) % 400]
+    for others in (None, [*names[:-1], "juggling chainsaws"], [*names[:-1], names[0]], names[:-1]):
+        classes = len(others or names)
+        net = tiny(name, classes, seed=2, weights="kinetics", names=others)
+        assert net.new_fc and same(net, source, skip=["fc."]) and "last layer" in capsys.readouterr().out
+        assert torch.equal(net.fc.weight, tiny(name, classes, seed=2).fc.weight)
+
+
+@pytest.mark.parametrize("name", PUBLISHED["kinetics"])
+def test_input_of_published_networks(name):
+    """From torchvision's own preset and the sentence in its documentation."""
+    weights, found = PUBLISHED["kinetics"][name], evaluate.Recipe(**published_input(name))
+    view, docs = weights.transforms(), dict(re.findall(r"`(\w+)=(\d+)`", weights.meta["_docs"]))
+    assert [found.size] * 2 == view.crop_size and found.crops == 1
+    assert view.resize_size == [*(found.stretch or [found.short_side])]
+    assert [*found.mean] == view.mean and [*found.std] == view.std
+    assert (found.frames, found.clips) == (int(docs["clip_len"]), int(docs["clips_per_video"]))
+    assert found.stride * int(docs["frame_rate"]) == 30
+
+
+def test_input_where_nothing_is_published():
+    assert published_input("r3d_18-pool") == published_input("r3d_18")
+    for name, weights, words in (
+        ("tsm50", "kinetics", "no kinetics weights for tsm50, only for r3d_18, .*swin3d_b"),
+        ("r3d_34", "kinetics", "no kinetics weights for r3d_34"),
+        ("tsm50", "imagenet", "no clips for imagenet weights, only for kinetics$"),
+        ("r3d_18", "runs/a/model.pt", "no clips for runs/a/model.pt weights"),
+    ):
+        with pytest.raises(UserError, match=words):
+            published_input(name, weights)
+
+
+def by_mmaction(state, shifted):
+    """A network's tensors under MMAction2's names; `shifted` says which numbers of blocks are TSM's."""
+    renamed = {}
+    for key, value in state.items():
+        *path, layer, kind = key.split(".")
+        if layer == "fc":
+            path = ["cls_head", "fc_cls"]
+        elif path[-1:] == ["downsample"]:
+            path = ["backbone", *path, ("conv", "bn")[int(layer)]]
+        else:
+            part, n = layer[:-1], layer[-1]
+            path = ["backbone", *path, f"conv{n}", part]
+            if layer == "conv1" and len(path) > 3 and shifted(int(path[2])):
+                path.append("net")
+        renamed[".".join([*path, kind])] = value
+    return renamed
+
+
+@pytest.mark.parametrize("name, shifted", [("tsn50", lambda n: False), ("tsm50", lambda n: True)])
+def test_weights_of_mmaction2(tmp_path, name, shifted, capsys):
+    """As mmcv's ConvModule and MMAction2's TemporalShift name them, in a file with other things."""
+    source, path, x = tiny(name, seed=1).eval(), tmp_path / "w.pth", clips()
+    randomise_batch_norms(source)
+    state = by_mmaction(source.state_dict(), shifted)
+    net = "net." if name == "tsm50" else ""
+    assert len(state) == len(source.state_dict()) and {
+        "backbone.conv1.conv.weight",
+        "backbone.conv1.bn.running_mean",
+        f"backbone.layer1.0.conv1.conv.{net}weight",
+        f"backbone.layer3.5.conv1.conv.{net}weight",
+        "backbone.layer4.2.conv3.bn.bias",
+        "backbone.layer2.0.downsample.conv.weight",
+        "backbone.layer2.0.downsample.bn.num_batches_tracked",
+        "cls_head.fc_cls.weight",
+    } <= {*state}
+    torch.save({"meta": {"mmcv_version": "1.6.0", "CLASSES": None}, "state_dict": state}, path)
+    net = tiny(name, seed=2, weights=path).eval()
+    assert same(net, source) and torch.equal(net(x), source(x)) and not net.new_fc
+    assert capsys.readouterr().out == ""
+    other = tiny(name, 9, in_channels=10, weights=path)
+    assert other.new_fc and same(other, source, skip=["conv1.", "fc."])
+    with pytest.raises(UserError, match="another network, 32 tensors differ"):  # 16 blocks, there and here
+        tiny({"tsn50": "tsm50", "tsm50": "tsn50"}[name], weights=path)
+
+
+def test_weights_of_mmaction2_with_half_of_the_shifts_are_refused(tmp_path):
+    state = by_mmaction(tiny("tsm50").state_dict(), lambda n: n % 2 == 0)
+    torch.save({"state_dict": state}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="another network, 14 tensors differ"):
+        tiny("tsm50", weights=tmp_path / "w.pth")
 
 
 def test_weights_of_s3dg_have_their_gates(tmp_path):
