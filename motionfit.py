@@ -190,7 +190,7 @@ def parse_args(argv=None):
         if len(given) not in (1, 3):
             p.error(f"--{name} has one value, or one for each of {', '.join(TRAINED)}, not {len(given)}")
         setattr(args, name, given * (3 // len(given)))
-    p.at_least(1, args, "stride", "clusters", "iterations", *["hop"] * (args.hop is not None))
+    p.at_least(1, args, "stride", "clusters", "iterations", "hop")
     p.at_least(0, args, "lr", "warmup", "weight_decay", "alpha", "sheet")
     if args.frozen not in range(5):
         p.error(f"--frozen is a number of stages, 0 to 4, not {args.frozen}")
@@ -577,22 +577,8 @@ def source(args, run, kinds, models):
 
 def split(videos, args):
     """(videos to learn from, videos for validation)."""
-    held = held_out(videos, args.holdout, args.seed)
+    held = datasets.held_out(videos, args.holdout, args.seed)  # D12
     return videos.subset(np.flatnonzero(~held)), videos.subset(np.flatnonzero(held))
-
-
-def held_out(videos, share, seed):
-    """(N,) bool: which videos are for validation, about this share, of whole groups (D12).
-
-    Videos without groups are each their own. One group at least is left to learn from.
-    """
-    groups = np.arange(len(videos)) if videos.groups is None else videos.groups
-    held = np.zeros(len(videos), dtype=bool)
-    for group in np.random.default_rng(seed).permutation(np.unique(groups))[1:]:
-        if held.sum() >= share * len(videos):
-            break
-        held |= groups == group
-    return held
 
 
 def span_of(frames, stride):
@@ -773,7 +759,7 @@ def pseudo(args, run):
     slow = recipe.modality == "field" and videos.flow is None
     dense = Dense(**vars(recipe) | dict(clips=64 if slow else 8, crops=1, uniform=0, hop=hop))
     digest = datasets.digest(videos, range(len(videos)))
-    identity = {"generator": digest_of(net), "source": digest}
+    identity = {"generator": evaluate.digest_of(net), "source": digest}
     folder = Path(args.features or run.out / "features")
     found = features.extract(folder, net, net.embed, videos, dense, run, args.workers, identity)
     if found is None:
@@ -832,7 +818,7 @@ def selftrain(args, run):
         recipe = recipe_of("rgb", args, scale)
         recipes = (Middle(**vars(recipe), pseudo=labels),)
         learned, learn, K = labels.learned, "pseudo", labels.clusters
-    taught = digest_of(teacher) if teacher else hashlib.sha256(labels.labels.tobytes()).hexdigest()
+    taught = evaluate.digest_of(teacher) if teacher else hashlib.sha256(labels.labels.tobytes()).hexdigest()
     run.write("labelled.txt", datasets.as_list(clips.videos))
     net, made = build(args, args.net, K, "rgb", run)
     if teacher:
@@ -997,14 +983,6 @@ def kind_of(data):
     return data.name.partition(":")[0]
 
 
-def digest_of(net):
-    """sha256 (hex) of the weights of a network."""
-    sha = hashlib.sha256()
-    for name, value in net.state_dict().items():
-        sha.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()
-
-
 def write_segments(path, found, args):
     """Write the features of the segments, .npy (S, D); returns (N,) int64, the segment of each clip."""
     segment, H = np.empty(len(found.rows), np.int64), [np.empty((0, found.rows.shape[1]), np.float32)]
@@ -1074,7 +1052,7 @@ def retrieve(args, run):
     if recipe.modality != "rgb":
         raise UserError(f"{path} sees flow: retrieval is for a network that sees RGB")
     recipe, call = replace(recipe, clips=args.clips, crops=1, uniform=0), partial(max_features, net)
-    found, identity = [], {"weights": digest_of(net), "pooled": "max"}
+    found, identity = [], {"weights": evaluate.digest_of(net), "pooled": "max"}
     for part, videos in (("train", data.train), ("test", data.test)):
         folder = run.out / part
         found.append(features.extract(folder, net, call, videos, recipe, run, args.workers, identity))

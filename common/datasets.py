@@ -215,6 +215,21 @@ def semi_supervised(data, ratio, per_class, seed, listfile, unlabelled="rest", s
     return data.train.subset(chosen), data.train.subset(pool)
 
 
+def held_out(videos, share, seed):
+    """(N,) bool: which videos are for validation, about this share, of whole groups.
+
+    So one scene is never on both sides. Videos without groups are each their own. One group at least is left
+    to learn from.
+    """
+    groups = np.arange(len(videos)) if videos.groups is None else videos.groups
+    held = np.zeros(len(videos), dtype=bool)
+    for group in np.random.default_rng(seed).permutation(np.unique(groups))[1:]:
+        if held.sum() >= share * len(videos):
+            break
+        held |= groups == group
+    return held
+
+
 def _in_list(data, listfile):
     """The training videos that a list file names; see labelled."""
     videos, rows, indices = data.train, _read_list(listfile, []), {}

@@ -3,12 +3,14 @@
     python -m common.evaluate predict runs/cmpl/model.pt clip.mp4
 
 A test view is one spatial crop of one clip. All views of a video go through the network together
-and are averaged; a video is scored once, by one rank, in a block of videos that does not depend on
-the number of ranks. So scores are the same numbers for any number of ranks and workers.
+and are averaged, as probabilities, logits or embeddings; a video is scored once, by one rank, in a block
+of videos that does not depend on the number of ranks. So scores are the same numbers for any number of
+ranks and workers.
 """
 
 import argparse
 import csv
+import hashlib
 import io
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -55,7 +57,7 @@ class Recipe:
     bound: float = flow.BOUND
     flow_side: int = flow.SHORT_SIDE
     multilabel: bool = False
-    average: str = "softmax"  # or "logits"
+    average: str = "softmax"  # or "logits", or "embeddings"
     mean: tuple = (0.45,)
     std: tuple = (0.225,)
 
@@ -116,15 +118,16 @@ def score(net, videos, recipe, run, workers=0, bar=False):
     gather over CPU memory. None is returned on all ranks if a signal has stopped one of them.
     """
 
-    def of_videos(logits, batch):
-        return average_views(logits, batch, recipe.average, videos.labels.ndim == 2)
+    def of_videos(y, batch):
+        return average_views(net, y, batch, recipe.average, videos.labels.ndim == 2)
 
-    found = _each_video(net, net, of_videos, videos, recipe, run, workers, bar)
+    found = _each_video(net, what_is_averaged(net, recipe), of_videos, videos, recipe, run, workers, bar)
     if found is None:
         return None
     rows, bad = found
     probs = np.zeros((len(videos), len(rows[0][1])), np.float32)
-    hits, counts = np.zeros(len(videos), np.int64), np.full(len(videos), recipe.views)
+    views = 1 if recipe.average == "embeddings" else recipe.views
+    hits, counts = np.zeros(len(videos), np.int64), np.full(len(videos), views)
     for index, p, right, count in rows:
         probs[index], hits[index], counts[index] = p, right, count
     return Scores(probs, hits, counts, videos.labels, bad)
@@ -137,8 +140,8 @@ def embed(net, videos, recipe, run, workers=0, bar=False):
     """
 
     def of_videos(z, batch):
-        parts = zip(batch["index"].tolist(), z.split(batch["counts"].tolist()), strict=True)
-        return [(index, part.mean(0).numpy()) for index, part in parts if len(part)]
+        index = batch["index"][batch["counts"] > 0].tolist()
+        return list(zip(index, mean_of_views(z, batch["counts"]).numpy(), strict=True))
 
     found = _each_video(net, net.embed, of_videos, videos, recipe, run, workers, bar)
     if found is None:
@@ -210,18 +213,32 @@ def blocks(net, call, videos, recipe, run, workers=0, bar=None, done=()):
         net.train(was_training)
 
 
-def average_views(logits, batch, average, multilabel):
-    """(views of a block, K) logits to [(index, probabilities (K,), right views, views)] per video.
+def mean_of_views(z, counts):
+    """(views of a block, D) to (its readable videos, D), counts (videos,) the views of each."""
+    return torch.stack([views.mean(0) for views in z.split(counts.tolist()) if len(views)])
+
+
+def what_is_averaged(net, recipe):
+    """The part of `net` whose values `average_views` averages: net.embed, or the whole."""
+    return net.embed if recipe.average == "embeddings" else net
+
+
+def average_views(net, y, batch, average, multilabel):
+    """y (views of a block, K) or (views, D) to [(index, probabilities (K,), right views, views)] per video.
 
     Probabilities are softmax (or, for multi-label data, sigmoid), averaged over the views of a
-    video (average="softmax"), or those of its averaged logits (average="logits").
+    video (average="softmax"), or those of its averaged logits (average="logits"), or of the logits of its
+    averaged embedding, in float32 (average="embeddings"); the video then counts as a single view.
     """
     squash = torch.sigmoid if multilabel else lambda x: x.softmax(-1)
-    rows, start = [], 0
-    for count, label, index in zip(batch["counts"], batch["label"], batch["index"], strict=True):
+    counts, rows, start = batch["counts"], [], 0
+    if average == "embeddings":
+        z = mean_of_views(y, counts)
+        y, counts = net.head(z.to(net.fc.weight.device)).float().cpu(), counts.clamp(max=1)
+    for count, label, index in zip(counts, batch["label"], batch["index"], strict=True):
         if not count:
             continue  # unreadable
-        part = logits[start : start + int(count)]  # (V, K)
+        part = y[start : start + int(count)]  # (V, K)
         start += int(count)
         p = squash(part).mean(0) if average == "softmax" else squash(part.mean(0))
         hits = 0 if multilabel else int((part.argmax(1) == label).sum())
@@ -366,6 +383,14 @@ def save_model(path, net, build, classes, recipe, **more):
                     "input": asdict(recipe), **more}, file)  # fmt: skip
 
 
+def digest_of(net):
+    """sha256 (hex) of the weights of a network."""
+    sha = hashlib.sha256()
+    for name, value in net.state_dict().items():
+        sha.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
 def load_model(path, recipe=Recipe):
     """(net in eval mode on the CPU, build arguments, class names, recipe) of a model.pt; UserError.
 
@@ -412,9 +437,9 @@ def predict(model, path, device="cpu", top=5):
     item = views[0]
     if item["bad"]:
         raise UserError(f"{path} cannot be read: {item['bad']}")
-    logits = net(recipe.to_input(item["views"], device)).float().cpu()
-    batch = {"counts": [len(logits)], "label": [-1], "index": [0]}
-    p = average_views(logits, batch, recipe.average, recipe.multilabel)[0][1]
+    y = what_is_averaged(net, recipe)(recipe.to_input(item["views"], device)).float().cpu()
+    batch = {"counts": torch.tensor([len(y)]), "label": [-1], "index": [0]}
+    p = average_views(net, y, batch, recipe.average, recipe.multilabel)[0][1]
     return [(classes[k], float(p[k])) for k in np.argsort(-p, kind="stable")[:top]]
 
 

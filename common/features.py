@@ -57,9 +57,14 @@ class Features:
         return np.cumsum(self.counts) - self.counts
 
 
-def load(folder):
-    """The Features that `extract` left in a folder; UserError if there are none, or half of them."""
+def load(folder, about=None):
+    """The Features that `extract` left in a folder; UserError if there are none, half of them, or others.
+
+    about: what they must be of, see `describe`.
+    """
     folder = Path(folder)
+    if about is not None:
+        _refuse_others(folder, about)
     if not (folder / INDEX).exists():
         unfinished = ", the same command as before finishes them" * any(folder.glob(PARTS))
         raise UserError(f"{folder} has no complete features{unfinished}")
@@ -92,7 +97,7 @@ def extract(folder, net, call, videos, recipe, run, workers=0, identity=None, av
     where no video can be read, and where features are not finite.
     """
     folder, locks = Path(folder), []
-    about = (identity or {}) | {"average": bool(average), "half": bool(half)}
+    about = describe(videos, recipe, identity, average, half)
     try:
         done = run.on_main(_begin, folder, about, videos, recipe, run, locks)
         if done is not None:
@@ -115,13 +120,19 @@ def extract(folder, net, call, videos, recipe, run, workers=0, identity=None, av
     return found
 
 
-def _begin(folder, about, videos, recipe, run, locks):
-    """Numbers of the blocks that are done, None if all is complete; adds a lock on the folder to `locks`."""
-    block = evaluate.videos_per_block(recipe)
-    about = about | {"videos": datasets.digest(videos, range(len(videos))), "videos_per_block": block}
+def describe(videos, recipe, identity=None, average=False, half=False):
+    """What features are of, as `extract` has the arguments: plain values by name, kept beside them."""
+    about = (identity or {}) | {"average": bool(average), "half": bool(half)}
+    about["videos"] = datasets.digest(videos, range(len(videos)))
+    about["videos_per_block"] = evaluate.videos_per_block(recipe)
     about |= {f"recipe.{key}": value for key, value in dataclasses.asdict(recipe).items()}
     about["recipe"] = type(recipe).__name__
-    about = json.loads(json.dumps(about, default=str))  # as a reader of the file will see it
+    return json.loads(json.dumps(about, default=str))  # as a reader of the file will see it
+
+
+def _begin(folder, about, videos, recipe, run, locks):
+    """Numbers of the blocks that are done, None if all is complete; adds a lock on the folder to `locks`."""
+    block = about["videos_per_block"]
     _refuse_others(folder, about)
     if (folder / INDEX).exists():
         for path in folder.glob(PARTS):  # of a run that was killed just before the end
@@ -212,7 +223,7 @@ def _of_block(batch, z, videos, average, half):
     counts, index = batch["counts"], batch["index"].numpy()
     z = torch.empty(0, 0) if z is None else z
     if average and len(z):
-        z = torch.stack([views.mean(0) for views in z.split(counts.tolist()) if len(views)])
+        z = evaluate.mean_of_views(z, counts)
         counts = counts.clamp(max=1)
     rows, counts = (z.half() if half else z).numpy(), counts.numpy()
     wrong = ~np.isfinite(rows).all(1)

@@ -136,9 +136,9 @@ class Parser(argparse.ArgumentParser):
                        f"{magnitude}")  # fmt: skip
 
     def at_least(self, least, args, *names):
-        """Refuse numbers below `least`, infinite ones and NaN."""
+        """Refuse numbers below `least`, infinite ones and NaN; None is not a number."""
         for name in names:
-            if not least <= getattr(args, name) < math.inf:
+            if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
                 self.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
 
 

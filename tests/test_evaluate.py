@@ -63,7 +63,7 @@ def test_views_are_averaged_per_video(average):
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
     label, index = torch.tensor([0, 0, 1]), torch.tensor([4, 5, 7])
     batch = dict(counts=torch.tensor([2, 0, 1]), label=label, index=index)  # video 5 is unreadable
-    (i, p, hits, count), (j, q, _, _) = evaluate.average_views(logits, batch, average, multilabel=False)
+    (i, p, hits, count), (j, q, _, _) = evaluate.average_views(None, logits, batch, average, multilabel=False)
     sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
     by_hand = (sigmoid(2.0) + sigmoid(-1.0)) / 2 if average == "softmax" else sigmoid(0.5)
     assert (i, j, hits, count) == (4, 7, 1, 2)

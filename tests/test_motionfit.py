@@ -674,25 +674,25 @@ def test_d12_whole_groups_are_held_out():
     videos = groups_of([3, 1, 7, 2, 4, 5, 1, 9, 3, 5])  # 40
     chosen = set()
     for seed in range(20):
-        held = motionfit.held_out(videos, 0.25, seed)
+        held = datasets.held_out(videos, 0.25, seed)
         assert held.dtype == bool and 10 <= held.sum() < 10 + 9
         assert all(held[videos.groups == g].all() or not held[videos.groups == g].any() for g in range(10))
-        assert np.array_equal(held, motionfit.held_out(videos, 0.25, seed))
+        assert np.array_equal(held, datasets.held_out(videos, 0.25, seed))
         chosen.add(tuple(held))
     assert len(chosen) > 10
 
 
 @pytest.mark.parametrize("share, left", [(0.0, 4), (1.0, 1), (0.3, 2)])
 def test_d12_one_group_at_least_is_left(share, left):
-    held = motionfit.held_out(groups_of([5, 5, 5, 5]), share, 0)
+    held = datasets.held_out(groups_of([5, 5, 5, 5]), share, 0)
     assert len(set(groups_of([5, 5, 5, 5]).groups[~held])) == left
-    assert not motionfit.held_out(groups_of([6]), 0.9, 0).any()
+    assert not datasets.held_out(groups_of([6]), 0.9, 0).any()
 
 
 def test_d12_videos_without_groups_are_each_their_own():
     videos = Videos.make("", [f"v{i}" for i in range(40)], [0] * 40)
-    held = motionfit.held_out(videos, 0.1, 3)
-    assert held.sum() == 4 and not np.array_equal(held, motionfit.held_out(videos, 0.1, 4))
+    held = datasets.held_out(videos, 0.1, 3)
+    assert held.sum() == 4 and not np.array_equal(held, datasets.held_out(videos, 0.1, 4))
 
 
 # ---- views -----------------------------------------------------------------------------------------
@@ -1060,7 +1060,7 @@ def test_mers_trains_features_alone(whole, sets, tmp_path, steps):
     line = f"--transfer mers --generator {whole}/generator/model.pt --source all --epochs 2 --holdout 0.3"
     rows = go("selftrain", sets, tmp_path, line)
     assert all(row["loss"] == row["loss_features"] > 0 and "loss_mc" not in row for row in rows)
-    held = motionfit.held_out(datasets.load(f"{sets}/set").train, 0.3, 0)
+    held = datasets.held_out(datasets.load(f"{sets}/set").train, 0.3, 0)
     assert {v for x, *_ in steps for v, _ in moments_of(x)} == set(np.flatnonzero(~held))
     torch.manual_seed(0)
     before = backbones.build("r3d_10-pool", 1, width=0.0625).state_dict()
@@ -1446,11 +1446,11 @@ def test_d7_dense_clips_may_overlap(whole, sets, tmp_path):
 
 def test_digest_of_weights():
     net = network().backbone
-    before = motionfit.digest_of(net)
-    assert motionfit.digest_of(network().backbone.to(memory_format=torch.channels_last_3d)) == before
+    before = evaluate.digest_of(net)
+    assert evaluate.digest_of(network().backbone.to(memory_format=torch.channels_last_3d)) == before
     with torch.no_grad():
         net.stem[1].running_mean[0] += 1
-    assert motionfit.digest_of(net) != before
+    assert evaluate.digest_of(net) != before
 
 
 # ---- all stages ------------------------------------------------------------------------------------
