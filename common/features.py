@@ -20,9 +20,11 @@ import os
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
+from itertools import islice
 from math import ceil
 from pathlib import Path
 
@@ -33,6 +35,7 @@ import torch.distributed as dist
 from common import UserError, datasets, evaluate, files
 
 EVERY = 60  # seconds of work that a kill may cost a rank
+COPIED = 4096  # rows that go to the device together
 LARGEST = 2**28  # bytes of features that a rank holds in memory
 PATIENCE = timedelta(days=7)  # of ranks that are done, for one whose disk is slower
 PARTS, ROWS, INDEX, ABOUT = "part-*.npz", "features.npy", "index.npz", "features.json"
@@ -291,3 +294,92 @@ def _assemble_rows(target, paths, counts, width, dtype):
             for i, rows in zip(part["index"].tolist(), each, strict=True):
                 file.seek(start + first[i] * width * dtype.itemsize)
                 file.write(rows.tobytes())
+
+
+# -------------------------------------------------------------------------------- of several networks
+
+
+class Table:
+    """Features of several networks side by side, (N, D), of the videos of some lists, one after the other.
+
+    Args:
+        parts: for each list, for each network (rows, at): a memory map, such as Features.rows, and which of
+            its rows, (N_i,) int64.
+        widths: how many columns of a network's rows count, the first ones; D is their sum.
+
+    Until `hold` they are read when they are asked for, in blocks, one block ahead. The numbers are the same.
+    """
+
+    def __init__(self, parts, widths, device):
+        self.parts, self.widths, self.device, self.held = parts, widths, device, None
+        self.ends = np.cumsum([len(networks[0][1]) for networks in parts])
+        self.dtype = torch.float16 if parts[0][0][0].dtype == np.float16 else torch.float32
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    @property
+    def bytes(self):
+        """What `hold` takes."""
+        return len(self) * sum(self.widths) * self.dtype.itemsize
+
+    def hold(self):
+        """Keep all of them on the device."""
+        held = torch.empty(len(self), sum(self.widths), dtype=self.dtype, device=self.device)
+        for start in range(0, len(self), COPIED):
+            block = held[start : start + COPIED]
+            block.copy_(self._read(np.arange(start, start + len(block))))
+        self.held = held
+
+    def part(self, i):
+        """(N_i, D) float32 on the device: those of list i."""
+        first = int(self.ends[i - 1]) if i else 0
+        if self.held is not None:
+            return self.held[first : self.ends[i]].float()
+        return self._read(np.arange(first, self.ends[i])).to(self.device).float()
+
+    def batches(self, places, together=8):
+        """Yield (at, (B, D) float32 on the device) for each of the sorted int64 arrays `at` (B,) of `places`.
+
+        together: of how many of them the rows are read at once, if they are not held.
+        """
+        if self.held is not None:
+            for at in places:
+                yield at, self.held.index_select(0, torch.from_numpy(at).to(self.device)).float()
+            return
+        places = iter(places)
+        with ThreadPoolExecutor(1) as pool:
+
+            def ask():
+                group = list(islice(places, together))
+                union = np.unique(np.concatenate([np.empty(0, np.int64), *group]))
+                return group, union, pool.submit(self._read, union)
+
+            group, union, rows = ask()
+            while group:
+                following, rows = ask(), rows.result().to(self.device, non_blocking=True)
+                for at in group:
+                    among = torch.from_numpy(np.searchsorted(union, at)).to(self.device)
+                    yield at, rows.index_select(0, among).float()
+                group, union, rows = following
+
+    def _read(self, places):
+        """(len(places), D) of the rows at sorted `places`, on the CPU."""
+        cuda = self.device.type == "cuda"
+        out = torch.empty(len(places), sum(self.widths), dtype=self.dtype, pin_memory=cuda)
+        cuts = [0, *np.searchsorted(places, self.ends)]
+        for i, networks in enumerate(self.parts):
+            mine = slice(cuts[i], cuts[i + 1])
+            local = places[mine] - (self.ends[i - 1] if i else 0)
+            for (rows, at), columns in zip(networks, out.split(self.widths, 1), strict=True):
+                columns[mine] = torch.from_numpy(rows[at[local], : columns.shape[1]])
+        return out
+
+
+def free_bytes(device):
+    """Bytes that tensors may still take on a device; of a CPU's memory, the share of one of its processes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo") as file:
+        free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

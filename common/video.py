@@ -419,18 +419,26 @@ def shift(times, start, seconds):
 
 
 class Order:
-    """Endless shuffled passes over n things: order[p] = (index, number of the pass)."""
+    """Endless shuffled passes over n things: order[p] = (index, number of the pass); order.take(p, 8)."""
 
     def __init__(self, n, seed):
         self.n, self.seed, self._passes = n, seed, {}
 
     def __getitem__(self, p):
         draw, place = divmod(p, self.n)
+        return int(self._pass(draw)[place]), draw
+
+    def take(self, first, count):
+        """(count,) int64: the indices at the positions first, first + 1, ..."""
+        draw, place = np.divmod(np.arange(first, first + count), self.n)
+        return np.concatenate([self._pass(d)[place[draw == d]] for d in range(draw[0], draw[-1] + 1)])
+
+    def _pass(self, draw):
         if draw not in self._passes:
             if len(self._passes) > 1:  # stand-ins may reach into the next pass
                 del self._passes[min(self._passes)]
             self._passes[draw] = np.random.default_rng((self.seed, draw)).permutation(self.n)
-        return int(self._passes[draw][place]), draw
+        return self._passes[draw]
 
 
 def open_video(videos, index):
