@@ -87,12 +87,14 @@ STAGES = "experts", "extract", "train"
 RECIPES = {
     "toy": dict(
         net=["resnet3d10", "r2plus1d_10-pool", "tsm10-small"], width=0.25, frames=8, stride=2, size=40,
-        jitter=[44, 56], views=[4, 1], dropout=0.0, expert_epochs=25, expert_batch=16,
+        jitter=[44, 56], views=[4, 1], dropout=0.0, expert_epochs=12, expert_batch=16,
         expert_optimizer="adamw", expert_lr=0.005, expert_weight_decay=0.05, epochs=100, batch=128, lr=1e-3,
         burn_in=5, hidden=64, eval_every=5, workers=1, channels_last=True,
     ),
 }  # fmt: skip
-RECIPES["weizmann"] = RECIPES["toy"]
+RECIPES["weizmann"] = RECIPES["toy"] | dict(
+    net=["r2plus1d_10-pool"], size=64, test_size=64, jitter=[72, 80], expert_epochs=100
+)
 TEST = "clips", "crops"  # what of a test is not in the model's file
 # Flags that a supervised expert does not look at: with another value it is still right.
 UNUSED = {
@@ -283,7 +285,7 @@ class Joint(nn.Module):
         self.load_state_dict(mine, strict=False)
 
     def teacher_input(self, e, a, m):
-        """(B, d) of the lists of base and adjusted embeddings and of predictions."""
+        """(B, d) of lists of base and adjusted embeddings and of predictions; gradients pass (D4)."""
         parts = {"base": e, "adjusted": a, "predictions": m}
         return torch.cat([x for name in self.inputs.split("+") for x in parts[name]], 1)
 
@@ -563,7 +565,7 @@ def cached(args, run, source, part, expert, compute=False):
 
 
 def look(net, x):
-    """(B, D + K) float32: embeddings and class probabilities of clips (Sec. 4.3)."""
+    """(B, D + K) float32: embeddings and class probabilities of clips (Sec. 4.3), to be averaged (D6)."""
     z = net.embed(x)
     return torch.cat([z, net.head(z).float().softmax(1)], 1)
 
@@ -818,7 +820,7 @@ def train(args, run):
 
     net = run.distribute(model, args.channels_last, args.compile)
     groups = [dict(params=students), dict(params=teachers)]
-    optimizer = optim.build(args.optimizer, groups, args.lr, args.weight_decay)
+    optimizer = optim.build(args.optimizer, groups, args.lr, args.weight_decay, fused=True)
     digests = [(datasets.digest(s.data.train, s.learned), int(s.labelled[s.learned].sum())) for s in sources]
     digest = hashlib.sha256(str((digests, [e.digest for e in experts])).encode()).hexdigest()
     identity = dict(labelled=digest, classes=str(joint.classes), net=str([e.net.name for e in experts]))

@@ -223,6 +223,7 @@ def what_is_averaged(net, recipe):
     return net.embed if recipe.average == "embeddings" else net
 
 
+@torch.no_grad()
 def average_views(net, y, batch, average, multilabel):
     """y (views of a block, K) or (views, D) to [(index, probabilities (K,), right views, views)] per video.
 

@@ -5,11 +5,14 @@ import math
 import torch
 
 
-def build(name, parameters, lr, weight_decay):
-    """sgd (momentum 0.9) or adamw; parameters may be groups, as torch.optim has them."""
+def build(name, parameters, lr, weight_decay, fused=None):
+    """sgd (momentum 0.9) or adamw; parameters may be groups, as torch.optim has them.
+
+    fused: in one pass over memory, for networks whose steps are short; the last bits are others.
+    """
     if name == "sgd":
-        return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay)
-    return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
+        return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay, fused=fused)
+    return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=fused)
 
 
 def set_lr(optimizer, lr):

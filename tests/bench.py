@@ -12,6 +12,7 @@ import tempfile
 import time
 import warnings
 from fractions import Fraction
+from functools import partial
 from types import SimpleNamespace
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -438,15 +439,147 @@ def kmeans(args):
     dist.destroy_process_group()
 
 
+# ---- jedi ----------------------------------------------------------------------------------------
+
+
+class PerSample(torch.utils.data.Dataset):
+    """Embeddings (N, D_j) of each expert, label and data set, one video at a time."""
+
+    def __init__(self, embeddings, y, of_source):
+        self.embeddings, self.y, self.of_source = embeddings, y, of_source
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, i):
+        return [torch.from_numpy(z[i]) for z in self.embeddings], self.y[i], self.of_source[i]
+
+
+class Plain(torch.nn.Module):
+    """The networks of jedi.py as one would write them first: module after module, all on all videos."""
+
+    def __init__(self, widths, classes, p):
+        super().__init__()
+        from common.backbones import Adapter
+
+        pairs = list(zip(widths, classes, strict=True))
+        self.adapters = torch.nn.ModuleList(Adapter(D, 256, 0.75) for D in widths)
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(D, K) for D, K in pairs)
+        self.teachers = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Dropout(rate), torch.nn.Linear(sum(widths), K))
+            for rate, K in zip(p, classes, strict=True)
+        )
+
+    def forward(self, embeddings):
+        a = [adapter(z) for adapter, z in zip(self.adapters, embeddings, strict=True)]
+        x = torch.cat(a, 1)
+        return [head(z) for head, z in zip(self.heads, a, strict=True)], [e(x) for e in self.teachers]
+
+
+def jedi(args):
+    """Training of jedi.py on cached embeddings against a DataLoader of single videos: epochs a second."""
+    import jedi as script
+    from common import features
+
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    settings = [((2048, 2048, 1024, 2048), (200, 51, 400, 101), (300, 128, 8078, 341))]  # a 28th of Table 1
+    settings += [((512,) * 4, (50,) * 4, (2000,) * 4), ((128,) * 3, (8, 6, 7), (480, 540, 280))]
+    print(f"{device.type}, batch {args.batch}, median of {args.repeats} epochs")
+    for widths, classes, sizes in settings:
+        N, n, rng = sum(sizes), len(widths), np.random.default_rng(0)
+        maps = [rng.standard_normal((N, D), np.float32) for D in widths]
+        of_source = torch.arange(n).repeat_interleave(torch.tensor(sizes))
+        y = torch.cat([torch.arange(size) % K for size, K in zip(sizes, classes, strict=True)])
+        w = script.distillation_weights(sizes)
+        flags = SimpleNamespace(student_loss="ce", teacher_loss="hinge", temperature=1.0)
+        experts = [SimpleNamespace(net=SimpleNamespace(fc=torch.nn.Linear(D, K), adapter=torch.nn.Identity()))
+                   for D, K in zip(widths, classes, strict=True)]  # fmt: skip
+
+        joint = script.Joint(experts, 256, 0.75, "adjusted", 10).to(device)
+        table = features.Table([[(z, np.arange(N)) for z in maps]], widths, device)
+        table.hold()
+        on = [x.to(device) for x in (y, of_source, w)]
+        spans = np.cumsum([0, *sizes])
+
+        def ours(optimizer, epoch, N=N, joint=joint, table=table, on=on, spans=spans, flags=flags):
+            order, steps = video.Order(N, 0), -(-N // args.batch)
+            firsts = args.batch * np.arange(epoch * steps, (epoch + 1) * steps)
+            for at, z in table.batches(np.sort(order.take(first, args.batch)) for first in firsts.tolist()):
+                own = [slice(*np.searchsorted(at, spans[i : i + 2])) for i in range(len(spans) - 1)]
+                index = torch.from_numpy(at).to(device)
+                rows = on[2][on[1][index]]
+                loss, _ = script.step_loss(*joint(z, own), own, on[0][index], rows, (1, 1, 0.4), flags)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+        plain = Plain(widths, classes, joint.p).to(device)
+        dataset = PerSample(maps, y, of_source)
+
+        def loader(optimizer, epoch, dataset=dataset, plain=plain, w=on[2], n=n):
+            batches = torch.utils.data.DataLoader(dataset, args.batch, shuffle=True)
+            for embeddings, y, of_source in batches:
+                y, of_source = y.to(device), of_source.to(device)
+                m, e = plain([z.to(device) for z in embeddings])
+                loss = 0
+                for i in range(n):
+                    mine = of_source == i
+                    loss += F.cross_entropy(m[i][mine], y[mine], reduction="sum")
+                    loss += F.multi_margin_loss(e[i][mine], y[mine], reduction="sum")
+                    kd = F.cross_entropy(m[i], e[i].detach().softmax(1), reduction="none")
+                    loss += 0.4 * (w[of_source, i] * kd).sum()
+                optimizer.zero_grad()
+                (loss / len(y)).backward()
+                optimizer.step()
+
+        variants = {"ours": (ours, joint), "loader": (loader, plain)}
+        adamw = partial(torch.optim.AdamW, lr=1e-5, weight_decay=3e-3)
+        optimizers = {name: adamw(net.parameters(), fused=name == "ours")
+                      for name, (_, net) in variants.items()}  # fmt: skip
+        seconds = {name: [] for name in variants}
+        jobs = list(variants) * (args.repeats + 1)
+        for k, name in enumerate(jobs):
+            begin = clock()
+            variants[name][0](optimizers[name], k // 2)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(clock() - begin)
+        rate = {name: 1 / np.median(times[1:]) for name, times in seconds.items()}
+        # The products that nothing can spare: students and their adjustments on all videos, forward and back
+        # (but not to the embeddings), labels of all teachers, and teachers on their own videos.
+        D, K = sum(widths), sum(classes)
+        flops = 2 * N * sum(d * (5 * 256 + 3 * k) for d, k in zip(widths, classes, strict=True))
+        flops += 2 * N * D * K
+        flops += 6 * D * sum(size * k for size, k in zip(sizes, classes, strict=True))
+        a, b = (torch.randn(2048, 2048, device=device) for _ in range(2))
+        products = []
+        for _ in range(6):
+            begin = clock()
+            a @ b
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            products.append(clock() - begin)
+        floor = flops / (2 * 2048**3 / min(products))
+        print(f"{N} videos, {D} wide, {K} classes: {rate['ours']:.2f} epochs/s, with a DataLoader "
+              f"{rate['loader']:.2f}, {rate['ours'] / rate['loader']:.2f} times; "
+              f"{1 / rate['ours'] / floor:.2f} of the time of the matrix products alone")  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for run in (decode, shrink, flow, kmeans):
+    for run in (decode, shrink, flow, kmeans, jedi):
         command = commands.add_parser(run.__name__, help=run.__doc__)
         command.set_defaults(run=run, folder=None)
         if run is flow:
+            continue
+        if run is jedi:
+            command.add_argument("--batch", type=int, default=512)
+            command.add_argument("--repeats", type=int, default=5, help="epochs of each variant")
             continue
         if run is kmeans:
             command.add_argument("--rows", type=int, default=50_000, help="features")

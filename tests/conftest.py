@@ -1,5 +1,6 @@
 """Small video files whose pictures carry their own number, so that a wrong frame shows."""
 
+import gc
 import os
 import struct
 from fractions import Fraction
@@ -11,6 +12,14 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # most of what a run's end costs here is looking for cycles in the modules
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else libraries complain, as the interpreter ends, of what is left
 
 
 def picture(i, width=96, height=64):
@@ -67,7 +76,7 @@ def full_decode(path):
         try:
             for frame in container.decode(stream):
                 turns = frame.rotation // 90 if frame.rotation % 90 == 0 else 0
-                frames.append(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+                frames.append(np.rot90(frame.to_ndarray(format="rgb24", threads=1), turns))
         except av.FFmpegError:
             pass
     return frames

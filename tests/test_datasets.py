@@ -5,12 +5,14 @@ import dataclasses
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
 import warnings
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 
@@ -1045,17 +1047,14 @@ def test_shrink(videos, make, tmp_path, capsys):
 def test_shrink_goes_on_where_it_stopped(videos, tmp_path, capsys):
     out = tmp_path / "small"
     command = ["shrink", str(videos), "--out", str(out), "--workers", "1"]
-    started = subprocess.Popen(
-        [sys.executable, "-m", "common.datasets", *command],
-        stderr=subprocess.DEVNULL,
-        cwd=Path(__file__).parents[1],
-        start_new_session=True,
-    )
+    here = Path(__file__).parents[1]
+    started = forks.start([sys.executable, "-m", "common.datasets", *command], here, os.environ)
     deadline = time.time() + 60
     while not list(out.rglob("*.mp4")) and time.time() < deadline:
         time.sleep(0.01)
     started.kill()
-    started.wait()
+    started.communicate(timeout=60)  # its workers see that it is gone, too
+    assert started.returncode == -signal.SIGKILL
     while subprocess.run(["pgrep", "-s", str(started.pid)], capture_output=True).stdout:
         assert time.time() < deadline  # its workers see that it is gone
         time.sleep(0.05)

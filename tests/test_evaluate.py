@@ -202,3 +202,82 @@ def test_foreign_model_file(content, tmp_path):
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(UserError, match="not a model.pt"):
         evaluate.load_model(tmp_path / "model.pt")
+
+
+# ---- averages of embeddings ------------------------------------------------------------------------
+
+
+class Bent(torch.nn.Module):
+    """Embeddings of two numbers, and a head with an adapter that is not linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.adapter = torch.nn.Linear(2, 2), backbones.Adapter(2, 1)
+        self.dropout = torch.nn.Dropout(0.5)
+        with torch.no_grad():
+            for layer, weight in ((self.fc, [[1.0, 0.0], [0.0, 1.0]]), (self.adapter.down, [[2.0, 0.0]]),
+                                  (self.adapter.up, [[3.0], [0.0]])):  # fmt: skip
+                layer.weight.copy_(torch.tensor(weight))
+                layer.bias.zero_()
+
+    def embed(self, x):
+        """Mean and maximum of the first frame's red."""
+        red = x[:, 0, 0].flatten(1)
+        return torch.stack([red.mean(1), red.amax(1)], 1)
+
+    def head(self, z):
+        return self.fc(self.dropout(self.adapter(z)))
+
+    def forward(self, x):
+        raise AssertionError("it is the embedding that is averaged")
+
+
+def bent(z):
+    """Its probability of class 0: logits z_0 + 3 SiLU(2 z_0) and z_1."""
+    return 1 / (1 + np.exp(z[1] - z[0] - 3 * 2 * z[0] / (1 + np.exp(-2 * z[0]))))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_embeddings_are_averaged_per_video(grad):
+    """The mean of (1, 0), (-2, 1) is (-1/2, 1/2); video 5 is unreadable, and a video is a single view."""
+    z = torch.tensor([[1.0, 0.0], [-2.0, 1.0], [0.5, 2.0]])
+    batch = dict(counts=torch.tensor([2, 0, 1]), label=torch.tensor([1, 0, 1]), index=torch.tensor([4, 5, 7]))
+    net = Bent().eval()
+    with torch.set_grad_enabled(grad):
+        found = evaluate.average_views(net, z, batch, "embeddings", multilabel=False)
+    (i, p, hits, count), (j, q, missed, one) = found
+    assert (i, j, count, one) == (4, 7, 1, 1)
+    assert p.tolist() == pytest.approx([bent((-0.5, 0.5)), 1 - bent((-0.5, 0.5))], abs=1e-6)
+    assert q[0] == pytest.approx(bent((0.5, 2.0)), abs=1e-6)
+    assert hits == (p[0] < 0.5) == 1 and missed == (q[0] < 0.5) == 0
+    logits = net.head(z[:2]).mean(0).softmax(0)
+    assert abs(float(logits[0]) - p[0]) > 0.2  # another number than of averaged logits
+
+
+def test_several_labels_of_an_averaged_embedding():
+    z = torch.tensor([[1.0, 0.0], [-2.0, 1.0]])
+    batch = dict(counts=torch.tensor([2]), label=torch.tensor([[1, 0]]), index=torch.tensor([0]))
+    ((_, p, hits, count),) = evaluate.average_views(Bent().eval(), z, batch, "embeddings", multilabel=True)
+    logit = -0.5 + 3 * -1 / (1 + np.exp(1.0))
+    assert p.tolist() == pytest.approx([1 / (1 + np.exp(-logit)), 1 / (1 + np.exp(-0.5))], abs=1e-6)
+    assert (hits, count) == (0, 1)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_score_and_prediction_of_averaged_embeddings(moving, tmp_path, training):
+    """Two clips by three crops of a video, one that cannot be read, and one file."""
+    videos = Videos.make(moving[0].root, ["a", "none", "a"], [0, 0, 1])
+    net, recipe = Bent().train(training), Recipe(2, 3, 2, 3, 16, 16, average="embeddings")
+    item = video.Views(videos, recipe.sample, recipe.view, recipe.short_side)[0]
+    views = recipe.to_input(item["views"], "cpu")
+    assert len(views) == 6
+    p = bent(net.embed(views).mean(0).tolist())
+    with Run("evaluate", tmp_path, {}) as run:
+        found = evaluate.score(net, videos, recipe, run)
+    assert net.training == training
+    assert found.probs[0].tolist() == pytest.approx([p, 1 - p], abs=1e-5) and not found.probs[1].any()
+    assert np.array_equal(found.probs[0], found.probs[2]) and list(found.bad) == [1]
+    assert found.views.tolist() == [1, 1, 1] and found.hits.tolist() == [int(p > 0.5), 0, int(p < 0.5)]
+    model = net.eval(), {}, ("x", "y"), recipe
+    predicted = dict(evaluate.predict(model, f"{moving[0].root}/a"))
+    assert [predicted["x"], predicted["y"]] == pytest.approx(found.probs[0].tolist(), abs=1e-6)

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -623,3 +624,129 @@ def test_killed_while_assembling(root, videos, run, whole, tmp_path, what, name)
     assert ("index.npz" in left) == (what == "unlink")
     found, made = extracted(folder, videos, run)
     assert same(found, whole) and not made and not RECIPE.opened and names(folder) == COMPLETE
+
+
+# ---- what features must be of ----------------------------------------------------------------------
+
+
+def test_load_checks_what_they_are_of(videos, run, folder, whole):
+    extracted(folder, videos, run, identity={"weights": "abc"})
+    about = features.describe(videos, RECIPE, {"weights": "abc"})
+    assert same(features.load(folder, about), whole)
+    other = features.describe(videos, replace(RECIPE, crops=3), {"weights": "abc"})
+    for wrong, word in (
+        (features.describe(videos, RECIPE, {"weights": "abd"}), "weights abc, not abd"),
+        (features.describe(videos, RECIPE), "weights abc, not None"),
+        (features.describe(videos, RECIPE, {"weights": "abc"}, average=True), "average False, not True"),
+        (features.describe(videos, RECIPE, {"weights": "abc"}, half=True), "half False, not True"),
+        (features.describe(videos.subset(range(10)), RECIPE, {"weights": "abc"}), "videos "),
+        (other, "recipe.crops 1, not 3"),
+    ):
+        with pytest.raises(UserError, match=f"{folder} has other features \\(.*{word}"):
+            features.load(folder, wrong)
+    (folder / "index.npz").unlink()
+    with pytest.raises(UserError, match=f"{folder} has no complete features"):
+        features.load(folder, about)
+
+
+def test_load_checks_before_features_are_complete(videos, run, folder, often):
+    killed_after(2, folder, videos, run)
+    about = features.describe(videos, RECIPE)
+    with pytest.raises(UserError, match="no complete features, the same command as before finishes them"):
+        features.load(folder, about)
+    with pytest.raises(UserError, match=r"has other features \(half False, not True\)"):
+        features.load(folder, about | {"half": True})
+
+
+# ---- of several networks ---------------------------------------------------------------------------
+
+LISTS = 7, 0, 12, 5  # videos of each list
+WIDTHS = 5, 3  # that count, of two networks whose rows have two numbers more
+
+
+@pytest.fixture(params=[np.float32, np.float16])
+def table(request, tmp_path):
+    """A Table, and all of it gathered one row after the other, in float32."""
+    rng, parts, naive = np.random.default_rng(0), [], []
+    for i, n in enumerate(LISTS):
+        networks, rows = [], [[] for _ in range(n)]
+        for k, width in enumerate(WIDTHS):
+            np.save(tmp_path / f"{i}_{k}.npy", rng.normal(size=(n + 4, width + 2)).astype(request.param))
+            there = np.load(tmp_path / f"{i}_{k}.npy", mmap_mode="r")
+            at = rng.permutation(n + 4)[:n]  # in any order, and not all
+            networks.append((there, at))
+            for row, place in zip(rows, at, strict=True):
+                row += [float(value) for value in there[place][:width]]
+        parts.append(networks)
+        naive += rows
+    return features.Table(parts, WIDTHS, torch.device("cpu")), torch.tensor(naive)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_table_is_a_naive_gather(table, held, monkeypatch):
+    monkeypatch.setattr(features, "COPIED", 5)
+    table, naive = table
+    if held:
+        table.hold()
+        assert table.held.dtype == table.dtype and table.held.nbytes == table.bytes
+    assert len(table) == 24 and naive.shape == (24, 8)
+    assert table.bytes == 24 * 8 * (2 if table.dtype == torch.float16 else 4)
+    for i, expected in enumerate(naive.split(LISTS)):
+        part = table.part(i)
+        assert part.dtype == torch.float32 and part.shape == (LISTS[i], 8) and torch.equal(part, expected)
+    rng = np.random.default_rng(1)
+    batches = [np.sort(rng.integers(24, size=size)) for size in (4, 4, 30, 1, 4, 4, 4, 24, 4, 4, 4)]
+    batches += [np.array([0, 0, 23]), np.array([7]), np.array([6, 7, 18, 19])]  # ends of lists
+    for together in (1, 3, 8, 99):
+        found = list(table.batches(iter(batches), together))
+        assert len(found) == len(batches)
+        for (at, z), asked in zip(found, batches, strict=True):
+            assert at is asked and z.dtype == torch.float32 and torch.equal(z, naive[asked])
+    assert list(table.batches([])) == []
+
+
+def test_table_reads_one_group_ahead(table, monkeypatch):
+    """Each row of a group once; nothing of it again when it is held."""
+    table, naive = table
+    read, unions = table._read, []
+    monkeypatch.setattr(table, "_read", lambda places: unions.append(places.tolist()) or read(places))
+    batches = (np.array([k, k + 1]) for k in range(6))
+    stream = table.batches(batches, together=2)
+    assert torch.equal(next(stream)[1], naive[:2])
+    stream.close()
+    assert unions == [[0, 1, 2], [2, 3, 4]]
+    table.hold()
+    del unions[:]
+    assert len(list(table.batches([np.array([3]), np.array([3, 9])]))) == 2 and not unions
+
+
+def test_table_leaves_no_thread_behind(table):
+    table, _ = table
+    before = threading.active_count()
+    for stop in (1, 3):
+        stream = table.batches((np.array([k]) for k in range(9)), together=2)
+        for _ in range(stop):
+            next(stream)
+        assert threading.active_count() == before + 1
+        stream.close()
+        assert threading.active_count() == before
+    for _ in table.batches([np.array([1])]):
+        pass
+    assert threading.active_count() == before
+
+
+def test_table_passes_on_what_goes_wrong(table, monkeypatch):
+    """A disk that fails while the next group is read: what was read before is given first."""
+    table, naive = table
+    read, before, given = table._read, threading.active_count(), []
+
+    def failing(places):
+        if 9 in places:
+            raise OSError("the disk has gone")
+        return read(places)
+
+    monkeypatch.setattr(table, "_read", failing)
+    with pytest.raises(OSError, match="the disk has gone"):
+        for _, z in table.batches([np.array([3]), np.array([9])], together=1):
+            given.append(z)
+    assert len(given) == 1 and torch.equal(given[0], naive[3:4]) and threading.active_count() == before

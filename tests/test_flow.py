@@ -5,12 +5,12 @@ import os
 import re
 import resource
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import av
+import forks
 import numpy as np
 import pytest
 import torch
@@ -634,8 +634,7 @@ def test_stopped_in_the_middle_of_a_file(videos, tmp_path, monkeypatch, capfd):
 def test_killed_and_resumed_by_two_ranks(videos, extracted, tmp_path, monkeypatch, capsys, request):
     def start():
         call = [sys.executable, "-m", "common.flow", *command(videos, tmp_path)]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        process = subprocess.Popen(call, cwd=REPOSITORY, **pipes)
+        process = forks.start(call, REPOSITORY, os.environ)
         request.addfinalizer(process.kill)
         return process
 

@@ -5,11 +5,12 @@ import os
 import resource
 import signal
 import struct
-import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -27,7 +28,14 @@ def no_group_left():
         torch.distributed.destroy_process_group()
 
 
+HERE = Path(__file__).resolve().parent.parent
 IDENTITY = {"labelled": "abc", "classes": 3}
+
+
+def start(path, code, *words):
+    """A script of this code at this path, in a process of its own."""
+    path.write_text(code)
+    return forks.start([sys.executable, path, *words], HERE, os.environ | {"PYTHONPATH": str(HERE)})
 
 
 def small_net(value=0.0):
@@ -142,25 +150,30 @@ with Run("cmpl", sys.argv[1], {}) as run:
     for step in range(1, 10**6):
         torch.nn.init.constant_(net.weight, step)
         run.save(step, {}, net=net)
-        print(step, flush=True)
+        with open(sys.argv[2], "a") as said:
+            print(step, file=said)
 """
 
 
 def test_kill_9_while_saving(tmp_path):
     """Killed at random moments of a loop that does nothing but save, there is always a whole checkpoint."""
-    rng = np.random.default_rng(0)
-    for _ in range(4):
-        child = subprocess.Popen([sys.executable, "-c", SAVER, tmp_path], stdout=subprocess.PIPE)
-        first = int(child.stdout.readline())
+    rng, out = np.random.default_rng(0), tmp_path / "out"
+    for i in range(6):
+        said = tmp_path / f"said{i}"
+        child = start(tmp_path / "saver.py", SAVER, out, said)
+        while not said.exists() or "\n" not in said.read_text():
+            assert child.poll() is None, child.communicate()
+            time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.15))
         child.kill()
-        done = [first] + [int(line) for line in child.stdout.read().split(b"\n")[:-1]]
-        child.wait()
-        with Run("cmpl", tmp_path, {}) as run:
+        child.communicate()
+        assert child.returncode == -signal.SIGKILL
+        done = [int(line) for line in said.read_text().split("\n")[:-1]]
+        with Run("cmpl", out, {}) as run:
             net = torch.nn.Linear(1000, 1000)
             step = run.resume({}, net=net)
         assert step >= done[-1] and bool((net.weight == step).all())
-        assert not list(tmp_path.glob("*.tmp"))
+        assert not list(out.glob("*.tmp"))
 
 
 def test_disk_that_cannot_take_a_checkpoint(tmp_path):
@@ -238,11 +251,11 @@ def test_log_on_a_full_disk(tmp_path, monkeypatch):
 
 
 def test_two_runs_in_one_folder(tmp_path):
-    code = f"from common.run import Run\nwith Run('cmpl', {str(tmp_path)!r}, {{}}): pass"
-    with Run("cmpl", tmp_path, {}):
-        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert other.returncode == 2 and "in use by another run" in other.stderr
-    assert "Traceback" not in other.stderr
+    code = "import sys\nfrom common.run import Run\nwith Run('cmpl', sys.argv[1], {}): pass"
+    with Run("cmpl", tmp_path / "out", {}):
+        other = start(tmp_path / "other.py", code, tmp_path / "out")
+        _, err = other.communicate()
+    assert other.returncode == 2 and "in use by another run" in err and "Traceback" not in err
 
 
 def loader(n, bad=()):

@@ -520,6 +520,14 @@ def test_order():
     assert [Order(7, seed=4)[p] for p in range(7)] != first[:7]
 
 
+def test_order_takes_several_at_once():
+    """Within a pass, across its end, of several passes; forwards, and again from an earlier place."""
+    order, again = Order(7, seed=3), Order(7, seed=3)
+    for first, count in ((0, 3), (3, 7), (13, 1), (14, 7), (20, 2), (5, 30), (700, 4), (2, 5), (6, 8)):
+        found, each = order.take(first, count), [again[p][0] for p in range(first, first + count)]
+        assert found.dtype == np.int64 and found.tolist() == each
+
+
 # ---- data sets and batches -----------------------------------------------------------------------
 
 
