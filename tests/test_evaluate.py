@@ -251,7 +251,7 @@ def test_embeddings_are_averaged_per_video(grad):
     assert q[0] == pytest.approx(bent((0.5, 2.0)), abs=1e-6)
     assert hits == (p[0] < 0.5) == 1 and missed == (q[0] < 0.5) == 0
     logits = net.head(z[:2]).mean(0).softmax(0)
-    assert abs(float(logits[0]) - p[0]) > 0.2  # another number than of averaged logits
+    assert abs(logits[0].item() - p[0]) > 0.2  # another number than of averaged logits
 
 
 def test_several_labels_of_an_averaged_embedding():
