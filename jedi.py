@@ -39,13 +39,13 @@ D1  An epoch is one pass over the training videos of all data sets, shuffled tog
     them per GPU, and Eq. 1 is averaged over these. So a large data set has more of each step, as in the sum
     over all samples of which the paper speaks.
 D2  The teachers' hinge loss is torch's multi-margin loss (Crammer and Singer), divided by the number of
-    classes; `ovr` is one against the rest. Students learn labels by cross-entropy, as experts do.
+    classes; `ovr` is the sum of one against the rest. Students learn labels by cross-entropy, as experts do.
 D3  A teacher's labels are constants for the student, and given without dropout, neither the teacher's nor the
     adjustment's. Its hinge logits go into the softmax as they are.
 D4  The teachers' loss does reach the adjustment (Table 3 calls the dependence bidirectional), and with
     `--teacher_input predictions` the heads.
 D5  Students begin as their experts: the head is the expert's, and the second layer of the adjustment is zero.
-    Teachers begin at random.
+    Teachers begin at random; d of Eq. 4 is the width of what they see.
 D6  An embedding is the mean over the expert's own test views of a video, of training videos as well; nothing
     is normalised. A student's score is that of this mean, from a video as from the disk.
 D7  |D_j| counts the training videos of data set j, with or without a label. (The total of Table 1 is 3,783
@@ -59,15 +59,16 @@ D10 The hold-out (15 % in Sec. 4.4) is of whole groups where a data set has them
 D11 `--alternate R` makes R rounds, each in the same number of steps first teachers, then students, from where
     they began ("from scratch"), without a burn-in.
 D12 `--finetune` trains the encoders, too: embeddings come from random clips, one for each expert, with random
-    crops (short side up to 5/4 of the test's) and batch norms at rest. The adjustment stays.
+    crops (short side up to 5/4 of the test's) and batch norms at rest. The adjustment stays. Tests between
+    steps are of one view, but the expert's of all.
 D13 What one of the experts cannot read is left out of the training, and wrong in the test.
 """
 
 import argparse
 import copy
-import hashlib
 import math
 import os
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -80,7 +81,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from common import UserError, augment, backbones, datasets, evaluate, features, files, modality, optim, video
 from common.flags import FREE, Parser, wanted
-from common.run import Run
+from common.run import Run, leave
 
 STAGES = "experts", "extract", "train"
 # Defaults per data set (the flags' own defaults are the paper's, Sec. 4.4).
@@ -97,11 +98,9 @@ RECIPES["weizmann"] = RECIPES["toy"] | dict(
 )
 TEST = "clips", "crops"  # what of a test is not in the model's file
 # Flags that a supervised expert does not look at: with another value it is still right.
-UNUSED = {
-    "experts": "half alpha beta gamma distill teacher_input temperature student_loss teacher_loss hidden "
-               "adjust_dropout neurons alternate finetune epochs burn_in batch optimizer lr weight_decay "
-               "clips crops extra_videos".split(),
-}  # fmt: skip
+UNUSED = ("half", "alpha", "beta", "gamma", "distill", "teacher_input", "temperature", "student_loss",
+          "teacher_loss", "hidden", "adjust_dropout", "neurons", "alternate", "finetune", "epochs", "burn_in",
+          "batch", "optimizer", "lr", "weight_decay", "clips", "crops", "extra_videos")  # fmt: skip
 CHUNK = 4096  # videos that are read or tested at once
 RGB = modality.MODALITIES["rgb"]
 # Classification losses by name (D2): logits (B, K), y (B,) to (B,).
@@ -176,14 +175,26 @@ def parse_args(argv=None):
         p.error(f"--jitter is a range such as 256 320, not {args.jitter[0]} {args.jitter[1]}")
     if args.views[0] < 1 or args.views[1] not in (1, 3):
         p.error(f"--views are clips and 1 or 3 crops, not {args.views[0]} {args.views[1]}")
-    n = len(args.data.split(","))
-    for name in ("expert", "net"):
-        given = getattr(args, name)
-        if len(given) not in (1, n) and (name == "expert" or len(given) < n):
-            p.error(f"--{name} has one value, or one for each of {args.data}, not {len(given)}")
-        setattr(args, name, (given * n)[:n] if len(given) == 1 else given[:n])
-    if args.alternate and args.finetune:
-        p.error("--alternate is for embeddings on disk: without --finetune")
+    names, extra = args.data.split(","), (args.extra or "").split(",") * bool(args.extra)
+    slugs = [slug(name) for name in names + extra]
+    for name, one in zip(names + extra, slugs, strict=True):
+        if not name or slugs.count(one) > 1 or one in ("experts", "cache"):
+            p.error(f"--data and --extra name each data set once, not as {','.join(names + extra)}")
+    known = [os.path.basename(os.path.abspath(name)) for name in names + extra]
+    if args.distill not in ("all", "none", "own", *known):
+        p.error(f"--distill is all, none, own, or one of {', '.join(known)}, not {args.distill}")
+    for flag, of in (("root", names), ("labelled_list", names), ("extra_root", extra)):
+        given = getattr(args, flag)
+        if given and given.count(",") != len(of) - 1:
+            p.error(f"--{flag} has a value for each of {', '.join(of)}, with commas, not {given}")
+    n = len(names)
+    for flag in ("expert", "net"):
+        given = getattr(args, flag)
+        if len(given) not in (1, n) and (flag == "expert" or len(given) < n):
+            p.error(f"--{flag} has one value, or one for each of {args.data}, not {len(given)}")
+        setattr(args, flag, given * n if len(given) == 1 else given[:n])
+    if args.finetune and (args.alternate or args.stage == "extract"):
+        p.error("--finetune sees videos, not embeddings: without --alternate and --stage extract")
     for net in args.net:
         if net not in backbones.NAMES:
             p.error(f"there is no backbone {net}: choose one of {', '.join(backbones.NAMES)}")
@@ -328,9 +339,9 @@ class Joint(nn.Module):
 class EndToEnd(nn.Module):
     """Joint on the embeddings of encoders that learn with it (D12)."""
 
-    def __init__(self, encoders, joint):
+    def __init__(self, encoders, joint, autocast):
         super().__init__()
-        self.encoders, self.joint = nn.ModuleList(encoders), joint
+        self.encoders, self.joint, self.autocast = nn.ModuleList(encoders), joint, autocast
         for encoder in encoders:
             encoder.fc.requires_grad_(False)  # the student's is in `joint`
             encoder.adapter.requires_grad_(False)
@@ -342,7 +353,8 @@ class EndToEnd(nn.Module):
 
     def forward(self, x, own, distill=True):
         """x: for each encoder clips (B, C, T, H, W); otherwise as Joint."""
-        z = [encoder.embed(clips) for encoder, clips in zip(self.encoders, x, strict=True)]
+        with self.autocast():
+            z = [encoder.embed(clips) for encoder, clips in zip(self.encoders, x, strict=True)]
         return self.joint(torch.cat(z, 1), own, distill)
 
 
@@ -396,27 +408,25 @@ def slug(name):
 def load_sources(args, run):
     """The Sources of --data, and of --extra behind them."""
     found = []
-    for kind, names, roots in (("data", args.data, args.root), ("extra", args.extra or "", args.extra_root)):
-        names = [name for name in names.split(",") if name]
-        for k, name in enumerate(names):
-            root = one_of(roots, k, names, "root" if kind == "data" else "extra_root")
+    for kind, names, roots in (("data", args.data, args.root), ("extra", args.extra, args.extra_root)):
+        for k, name in enumerate(names.split(",") if names else []):
+            root = one_of(roots, k)
             data = datasets.load(name, root, args.split)
-            if data.multilabel:
+            if data.multilabel and kind == "data":
                 raise UserError(f"{data.name} has several labels per video, which JEDI does not know")
             labelled, held = (np.zeros(len(data.train), bool) for _ in range(2))
             if kind == "data":
-                listfile = one_of(args.labelled_list, k, names, "labelled_list")
-                labelled[datasets.labelled(data, args.ratio, args.per_class, args.seed, listfile)] = True
+                few = args.ratio, args.per_class, args.seed, one_of(args.labelled_list, k)
+                labelled[datasets.labelled(data, *few)] = True
                 held = datasets.held_out(data.train, args.holdout, args.seed)
+                if not (labelled & ~held).any():
+                    raise UserError(f"{data.name} has no video with a label beside the held-out ones")
             elif args.extra_videos and args.extra_videos < len(data.train):
                 rng = np.random.default_rng(args.seed)
                 chosen = np.sort(rng.permutation(len(data.train))[: args.extra_videos])
                 data = replace(data, train=data.train.subset(chosen))
                 labelled, held = labelled[chosen], held[chosen]
             found.append(Source(name, root, data, k if kind == "data" else None, labelled, held))
-    slugs = [source.slug for source in found]
-    for name in {one for one in slugs if slugs.count(one) > 1}:
-        raise UserError(f"two data sets are called {name}: --data and --extra name each once")
     for source in found:
         data, kind = source.data, "no expert"
         if source.number is not None:
@@ -428,14 +438,9 @@ def load_sources(args, run):
     return found
 
 
-def one_of(values, k, names, flag):
-    """The k-th of some values with commas, one for each name; None if there are none."""
-    values = (values or "").split(",")
-    if values == [""]:
-        return None
-    if len(values) != len(names):
-        raise UserError(f"--{flag} has a value for each of {', '.join(names)}, by commas, not {len(values)}")
-    return values[k] or None
+def one_of(values, k):
+    """The k-th of some values with commas; None if there are none, or it is empty."""
+    return (values or "").split(",")[k] or None if values else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -450,12 +455,23 @@ class Expert:
     digest: str
 
 
-def load_expert(args, run, source):
-    """The Expert that --expert names for a data set."""
-    spec, data = args.expert[source.number], source.data
+def weights_of(args, k):
+    """The file that --expert names for the k-th data set, or a word of torchvision's."""
+    spec = args.expert[k] if args.expert[k] != "supervised" else f"{args.out}/experts"
     name, _, rest = spec.partition(":")
     if name in backbones.NAMES:
-        weights, _, clip = rest.partition(":")
+        return rest.partition(":")[0]
+    if args.expert[k] == "supervised" or os.path.isdir(spec):
+        return f"{spec}/{slug(args.data.split(',')[k])}/model.pt"
+    return spec
+
+
+def load_expert(args, run, source):
+    """The Expert that --expert names for a data set."""
+    spec, data, path = args.expert[source.number], source.data, weights_of(args, source.number)
+    name, _, clip = spec.partition(":")
+    if name in backbones.NAMES:
+        weights, clip = path, clip.partition(":")[2]
         made = dict(name=name, classes=len(data.classes))
         recipe = published_recipe(name, weights, clip)
         if weights in backbones.PUBLISHED:
@@ -463,17 +479,18 @@ def load_expert(args, run, source):
         net = backbones.build(**made, weights=weights, names=data.classes).eval()
         if net.new_fc:
             raise UserError(f"--expert {spec} does not know the classes of {data.name}")
-        path = spec
     else:
-        here = spec == "supervised"
-        path = f"{args.out}/experts" if here else spec
-        path = f"{path}/{source.slug}/model.pt" if here or os.path.isdir(path) else path
         if not os.path.exists(path):
-            advice = ": --stage experts trains it" if here else ", and no backbone of that name"
-            raise UserError(f"--expert {spec}: there is no file {path}{advice}")
+            raise UserError(f"there is no {path}: --stage experts trains it")
         net, made, classes, recipe = evaluate.load_model(path)
         if classes != data.classes or recipe.multilabel:
             raise UserError(f"{path} knows {len(classes)} other classes, not those of {data.name}")
+        beside = Path(path).with_name("labelled.txt")  # of a supervised expert
+        if beside.exists() and beside.read_text() != datasets.as_list(data.train.subset(source.supervised)):
+            sentence = f"{path} has learned from other videos than those with a label here"
+            if spec == "supervised":
+                raise UserError(f"{sentence}: choose another --out")
+            run.say(f"{sentence}: {beside}")
     if made.get("adapter", args.hidden) != args.hidden:
         raise UserError(f"{path} has an adjustment of {made['adapter']} units, not of --hidden {args.hidden}")
     return Expert(source.slug, path, net, made, recipe, evaluate.digest_of(net))
@@ -483,10 +500,11 @@ def published_recipe(name, weights, clip):
     """How a network that is no model.pt sees a video: as torchvision says, or by FRAMES or FRAMESxSTRIDE."""
     if weights in backbones.PUBLISHED and not clip:
         return evaluate.Recipe(**backbones.published_input(name, weights))
-    frames, _, stride = clip.partition("x")
-    if not frames.isdigit() or (stride and not stride.isdigit()):
+    found = re.fullmatch("([1-9][0-9]*)(?:x([1-9][0-9]*))?", clip)
+    if not found:
         raise UserError(f"--expert {name}:{weights} must say what it sees: :8 is 8 segments of a video, :8x4 "
                         f"clips of 8 frames with a stride of 4, not {clip!r}")  # fmt: skip
+    frames, stride = found.groups()
     views = dict(clips=10) if stride else dict(clips=0, uniform=1)
     return evaluate.Recipe(int(frames), int(stride or 1), **views, mean=RGB.mean, std=RGB.std)
 
@@ -554,14 +572,22 @@ def cached(args, run, source, part, expert, compute=False):
     They are computed where they are not there (None after a signal), or without `compute` refused, as are
     those of other weights, views or videos.
     """
-    folder = Path(args.cache or f"{args.out}/cache", expert.slug, f"{source.slug}_{part}")
-    recipe, about = expert.recipe, dict(identity={"expert": expert.digest}, average=True, half=args.half)
+    folder = folder_of(args, source, part, expert)
+    identity = {"expert": expert.digest} | {f"network.{key}": value for key, value in expert.made.items()}
+    recipe, about = expert.recipe, dict(identity=identity, average=True, half=args.half)
     if not compute:
+        if not (folder / features.INDEX).exists():
+            raise UserError(f"{folder} has no complete embeddings: --stage extract makes them")
         return features.load(folder, features.describe(source.videos(part), recipe, **about))
     models = {expert.path: recipe}
     data, _ = modality.with_flow(source.data, source.name, source.root, None, run, [recipe.modality], models)
     net, videos = run.place(expert.net, args.channels_last), data.train if part == "train" else data.test
     return features.extract(folder, net, partial(look, net), videos, recipe, run, args.workers, **about)
+
+
+def folder_of(args, source, part, expert):
+    """Where those Features are."""
+    return Path(args.cache or f"{args.out}/cache", expert.slug, f"{source.slug}_{part}")
 
 
 def look(net, x):
@@ -578,7 +604,7 @@ def parts_of(source):
 def extract(args, run):
     """Stage 2 (Sec. 4.3): what every expert sees in every video; False if a signal has stopped it."""
     sources = load_sources(args, run)
-    for expert in (load_expert(args, run, source) for source in sources if source.number is not None):
+    for expert in [load_expert(args, run, source) for source in sources if source.number is not None]:
         run.say(f"expert {expert.slug}: {expert.path}, {expert.net.name}, {expert.net.fc.in_features} wide")
         for source in sources:
             for part in parts_of(source):
@@ -586,6 +612,11 @@ def extract(args, run):
                 if found is None:
                     return False
                 run.say(f"  {source.slug} {part}: {len(found.rows)} of {len(found.counts)} videos")
+                if part == "train" and len(found.bad) > args.max_bad * len(found.counts):
+                    reason = next(iter(found.bad.values()))
+                    raise UserError(f"{len(found.bad)} of {len(found.counts)} videos of {source.slug} cannot "
+                                    f"be read, more than --max_bad {args.max_bad}: {reason}; when they are "
+                                    f"mended, delete {folder_of(args, source, part, expert)}")  # fmt: skip
         expert.net.cpu()
     return True
 
@@ -609,24 +640,24 @@ class Learned:
     bad: dict
 
     @classmethod
-    def of(cls, sources, readable):
-        """readable: for each Source {index: reason} of the training videos that cannot be read."""
-        paths, labels, numbers, spans, bad = [], [], [], [], {}
-        for number, (source, without) in enumerate(zip(sources, readable, strict=True)):
-            good = [i for i in source.learned.tolist() if i not in without]
-            count = int(source.labelled[good].sum())
+    def of(cls, sources, unreadable):
+        """unreadable: for each Source {index: reason} of training videos."""
+        good, bad, spans = [], [], []
+        for number, (source, without) in enumerate(zip(sources, unreadable, strict=True)):
+            mine = [i for i in source.learned.tolist() if i not in without]
             if source.number is not None:
-                spans.append((len(paths), len(paths) + count))
-            paths += [source.data.train.path(i) for i in good]
-            labels += [source.data.train.labels[i] if source.labelled[i] else -1 for i in good]
-            numbers += [number] * len(good)
-        y = torch.tensor(labels)
-        for source, without in zip(sources, readable, strict=True):
-            for i in sorted(without.keys() & set(source.learned.tolist())):
-                bad[len(paths)] = without[i]
-                paths.append(source.data.train.path(i))
-        videos = datasets.Videos.make("", paths, labels + [-1] * len(bad))
-        return cls(videos, y, torch.tensor(numbers), spans, bad)
+                spans.append((len(good), len(good) + int(source.labelled[mine].sum())))
+            good += [(number, i) for i in mine]
+            bad += [(number, i) for i in source.learned.tolist() if i in without]
+        labels = [sources[k].data.train.labels[i] if sources[k].labelled[i] else -1 for k, i in good]
+        paths, times = [], []
+        for k, i in good + bad:
+            train = sources[k].data.train
+            paths.append(train.path(i))
+            times.append(train.span(i) or (0, math.inf))
+        videos = datasets.Videos.make("", paths, labels + [-1] * len(bad), spans=times)
+        reasons = {len(good) + n: unreadable[k][i] for n, (k, i) in enumerate(bad)}
+        return cls(videos, torch.tensor(labels), torch.tensor([k for k, _ in good]), spans, reasons)
 
     def own(self, places):
         """For each data set the slice of sorted `places` that are its videos with a label."""
@@ -637,13 +668,13 @@ class Learned:
 class Tested:
     """The test videos of a data set. good: indices of those that all experts can read; bad: index -> reason.
 
-    expert: the Scores of the data set's own expert.
+    expert: the figures of the data set's own expert, which never change.
     """
 
     source: Source
     good: np.ndarray
     bad: dict
-    expert: evaluate.Scores | None = None
+    expert: dict | None = None
 
     @cached_property
     def videos(self):
@@ -681,7 +712,7 @@ class FromDisk:
                 test.append([(one.rows, one.first[asked[good]]) for one in found])
                 mine = Tested(source, good, bad)
                 seen = test[-1][source.number]
-                self.tested.append(replace(mine, expert=self.of_expert(mine, experts, *seen)))
+                self.tested.append(replace(mine, expert=figures(self.of_expert(mine, experts, *seen))))
         self.learned = Learned.of(sources, unreadable)
         if not len(self.learned.y):
             raise UserError("there is no training video that all experts can read")
@@ -722,8 +753,8 @@ class FromDisk:
         return batch["places"], batch["z"]
 
     def tests(self, all_views):
-        """([Tested], for each the embeddings (N, D) of the videos that can be read)."""
-        return self.tested, [self.Z.part(i) for i in range(len(self.tested))]
+        """[(Tested, what gives the embeddings (N, D) of its videos that can be read)]."""
+        return [(mine, partial(self.Z.part, i)) for i, mine in enumerate(self.tested)]
 
 
 class FromVideo:
@@ -738,13 +769,15 @@ class FromVideo:
         self.encoders = [copy.deepcopy(expert.net) for expert in experts]
         self.flip = all(source.data.flip for source in sources) if args.flip is None else args.flip
         for source in sources[: len(experts)]:
-            mine, expert = Tested(source, None, {}), experts[source.number]
+            expert, good = experts[source.number], np.arange(len(source.tested[1]))
+            mine = Tested(source, good, {})
             scores = evaluate.score(run.place(expert.net), mine.videos, expert.recipe, run, args.workers)
-            if scores is not None:  # else a signal has come, which ends the run before its first step
-                self.tested.append(replace(mine, expert=scores))
+            expert.net.cpu()
+            if scores is not None:  # else a signal has come, and `tests` says so
+                self.tested.append(replace(mine, expert=figures(scores)))
 
     def model(self, joint):
-        return EndToEnd(self.encoders, joint)
+        return EndToEnd(self.encoders, joint, self.run.autocast)
 
     def loader(self, start, total):
         args, run = self.args, self.run
@@ -761,7 +794,9 @@ class FromVideo:
 
     def tests(self, all_views):
         """As of FromDisk, by the encoders as they are, of all views or of one; None after a signal."""
-        found, Z = [], []
+        if len(self.tested) < len(self.experts):
+            return None
+        found = []
         for mine in self.tested:
             seen = []
             for encoder, r in zip(self.encoders, self.recipes, strict=True):
@@ -770,9 +805,10 @@ class FromVideo:
                 if seen[-1] is None:
                     return None
             bad = {i: reason for _, its in seen for i, reason in its.items()}
-            found.append(replace(mine, good=np.setdiff1d(np.arange(len(mine.videos)), list(bad)), bad=bad))
-            Z.append(torch.from_numpy(np.concatenate([z[found[-1].good] for z, _ in seen], 1)))
-        return found, [z.to(self.run.device) for z in Z]
+            good = np.setdiff1d(mine.good, list(bad))
+            z = torch.from_numpy(np.concatenate([z[good] for z, _ in seen], 1))
+            found.append((replace(mine, good=good, bad=bad), partial(z.to, self.run.device)))
+        return found
 
 
 # -------------------------------------------------------------------------------- training
@@ -793,12 +829,9 @@ def weights_at(step, total, epoch, args):
 
 def teaching(w, distill, sources):
     """w (data sets, n), the rows of Eq. 2, where the videos of a data set teach, else 0 (Sec. 5.2)."""
-    names = [source.data.name for source in sources]
-    if distill not in ("all", "none", "own", *names):
-        raise UserError(f"--distill {distill} is not all, none, own, or one of {', '.join(names)}")
     if distill == "own":
         return w * torch.eye(*w.shape)
-    return w * torch.tensor([[distill in ("all", name)] for name in names])
+    return w * torch.tensor([[distill in ("all", source.data.name)] for source in sources])
 
 
 def train(args, run):
@@ -814,20 +847,28 @@ def train(args, run):
     students = [p for name, p in model.named_parameters() if p.requires_grad and "teachers." not in name]
     w = distillation_weights([len(source.learned) for source in mine], len(sources) - len(mine))  # Eq. 2
     w = teaching(w, args.distill, sources).to(run.device)
-    y, of_source = feed.learned.y.to(run.device), feed.learned.source.to(run.device)
+    y, origin = feed.learned.y.to(run.device), feed.learned.source.to(run.device)
     epoch = math.ceil(len(y) / (args.batch * run.world))  # D1
     total, every = max(1, round(args.epochs * epoch)), max(1, round(args.eval_every * epoch))
+    if total < 2 * args.alternate:
+        raise UserError(f"--alternate {args.alternate} needs {2 * args.alternate} steps, not {total}")
 
     net = run.distribute(model, args.channels_last, args.compile)
     groups = [dict(params=students), dict(params=teachers)]
     optimizer = optim.build(args.optimizer, groups, args.lr, args.weight_decay, fused=True)
-    digests = [(datasets.digest(s.data.train, s.learned), int(s.labelled[s.learned].sum())) for s in sources]
-    digest = hashlib.sha256(str((digests, [e.digest for e in experts])).encode()).hexdigest()
-    identity = dict(labelled=digest, classes=str(joint.classes), net=str([e.net.name for e in experts]))
+    identity = {f"expert of {expert.slug}": [expert.net.name, expert.digest] for expert in experts}
+    for source in sources:
+        digest = datasets.digest(source.data.train, source.learned)
+        identity[f"list of {source.slug}"] = [digest, len(source.supervised)]
     parts = dict(model=model, optimizer=optimizer)
     if args.alternate:  # the students of whom the teachers of this round have learned
         parts["elder"] = run.place(copy.deepcopy(joint)).eval()
     elder = parts.get("elder")
+
+    def taught():
+        """The network with the students of whom the teachers have learned, or learn."""
+        return elder if elder and optimizer.param_groups[0].get("half", 0) % 2 else joint
+
     start = run.resume(identity, **parts)
     for source in mine:
         run.on_main(files.make_folder, run.out / source.slug)
@@ -839,53 +880,55 @@ def train(args, run):
     for step, (batch,) in run.steps(loader, start, total, args.seed, [feed.learned.videos], every):
         if step % every == 0:
             with run.untimed():
-                quick_test(run, joint, elder, feed, step)
+                quick_test(run, joint, taught(), feed, step)
         weights = weights_at(step, total, epoch, args)
-        if elder and half_round(step, total, args.alternate) != half_round(step - 1, total, args.alternate):
-            begin_half(joint, elder, optimizer, half_round(step, total, args.alternate) % 2 == 0)
+        if elder and half_round(step, total, args.alternate) != optimizer.param_groups[0].get("half"):
+            begin_half(joint, elder, optimizer, half_round(step, total, args.alternate))
         places, x = feed.inputs(batch)
         own, at = feed.learned.own(places), torch.from_numpy(places).to(run.device)
         distil = weights[2] > 0 and args.distill != "none"
-        with run.autocast():
-            m, e, labels = net(x, own, distil and not elder)
-            if distil and elder:
-                labels = elder.logits(x)[1]
-            loss, terms = step_loss(m, e, labels, own, y[at], w[of_source[at]], weights, args)
+        m, e, labels = net(x, own, distil and not elder)
+        if distil and elder:
+            labels = elder.logits(x)[1]
+        loss, terms = step_loss(m, e, labels, own, y[at], w[origin[at]], weights, args)
         optim.set_lr(optimizer, args.lr)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         run.track(step, args.lr, loss=loss, **terms)
     if not run.stopped:
-        quick_test(run, joint, elder, feed, total)
-        finish(args, run, joint, elder, feed, experts)
+        quick_test(run, joint, taught(), feed, total)
+        finish(args, run, joint, taught(), feed, experts)
 
 
-def begin_half(joint, elder, optimizer, teachers):
-    """The teachers, or the students, begin once more, and the others rest (D11)."""
+def begin_half(joint, elder, optimizer, half):
+    """The teachers, in an even half round, or the students begin once more, and the others rest (D11)."""
+    teachers = half % 2 == 0
     if not teachers:
         elder.load_state_dict(joint.state_dict())
     joint.restart("teachers." if teachers else ("adapters.", "heads."))
     for group, learns in zip(optimizer.param_groups, (not teachers, teachers), strict=True):
-        group["lr_factor"] = float(learns)
+        group["half"], group["lr_factor"] = half, float(learns)
         for p in group["params"]:
             optimizer.state.pop(p, None)
 
 
 @torch.no_grad()
-def measure(joint, elder, tested, Z):
-    """[{"expert", "student", "teacher": Scores}], for each Tested with its embeddings Z.
+def measure(joint, taught, tests):
+    """[{"student": Scores, "teacher": Scores}], for each of the `tests` of a feed.
 
-    elder: the students of whom the teachers have learned, where these are not those of `joint` (D11).
+    taught: the network with the students of whom the teachers have learned, `joint` or an elder (D11).
     """
     joint.eval()
     found = []
-    for mine, z in zip(tested, Z, strict=True):
-        i, blocks = mine.source.number, z.split(CHUNK)
-        m = torch.cat([joint.logits(block)[0][i] for block in blocks])
-        e = torch.cat([(elder or joint).logits(block)[1][i] for block in blocks])
-        scores = {who: mine.scores(x.softmax(1).cpu().numpy()) for who, x in (("student", m), ("teacher", e))}
-        found.append({"expert": mine.expert} | scores)
+    for mine, embeddings in tests:
+        i, p = mine.source.number, {"student": [], "teacher": []}
+        for z in embeddings().split(CHUNK):
+            m, e = joint.logits(z)
+            e = e if taught is joint else taught.logits(z)[1]
+            p["student"].append(m[i].softmax(1))
+            p["teacher"].append(e[i].softmax(1))
+        found.append({who: mine.scores(torch.cat(parts).cpu().numpy()) for who, parts in p.items()})
     joint.train()
     return found
 
@@ -898,41 +941,51 @@ def figures(scores):
             "mAP": 100 * evaluate.mean_average_precision(scores.probs, positive)}  # fmt: skip
 
 
-def quick_test(run, joint, elder, feed, step):
+def quick_test(run, joint, taught, feed, step):
     """Experts, students and teachers of all data sets into the log (Fig. 3); experts stay as they are."""
     found = feed.tests(all_views=False)
     if found and run.main:
         row = {f"{mine.source.data.name}_{who}_{key}": round(value, 4)
-               for mine, scores in zip(found[0], measure(joint, elder, *found), strict=True)
-               for who, its in scores.items() for key, value in figures(its).items()}  # fmt: skip
+               for (mine, _), scores in zip(found, measure(joint, taught, found), strict=True)
+               for who, its in in_table(mine, scores).items() for key, value in its.items()}  # fmt: skip
         run.log({"step": step, "eval": "quick", **row})
 
 
-def finish(args, run, joint, elder, feed, experts):
+def in_table(mine, scores):
+    """{"expert", "student", "teacher": figures}, a data set's part of Table 2."""
+    return {"expert": mine.expert} | {who: figures(its) for who, its in scores.items()}
+
+
+def finish(args, run, joint, taught, feed, experts):
     """The last test, Table 2, and of each student its model.pt and what it says of every test video."""
     found = feed.tests(all_views=True)
     if found is None:
         run.say("stopped by a signal during the test; the same command tests again")
         return
-    tested, scores = found[0], measure(joint, elder, *found)
-    for mine, its, expert in zip(tested, scores, experts, strict=True):
-        if run.main:
-            i, folder = mine.source.number, run.out / mine.source.slug
-            evaluate.write_files(folder, its["student"], mine.videos, mine.source.data.classes)
-            encoder = feed.encoders[i] if args.finetune else expert.net
-            made, net = student(expert, encoder, joint, i, args.hidden)
-            recipe = replace(expert.recipe, average="embeddings")
-            evaluate.save_model(folder / "model.pt", net, made, mine.source.data.classes, recipe)
-    names = [mine.source.data.name for mine in tested]
-    table = {who: [figures(its[who]) for its in scores] for who in ("expert", "student", "teacher")}
+    row = run.on_main(write_results, args, run, joint, taught, feed, experts, found)
+    run.result({"script": run.script, **row, "seconds": round(run.seconds)})
+
+
+def write_results(args, run, joint, taught, feed, experts, tests):
+    """The files of `finish`; what the RESULT line says, means over the data sets."""
+    parts, scores = [], measure(joint, taught, tests)
+    for (mine, _), its, expert in zip(tests, scores, experts, strict=True):
+        i, data, folder = mine.source.number, mine.source.data, run.out / mine.source.slug
+        evaluate.write_files(folder, its["student"], mine.videos, data.classes)
+        encoder = feed.encoders[i] if args.finetune else expert.net
+        made, net = student(expert, encoder, joint, i, args.hidden)
+        recipe = replace(expert.recipe, average="embeddings")
+        evaluate.save_model(folder / "model.pt", net, made, data.classes, recipe)
+        parts.append(in_table(mine, its))
+    names = [mine.source.data.name for mine, _ in tests]
+    table = {who: [part[who] for part in parts] for who in parts[0]}
     show_table(run, names, table)
     means = {who: {key: float(np.mean([one[key] for one in found])) for key in found[0]}
              for who, found in table.items()}  # fmt: skip
-    run.result({"script": run.script, "data": ",".join(names), **wanted(args), **means["student"],
-                "expert_top1": means["expert"]["top1"], "teacher_top1": means["teacher"]["top1"],
-                "videos": sum(len(mine.videos) for mine in tested),
-                "unreadable": sum(len(mine.bad) for mine in tested),
-                "seconds": round(run.seconds)})  # fmt: skip
+    return {"data": ",".join(names), **wanted(args), **means["student"],
+            "expert_top1": means["expert"]["top1"], "teacher_top1": means["teacher"]["top1"],
+            "videos": sum(len(mine.videos) for mine, _ in tests),
+            "unreadable": sum(len(mine.bad) for mine, _ in tests)}  # fmt: skip
 
 
 def student(expert, encoder, joint, i, hidden):
@@ -954,8 +1007,7 @@ def show_table(run, names, table):
     wide = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
     for row in [header, *rows]:
         run.say("  ".join(cell.rjust(width) for cell, width in zip(row, wide, strict=True)))
-    if run.main:
-        evaluate.write_csv(run.out / "table.csv", header, rows)
+    evaluate.write_csv(run.out / "table.csv", header, rows)
 
 
 # -------------------------------------------------------------------------------- runs
@@ -974,7 +1026,7 @@ def test_only(args, run):
 def of_source(args, k):
     """The flags of the k-th data set alone, for its supervised expert."""
     names = args.data.split(",")
-    each = {flag: one_of(getattr(args, flag), k, names, flag) for flag in ("root", "labelled_list")}
+    each = dict(root=one_of(args.root, k), labelled_list=one_of(args.labelled_list, k))
     one = each | dict(data=names[k], extra=None, expert=[args.expert[k]], net=[args.net[k]])
     return argparse.Namespace(**vars(args) | one)
 
@@ -987,14 +1039,16 @@ def runs_of(args):
     experts = [k for k, spec in enumerate(args.expert) if spec == "supervised"] if "experts" in stages else []
     slugs = [slug(name) for name in args.data.split(",")]
     runs = [("experts", of_source(args, k), f"{args.out}/experts/{slugs[k]}") for k in experts]
-    if "extract" in stages and not args.finetune and not Path(args.out, "result.json").exists():
+    finished = args.stage == "all" and Path(args.out, "result.json").exists()
+    if "extract" in stages and not args.finetune and not finished:
         runs.append(("extract", args, f"{args.out}/cache"))
     return runs + [("train", args, args.out)] * ("train" in stages)
 
 
 def one_run(stage, args, out):
     """A stage, or a test, in its folder; False if a signal has stopped it."""
-    config, free = vars(args), (*FREE, "stage", "cache", "memory", "extra_root", *UNUSED.get(stage, ()))
+    config, free = vars(args), (*FREE, "stage", "cache", "memory", "extra_root")
+    free += UNUSED * (stage == "experts")
     with Run("jedi", out, config, config if args.eval else free, args.log_every, args.max_bad) as run:
         if stage == "extract":
             return extract(args, run) and not run.told_to_stop()
@@ -1008,6 +1062,10 @@ def one_run(stage, args, out):
 @record
 def main():
     args = parse_args()
+    for k, spec in enumerate([] if args.eval else args.expert):  # before days of work for the others
+        weights = weights_of(args, k)
+        if spec != "supervised" and weights not in backbones.PUBLISHED and not os.path.isfile(weights):
+            leave("jedi", f"--expert {spec}: there is no file {weights}, nor a backbone of that name")
     for one in runs_of(args):
         if not one_run(*one):
             return

@@ -374,7 +374,7 @@ class Run:
             for name, reason in found.items():
                 if name not in self.bad:
                     self.bad.add(name)
-                    self.say(f"unreadable, another video stands in: {name}: {reason}")
+                    self.say(f"unreadable, nothing is learned from it: {name}: {reason}")
                     if self.main:
                         self._append("bad_videos.txt", f"{name}\t{' '.join(reason.split())}\n")
         self.new_bad = {}
