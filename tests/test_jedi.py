@@ -756,7 +756,7 @@ def test_labels_and_hold_outs_of_the_command_line(library):
 
 @pytest.mark.parametrize("line, sentence", [
     ("--data one,multi", "multi has several labels per video"),
-    ("--data one --per_class 1 --holdout 0.95 --seed 2", "one has no video with a label beside the held-out ones"),
+    ("--data one --per_class 1 --holdout 0.95 --seed 2", "one has no video with a label beside the held-out"),
 ])
 def test_data_sets_that_are_refused(library, line, sentence):
     with pytest.raises(UserError, match=sentence):
@@ -1245,12 +1245,14 @@ def test_the_same_command_is_over(world, whole, capfd):
 
 def changed(world, tmp_path, what):
     """The flags of the whole run with its cache, but for one thing, and the folder that does not fit."""
-    if what in ("weights", "views"):
+    if what in ("weights", "views", "network"):
         shutil.copytree(world / "experts", tmp_path / "experts")
         path = tmp_path / "experts" / "two" / "model.pt"
         net, made, classes, recipe = evaluate.load_model(path)
         if what == "weights":
             net.layer1[0].bn1.running_mean[0] += 1e-3
+        if what == "network":  # with tensors of the same names, without the shift
+            made = made | dict(name="tsn10-small")
         recipe = replace(recipe, crops=1) if what == "views" else recipe
         evaluate.save_model(path, net, made, classes, recipe)
         return f"--expert {tmp_path}/experts", "two/one_train"
@@ -1265,6 +1267,7 @@ def changed(world, tmp_path, what):
 
 
 @pytest.mark.parametrize("what, word", [("weights", "expert"), ("views", "recipe.crops 3, not 1"),
+                                        ("network", "network.name tsm10-small, not tsn10-small"),
                                         ("list", "videos"), ("half", "half False, not True")])  # fmt: skip
 def test_a_cache_of_something_else_is_refused(world, whole, tmp_path, what, word):
     more, folder = changed(world, tmp_path, what)
@@ -1280,6 +1283,26 @@ def test_a_cache_of_the_same_is_shared(world, whole, tmp_path):
     assert times(whole / "cache") == before and not list((tmp_path / "out").rglob("features.npy"))
     assert table_of(tmp_path / "out") == table_of(whole)
     assert (tmp_path / "out/one/predictions.csv").read_text() == (whole / "one/predictions.csv").read_text()
+
+
+def test_experts_of_other_videos(world, whole, tmp_path, capfd):
+    """A supervised expert of this run is refused; one of another run may know others, and it is said."""
+    for name in ("one", "two"):
+        shutil.copytree(world / "experts" / name, tmp_path / "out" / "experts" / name)
+        (tmp_path / "out" / "experts" / name / "labelled.txt").write_text("train0.mp4 0\n")
+    said = refused(world, tmp_path / "out", "--stage train --expert supervised")
+    assert "out/experts/one/model.pt has learned from other videos than those with a label here" in said
+    folder = tmp_path / "out" / "experts"
+    start(world, tmp_path / "other", f"--stage train --cache {whole}/cache --expert {folder}")
+    printed = capfd.readouterr().out
+    assert f"{folder}/two/model.pt has learned from other videos" in printed and "RESULT" in printed
+
+
+def test_too_many_videos_that_cannot_be_read(world, tmp_path):
+    """After mending, what is kept of them must go."""
+    said = refused(world, tmp_path / "out", "--stage extract --max_bad 0.1")
+    assert "1 of 5 videos of one cannot be read, more than --max_bad 0.1" in said
+    assert said.endswith(f"when they are mended, delete {tmp_path}/out/cache/one/one_train (2)")
 
 
 def test_a_cache_that_is_not_there(world, tmp_path):
