@@ -10,6 +10,9 @@ import av
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+
+from common import flags, run
 
 torch.set_num_threads(1)
 
@@ -20,6 +23,27 @@ def pytest_collection_finish():
 
 def pytest_unconfigure():
     gc.unfreeze()  # else libraries complain, as the interpreter ends, of what is left
+
+
+@pytest.fixture(scope="module")
+def leave():
+    """What ends the process raises instead."""
+
+    def leave(script, message, status=2):
+        raise SystemExit(f"{script}: {message} ({status})")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flags, "leave", leave)
+        patch.setattr(run, "leave", leave)
+        yield
+
+
+@pytest.fixture
+def group():
+    """A run that has ended with a sentence leaves its process group."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def picture(i, width=96, height=64):

@@ -2,7 +2,6 @@
 become students, what is kept on disk, what is learned and tested, rounds by turns, and its command line."""
 
 import csv
-import gc
 import json
 import math
 import os
@@ -25,8 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import jedi
-from common import UserError, backbones, datasets, evaluate, features, flags, optim, video
-from common import run as common_run
+from common import UserError, backbones, datasets, evaluate, features, optim, video
 from common.datasets import Data, Videos
 from common.evaluate import Recipe, Scores
 from common.features import Features
@@ -35,27 +33,7 @@ from common.run import Run
 HERE = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(autouse=True, scope="module")
-def leave():
-    """What ends the process raises instead."""
-
-    def leave(script, message, status=2):
-        raise SystemExit(f"{script}: {message} ({status})")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flags, "leave", leave)
-        patch.setattr(common_run, "leave", leave)
-        gc.freeze()  # at its end a run collects garbage, which need not look at all that is imported
-        yield
-        gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def group():
-    """A run that has ended with a sentence leaves its process group."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("leave", "group")
 
 
 def random(*shape, seed=0, scale=1.0):

@@ -18,20 +18,12 @@ from PIL import Image
 from torch import nn
 
 import mml
-from common import UserError, backbones, evaluate, flags, flow, video
+from common import UserError, backbones, evaluate, flow, video
 from common.datasets import Data, Videos
 from common.evaluate import Scores
 from common.run import Run
 
-
-@pytest.fixture(autouse=True)
-def leave(monkeypatch):
-    """What ends the process raises instead."""
-
-    def leave(script, message, status=2):
-        raise SystemExit(f"{script}: {message} ({status})")
-
-    monkeypatch.setattr(flags, "leave", leave)
+pytestmark = pytest.mark.usefixtures("leave")
 
 
 def random(*shape, seed=0, scale=3.0):

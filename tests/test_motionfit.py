@@ -2,7 +2,6 @@
 and their labels, what its stages learn and leave to each other, retrieval, and its command line. KMeans has a
 file of its own."""
 
-import gc
 import itertools
 import json
 import math
@@ -19,34 +18,12 @@ from PIL import Image
 from torch import nn
 
 import motionfit
-from common import UserError, backbones, datasets, evaluate, flags, flow, optim, show
-from common import run as common_run
+from common import UserError, backbones, datasets, evaluate, flow, optim, show
 from common.datasets import Data, Videos
 from common.features import Features
 from common.run import Run
 
-
-@pytest.fixture(autouse=True, scope="module")
-def leave():
-    """What ends the process raises instead."""
-
-    def leave(script, message, status=2):
-        raise SystemExit(f"{script}: {message} ({status})")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flags, "leave", leave)
-        patch.setattr(common_run, "leave", leave)
-        gc.freeze()  # at its end a run collects garbage, which need not look at all that is imported
-        yield
-        gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def group():
-    """A run that has ended with a sentence leaves its process group."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("leave", "group")
 
 
 @pytest.fixture

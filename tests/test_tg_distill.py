@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 import tg_distill
-from common import UserError, augment, backbones, evaluate, flags, video
+from common import UserError, augment, backbones, evaluate, video
 from common.datasets import Data, Videos
 from common.run import Run
 
@@ -877,11 +877,8 @@ def test_rows_of_table_1(line, nets, pseudo, w_kd, w_clr):
     ("--corrupt contrast", "--eval"), ("--cam x", "--eval"), ("--features x.npz", "--eval"),
     ("--pseudo other", "--pseudo"), ("--ratio 20", "--ratio"),
 ])  # fmt: skip
-def test_bad_values_are_refused(line, word, monkeypatch):
-    def leave(script, message, status=2):  # in place of os._exit
-        raise SystemExit(f"{script}: {message}")
-
-    monkeypatch.setattr(flags, "leave", leave)
+@pytest.mark.usefixtures("leave")
+def test_bad_values_are_refused(line, word):
     with pytest.raises(SystemExit, match=f"tg_distill: .*{word}"):
         parsed(line)
 
