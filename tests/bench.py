@@ -503,49 +503,59 @@ def jedi(args):
         on = [x.to(device) for x in (y, of_source, w)]
         spans = np.cumsum([0, *sizes])
 
-        def ours(optimizer, epoch, N=N, joint=joint, table=table, on=on, spans=spans, flags=flags):
+        def our_batches(epoch, N=N, table=table, spans=spans):
             order, steps = video.Order(N, 0), -(-N // args.batch)
             firsts = args.batch * np.arange(epoch * steps, (epoch + 1) * steps)
             for at, z in table.batches(np.sort(order.take(first, args.batch)) for first in firsts.tolist()):
-                own = [slice(*np.searchsorted(at, spans[i : i + 2])) for i in range(len(spans) - 1)]
-                index = torch.from_numpy(at).to(device)
-                rows = on[2][on[1][index]]
-                loss, _ = script.step_loss(*joint(z, own), own, on[0][index], rows, (1, 1, 0.4), flags)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                yield z, [slice(*np.searchsorted(at, spans[i : i + 2])) for i in range(len(spans) - 1)], at
+
+        def our_step(optimizer, batch, joint=joint, on=on, flags=flags):
+            z, own, at = batch
+            index = torch.from_numpy(at).to(device)
+            rows = on[2][on[1][index]]
+            loss, _ = script.step_loss(*joint(z, own), own, on[0][index], rows, (1, 1, 0.4), flags)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
         plain = Plain(widths, classes, joint.p).to(device)
         dataset = PerSample(maps, y, of_source)
 
-        def loader(optimizer, epoch, dataset=dataset, plain=plain, w=on[2], n=n):
-            batches = torch.utils.data.DataLoader(dataset, args.batch, shuffle=True)
-            for embeddings, y, of_source in batches:
-                y, of_source = y.to(device), of_source.to(device)
-                m, e = plain([z.to(device) for z in embeddings])
-                loss = 0
-                for i in range(n):
-                    mine = of_source == i
-                    loss += F.cross_entropy(m[i][mine], y[mine], reduction="sum")
-                    loss += F.multi_margin_loss(e[i][mine], y[mine], reduction="sum")
-                    kd = F.cross_entropy(m[i], e[i].detach().softmax(1), reduction="none")
-                    loss += 0.4 * (w[of_source, i] * kd).sum()
-                optimizer.zero_grad()
-                (loss / len(y)).backward()
-                optimizer.step()
+        def loader_batches(epoch, dataset=dataset):
+            return torch.utils.data.DataLoader(dataset, args.batch, shuffle=True)
 
-        variants = {"ours": (ours, joint), "loader": (loader, plain)}
+        def loader_step(optimizer, batch, plain=plain, w=on[2], n=n):
+            embeddings, y, of_source = batch
+            y, of_source = y.to(device), of_source.to(device)
+            m, e = plain([z.to(device) for z in embeddings])
+            loss = 0
+            for i in range(n):
+                mine = of_source == i
+                loss += F.cross_entropy(m[i][mine], y[mine], reduction="sum")
+                loss += F.multi_margin_loss(e[i][mine], y[mine], reduction="sum")
+                kd = F.cross_entropy(m[i], e[i].detach().softmax(1), reduction="none")
+                loss += 0.4 * (w[of_source, i] * kd).sum()
+            optimizer.zero_grad()
+            (loss / len(y)).backward()
+            optimizer.step()
+
+        variants = {"ours": (our_batches, our_step, joint), "loader": (loader_batches, loader_step, plain)}
+        seconds = {name: [] for name in variants} | {f"batches of {name}": [] for name in variants}
         adamw = partial(torch.optim.AdamW, lr=1e-5, weight_decay=3e-3)
         optimizers = {name: adamw(net.parameters(), fused=name == "ours")
-                      for name, (_, net) in variants.items()}  # fmt: skip
-        seconds = {name: [] for name in variants}
-        jobs = list(variants) * (args.repeats + 1)
-        for k, name in enumerate(jobs):
-            begin = clock()
-            variants[name][0](optimizers[name], k // 2)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(clock() - begin)
+                      for name, (_, _, net) in variants.items()}  # fmt: skip
+        for epoch in range(args.repeats + 1):
+            for name, (batches, step, _) in variants.items():
+                begin = clock()
+                for _ in batches(epoch):
+                    pass
+                seconds[f"batches of {name}"].append(clock() - begin)
+                begin = clock()
+                for batch in batches(epoch):
+                    step(optimizers[name], batch)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds[name].append(clock() - begin)
         rate = {name: 1 / np.median(times[1:]) for name, times in seconds.items()}
         # The products that nothing can spare: students and their adjustments on all videos, forward and back
         # (but not to the embeddings), labels of all teachers, and teachers on their own videos.
@@ -562,8 +572,9 @@ def jedi(args):
                 torch.cuda.synchronize()
             products.append(clock() - begin)
         floor = flops / (2 * 2048**3 / min(products))
+        data = rate["batches of ours"] / rate["batches of loader"]
         print(f"{N} videos, {D} wide, {K} classes: {rate['ours']:.2f} epochs/s, with a DataLoader "
-              f"{rate['loader']:.2f}, {rate['ours'] / rate['loader']:.2f} times; "
+              f"{rate['loader']:.2f}, {rate['ours'] / rate['loader']:.2f} times, batches alone {data:.1f}; "
               f"{1 / rate['ours'] / floor:.2f} of the time of the matrix products alone")  # fmt: skip
 
 
