@@ -295,9 +295,9 @@ class Joint(nn.Module):
         mine = {name: value for name, value in self.begin.items() if name.startswith(prefixes)}
         self.load_state_dict(mine, strict=False)
 
-    def teacher_input(self, e, a, m):
+    def teacher_input(self, zs, a, m):
         """(B, d) of lists of base and adjusted embeddings and of predictions; gradients pass (D4)."""
-        parts = {"base": e, "adjusted": a, "predictions": m}
+        parts = {"base": zs, "adjusted": a, "predictions": m}
         return torch.cat([x for name in self.inputs.split("+") for x in parts[name]], 1)
 
     def forward(self, z, own, distill=True):
@@ -307,22 +307,22 @@ class Joint(nn.Module):
         of the students (B, K_j), of the teachers for the videos of their own data set (own[j], K_j), and,
         with `distill`, the teachers' labels for all (B, K_j), which have no gradient.
         """
-        e = z.split(self.widths, 1)
-        a, clean = zip(*map(adjust, e, self.adapters), strict=True)  # Eq. 3
+        zs = z.split(self.widths, 1)
+        a, clean = zip(*map(adjust, zs, self.adapters), strict=True)  # Eq. 3
         m = self.students(a)
-        x = self.teacher_input(e, a, m)
+        x = self.teacher_input(zs, a, m)
         weights, biases = (part.split(self.classes) for part in (self.teachers.weight, self.teachers.bias))
         active = [F.dropout(x[mine], p, self.training) for mine, p in zip(own, self.p, strict=True)]
-        e_own = [F.linear(*each) for each in zip(active, weights, biases, strict=True)]
-        return m, e_own, self.labels(e, clean) if distill else None
+        e = [F.linear(*each) for each in zip(active, weights, biases, strict=True)]
+        return m, e, self.labels(zs, clean) if distill else None
 
     @torch.no_grad()
-    def labels(self, e, a):
+    def labels(self, zs, a):
         """The teachers' logits, a list of (B, K_j), from base and adjusted embeddings, lists of (B, D_j).
 
         One product for all: without dropout they see the same (D3).
         """
-        return self.teachers(self.teacher_input(e, a, self.students(a))).split(self.classes, 1)
+        return self.teachers(self.teacher_input(zs, a, self.students(a))).split(self.classes, 1)
 
     def students(self, a):
         """The students' logits, a list of (B, K_j), from adjusted embeddings."""
@@ -331,9 +331,9 @@ class Joint(nn.Module):
     @torch.no_grad()
     def logits(self, z):
         """(students', teachers') logits, lists of (B, K_j), of embeddings z (B, D), without any dropout."""
-        e = z.split(self.widths, 1)
-        a = [adjust(x, adapter)[1] for x, adapter in zip(e, self.adapters, strict=True)]
-        return self.students(a), self.labels(e, a)
+        zs = z.split(self.widths, 1)
+        a = [adjust(x, adapter)[1] for x, adapter in zip(zs, self.adapters, strict=True)]
+        return self.students(a), self.labels(zs, a)
 
 
 class EndToEnd(nn.Module):
@@ -690,6 +690,13 @@ class Tested:
         return evaluate.Scores(probs, right.astype(np.int64), views, labels, self.bad)
 
 
+def readable(found, asked):
+    """(places in `asked` of the videos that all Features `found` have, {place: reason} of the others)."""
+    bad = {i: reason for one in found for i, reason in one.bad.items()}
+    bad = {k: bad[i] for k, i in enumerate(asked.tolist()) if i in bad}
+    return np.setdiff1d(np.arange(len(asked)), list(bad)), bad
+
+
 class FromDisk:
     """What is learned from and tested on: the embeddings that stage 2 has left."""
 
@@ -699,16 +706,14 @@ class FromDisk:
         self.widths = [expert.net.fc.in_features for expert in experts]
         for source in sources:
             found = [cached(args, run, source, "train", expert) for expert in experts]
-            unreadable.append({i: reason for one in found for i, reason in one.bad.items()})
-            good = source.learned[~np.isin(source.learned, list(unreadable[-1]))]
-            learn.append([(one.rows, one.first[good]) for one in found])
+            good, bad = readable(found, source.learned)
+            learn.append([(one.rows, one.first[source.learned[good]]) for one in found])
+            unreadable.append({int(source.learned[k]): reason for k, reason in bad.items()})
             if source.number is not None:
                 part, asked = source.tested
                 if part == "test":
                     found = [cached(args, run, source, part, expert) for expert in experts]
-                bad = {i: reason for one in found for i, reason in one.bad.items()}
-                bad = {k: bad[i] for k, i in enumerate(asked.tolist()) if i in bad}
-                good = np.setdiff1d(np.arange(len(asked)), list(bad))
+                good, bad = readable(found, asked)
                 test.append([(one.rows, one.first[asked[good]]) for one in found])
                 mine = Tested(source, good, bad)
                 seen = test[-1][source.number]
