@@ -861,10 +861,6 @@ def train(args, run):
     net = run.distribute(model, args.channels_last, args.compile)
     groups = [dict(params=students), dict(params=teachers)]
     optimizer = optim.build(args.optimizer, groups, args.lr, args.weight_decay, fused=True)
-    identity = {f"expert of {expert.slug}": [expert.net.name, expert.digest] for expert in experts}
-    for source in sources:
-        digest = datasets.digest(source.data.train, source.learned)
-        identity[f"list of {source.slug}"] = [digest, len(source.supervised)]
     parts = dict(model=model, optimizer=optimizer)
     if args.alternate:  # the students of whom the teachers of this round have learned
         parts["elder"] = run.place(copy.deepcopy(joint)).eval()
@@ -874,11 +870,8 @@ def train(args, run):
         """The network with the students of whom the teachers have learned, or learn."""
         return elder if elder and optimizer.param_groups[0].get("half", 0) % 2 else joint
 
-    start = run.resume(identity, **parts)
-    for source in mine:
-        run.on_main(files.make_folder, run.out / source.slug)
-        labelled = source.data.train.subset(source.supervised)
-        run.write(f"{source.slug}/labelled.txt", datasets.as_list(labelled))
+    start = run.resume(identity_of(sources, experts), **parts)
+    run.on_main(write_lists, run.out, mine)
     run.say(f"{total} steps, {epoch} an epoch, of {args.batch * run.world} videos; {run.device.type}")
 
     loader = feed.loader(start, total)
@@ -904,6 +897,23 @@ def train(args, run):
     if not run.stopped:
         quick_test(run, joint, taught(), feed, total)
         finish(args, run, joint, taught(), feed, experts)
+
+
+def identity_of(sources, experts):
+    """What a resumption must share: experts' weights, which videos are learned, how many with a label."""
+    identity = {f"expert of {expert.slug}": [expert.net.name, expert.digest] for expert in experts}
+    for source in sources:
+        digest = datasets.digest(source.data.train, source.learned)
+        identity[f"list of {source.slug}"] = [digest, len(source.supervised)]
+    return identity
+
+
+def write_lists(out, sources):
+    """A folder for each data set, with the list of its videos with a label."""
+    for source in sources:
+        files.make_folder(out / source.slug)
+        labelled = source.data.train.subset(source.supervised)
+        files.write(out / source.slug / "labelled.txt", datasets.as_list(labelled))
 
 
 def begin_half(joint, elder, optimizer, half):
