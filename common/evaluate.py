@@ -267,12 +267,15 @@ def _gather(rows, bad, halted, videos, world):
 def precise_bn(net, videos, recipe, run, workers=0, block=40):
     """Give every batch norm of `net` the mean and variance of its inputs over all clips of `videos`.
 
-    PreciseBN (Wu and Johnson 2021, section 3). The layers before it are normalised by the statistics of
-    blocks of `block` videos, which do not depend on the number of ranks; all clips of all ranks count
-    alike. Left out are unreadable videos, and a block of a single clip, which may have no variance; with
-    nothing left the statistics stay. A signal ends it early: the test that follows then stops as well.
+    But those of frozen stages, which stay in eval mode. PreciseBN (Wu and Johnson 2021, section 3). The
+    layers before it are normalised by the statistics of blocks of `block` videos, which do not depend on the
+    number of ranks; all clips of all ranks count alike. Left out are unreadable videos, and a block of a
+    single clip, which may have no variance; with nothing left the statistics stay. A signal ends it early:
+    the test that follows then stops as well.
     """
-    norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    net.train()
+    norms = [module for module in net.modules()
+             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training]  # fmt: skip
     sums = [torch.zeros(3, norm.num_features, dtype=torch.float64, device=run.device) for norm in norms]
 
     def add(total, module, inputs):  # numbers, sums and squares
@@ -285,7 +288,6 @@ def precise_bn(net, videos, recipe, run, workers=0, block=40):
     pairs = list(zip(norms, sums, strict=True))
     hooks = [norm.register_forward_pre_hook(partial(add, total)) for norm, total in pairs]
     views = video.Views(videos, recipe.sample, recipe.view, open=recipe.open)
-    net.train()
     for batch in video.watched(video.test_loader(views, block, run.rank, run.world, workers)):
         if batch["views"] is not None and len(batch["views"]) > 1:
             with run.autocast():

@@ -509,6 +509,14 @@ def whole_set(videos, recipe=SMALL):
     return recipe.to_input(torch.cat([views[i]["views"] for i in range(len(videos))]), "cpu")
 
 
+def test_precise_bn_leaves_frozen_stages_alone(videos, run):
+    net = tiny_backbone().freeze(2)
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    evaluate.precise_bn(net, videos, SMALL, run)
+    after = {name for name, value in net.named_buffers() if not torch.equal(value, before[name])}
+    assert {name.split(".")[0] for name in after if "running" in name} == {"layer3", "layer4"}
+
+
 @pytest.mark.parametrize("block", [40, 10, 4, 2])
 def test_precise_bn_of_the_first_layer_is_that_of_all_clips(block, videos, run):
     net = tiny_backbone()
