@@ -6,7 +6,7 @@ Each data set has an expert, a network trained on it alone, which sees the video
 way. All experts look at all videos once, and their embeddings are kept. On these alone are trained, together,
 for each data set a student, which is its expert with a small change of the embedding and a new classifier,
 and a teacher, which classifies by the embeddings of all students side by side. A student learns its labels,
-and what its teacher says of the videos of all data sets: it becomes better than the expert, at its cost.
+and what its teacher says of the videos of all data sets: it ends better than the expert, and costs no more.
 
     1 experts   labelled videos of data set i --> expert i (where none is given)
     2 extract   videos of all data sets --> encoders of all experts, at rest --> e_1 ... e_n, kept on disk
