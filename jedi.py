@@ -119,7 +119,7 @@ def parse_args(argv=None):
     g.add_argument("--extra_videos", type=int, help="that many of each, drawn at random; Sec. 5.2 has 20000")
     g.add_argument("--holdout", type=float, default=0.0, help="share of videos for validation, Sec. 4.4, D10")
     g.add_argument("--jitter", type=int, nargs=2, default=[256, 320], help="short side, supervised training")
-    g = p.add_argument_group("experts; one value, or one for each data set")
+    g = p.add_argument_group("experts (of --expert and --net one, or one for each data set)")
     g.add_argument("--expert", nargs="+", default=["supervised"], metavar="EXPERT",
                    help="supervised: trained here; MODEL.PT; NET:kinetics, torchvision's; NET:FILE:SEGMENTS "
                         "or NET:FILE:FRAMESxSTRIDE; or the folder experts of another run")  # fmt: skip
