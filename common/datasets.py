@@ -25,7 +25,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import warnings
 from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -1054,13 +1053,10 @@ def _parallel(job, items, workers, text):
 
 def _worker():
     """A worker leaves Ctrl-C to the main process, and does not outlive it."""
+    from common.video import end_with_parent
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def end_together():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end_together, daemon=True).start()
+    end_with_parent()
 
 
 if __name__ == "__main__":

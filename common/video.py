@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 from bisect import bisect_right
 from contextlib import ExitStack, contextmanager
 from multiprocessing import forkserver
@@ -598,7 +599,7 @@ def _loader(dataset, batches, collate, workers):
         context.set_forkserver_preload(["torchvision.transforms.v2", "av"])  # once, not per worker
         _start_forkserver()
         options.update(num_workers=workers, multiprocessing_context=context)
-    return DataLoader(dataset, worker_init_fn=_ignore_signals, **options)
+    return DataLoader(dataset, worker_init_fn=_begin_worker, **options)
 
 
 def watched(loader):
@@ -633,7 +634,22 @@ def _start_forkserver():
         signal.signal(number, handler)
 
 
-def _ignore_signals(worker):
+def _begin_worker(worker):
     """The main process decides when to stop: Ctrl-C and batch systems signal its workers as well."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
+
+
+def end_with_parent():
+    """Let this process end when the one that asked for it does, even by kill -9.
+
+    A loader's own watch looks at the parent of a worker, which is the fork server: that lives as long as its
+    workers, and they would wait for work for ever.
+    """
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -381,6 +381,20 @@ def test_a_killed_loader_worker_is_noticed(toy_root, tmp_path):
     assert process.returncode == 1 and "--workers" in err and "Traceback" not in err, err
 
 
+def test_no_loader_worker_outlives_a_killed_run(toy_root, tmp_path):
+    out = tmp_path / "out"
+    process = start(command(FIRST, toy_root, out, "--workers", "1"))
+    wait_for_rows(out, 2, process)
+    session = ["pgrep", "-s", str(process.pids[0])]
+    assert len(subprocess.run(session, capture_output=True, text=True).stdout.split()) > 2
+    os.kill(process.pids[0], signal.SIGKILL)
+    process.communicate(timeout=60)
+    until = time.time() + 20
+    while subprocess.run(session, capture_output=True).stdout:
+        assert time.time() < until
+        time.sleep(0.1)
+
+
 def test_several_nodes(toy_root, tmp_path):
     """Two torchrun agents that meet at one address, as on two machines."""
     out, port = tmp_path / "out", 20000 + os.getpid() % 20000
