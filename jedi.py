@@ -482,9 +482,9 @@ def load_expert(args, run, source):
     else:
         if not os.path.exists(path):
             raise UserError(f"there is no {path}: --stage experts trains it")
-        net, made, classes, recipe = evaluate.load_model(path)
-        if classes != data.classes or recipe.multilabel:
-            raise UserError(f"{path} knows {len(classes)} other classes, not those of {data.name}")
+        net, made, recipe = evaluate.load_known(path, data)
+        if recipe.multilabel:
+            raise UserError(f"{path} has learned several labels per video, {data.name} has one")
         beside = Path(path).with_name("labelled.txt")  # of a supervised expert
         if beside.exists() and beside.read_text() != datasets.as_list(data.train.subset(source.supervised)):
             sentence = f"{path} has learned from other videos than those with a label here"
@@ -586,7 +586,7 @@ def cached(args, run, source, part, expert, compute=False):
 
 
 def folder_of(args, source, part, expert):
-    """Where those Features are."""
+    """The folder of the Features of a part of a data set for an expert."""
     return Path(args.cache or f"{args.out}/cache", expert.slug, f"{source.slug}_{part}")
 
 

@@ -287,6 +287,14 @@ class Backbone(nn.Module):
                 getattr(self, name).eval()
         return self
 
+    def _layers(self, x):
+        """The outputs of layer1 to layer4, each from the one before."""
+        stages = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            stages.append(x)
+        return stages
+
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """(B, D) float32 average of the last stage over time and space; D is `net.fc.in_features`."""
         return self.features(x)[-1].float().mean((2, 3, 4))  # bfloat16 has 8 bits, too few for distances
@@ -391,12 +399,7 @@ class R3D(Backbone):
 
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Outputs of layer1 to layer4, each (B, C', T', H', W'); T' is T, T/2, T/4, T/8, rounded up."""
-        x = self.pool(self.stem(x))
-        stages = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-            stages.append(x)
-        return stages
+        return self._layers(self.pool(self.stem(x)))
 
 
 class R2Plus1D(R3D):
@@ -613,11 +616,7 @@ class S3DG(Backbone):
         T, H, W = x.shape[2:]
         if T < 5 or min(H, W) < 17:  # the last pool needs 2 x 2 x 2
             raise UserError(f"s3dg needs clips of 5 frames and 17 x 17 pixels at least, not {T} of {H} x {W}")
-        stages = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-            stages.append(x)
-        return stages
+        return self._layers(x)
 
 
 class Swin3D(Backbone):
@@ -658,12 +657,8 @@ class Swin3D(Backbone):
 
         T' is T/2; H' is H/4, H/8, H/16 and H/32, and so is W'; all rounded up.
         """
-        x = self.patch_embed(x)  # (B, T', H', W', C')
-        stages = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-            stages.append(x)
-        stages[-1] = self.norm(x)
+        stages = self._layers(self.patch_embed(x))  # each (B, T', H', W', C')
+        stages[-1] = self.norm(stages[-1])
         return [x.permute(0, 4, 1, 2, 3) for x in stages]
 
 

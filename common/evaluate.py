@@ -409,11 +409,17 @@ def load_model(path, recipe=Recipe):
         raise UserError(f"{path} is not a model.pt of these scripts{own}") from None
 
 
-def load_for(path, data, device, recipe=Recipe, **changes):
-    """(net on `device`, recipe with `changes`) of a model.pt that must know the classes of `data`."""
-    net, _, classes, found = load_model(path, recipe)
+def load_known(path, data, recipe=Recipe):
+    """(net, build arguments, recipe) of `load_model`, of a file that must know the classes of `data`."""
+    net, build, classes, found = load_model(path, recipe)
     if classes != data.classes:
         raise UserError(f"{path} knows {len(classes)} other classes, not those of {data.name}")
+    return net, build, found
+
+
+def load_for(path, data, device, recipe=Recipe, **changes):
+    """(net on `device`, recipe with `changes`) of `load_known`."""
+    net, _, found = load_known(path, data, recipe)
     return net.to(device), replace(found, **changes)
 
 
