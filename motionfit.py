@@ -200,8 +200,8 @@ def parse_args(argv=None):
         p.at_least(1, scope, "frames", "multi_clips", "batch")
         p.at_least(0, scope, "epochs")
         p.share(scope, "lam")
-        if scope.lam < 1 and scope.multi_clips < 2:
-            p.error("--lam below 1 tells the order of --multi_clips, of which there must be two or more")
+        if scope.lam < 1 and scope.multi_clips not in range(2, 6):  # of R! orders: 9! would be a 26 GB layer
+            p.error(f"--lam below 1 predicts the order of 2 to 5 clips, --multi_clips is {scope.multi_clips}")
         if not re.fullmatch(r"cosine|\d+(\.\d+)?(,\d+(\.\d+)?)*", scope.lr_steps):
             p.error(f"--lr_steps are epochs with commas, such as 40,60,80, or cosine, not {scope.lr_steps}")
     if not 0 <= args.percentile <= 100:

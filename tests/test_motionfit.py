@@ -1618,7 +1618,8 @@ def test_recipes_of_other_sets():
 
 @pytest.mark.parametrize("line", [
     "--frames 8", "--frames 8 16 32", "--lam 0 --multi_clips 2", "--lam 0.5 1 1 --multi_clips 3 1 1",
-    "--multi_clips 1", "--lr_steps cosine", "--lr_steps 1.5,2 cosine 3", "--percentile 0", "--percentile 100",
+    "--multi_clips 1", "--multi_clips 9", "--lam 0 --multi_clips 5", "--lr_steps cosine",
+    "--lr_steps 1.5,2 cosine 3", "--percentile 0", "--percentile 100",
     "--test_size 32", "--holdout 0", "--neighbours", "--size 48 --test_size 48", "--frozen 0", "--frozen 4",
 ])  # fmt: skip
 def test_good_lines(line):
@@ -1629,6 +1630,7 @@ def test_good_lines(line):
     ("--frames 8 16", "--frames has one value, or one for each of generator, selftrain, finetune, not 2"),
     ("--lr_steps 1 2", "--lr_steps"), ("--epochs 1 2 3 4", "--epochs"),
     ("--lam 0.5 --multi_clips 1", "--multi_clips"), ("--lam 1 1 0 --multi_clips 3 3 1", "--multi_clips"),
+    ("--lam 0.5 --multi_clips 6", "2 to 5 clips, --multi_clips is 6"), ("--lam 0 --multi_clips 9", "2 to 5"),
     ("--lam 1.5", "--lam"), ("--lam -0.1", "--lam"), ("--lr_steps soon", "not soon"),
     ("--lr_steps 1 1,x 1", "not 1,x"), ("--percentile 101", "--percentile"), ("--percentile nan", "--per"),
     ("--percentile -1", "--percentile"), ("--size 49", "--size"), ("--test_size 49", "--test_size"),
