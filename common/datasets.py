@@ -117,15 +117,18 @@ class Data:
         return dataclasses.replace(self, train=train, test=test)
 
 
-def load(name, root=None, split=1):
+def load(name, root=None, split=1, labels=True):
     """Read the data set `name`: one of READERS, or a folder with list files or class folders.
 
-    root: where it is, data/<name> if None. Raises UserError if it is not there or not as expected.
+    root: where it is, data/<name> if None. labels=False: a folder needs no labels; then `train` are its
+    videos, of label -1 where none is known, and `test` and `classes` are empty. Raises UserError if the data
+    set is not there or not as expected.
     """
     name, known = os.fspath(name), name in READERS
     if not known and not os.path.isdir(name):
         raise UserError(f"there is no data set or folder {name}; the data sets are {', '.join(READERS)}")
-    reader, (kind, _, variant) = READERS.get(name, _folder), name.partition(":") if known else ("", "", "")
+    reader = READERS.get(name, _folder if labels else _unlabelled)
+    kind, _, variant = name.partition(":") if known else ("", "", "")
     root, splits = os.fspath(root or default_root(name)), 3 if kind in ("ucf101", "hmdb51") else 1
     if split not in range(1, splits + 1):
         raise UserError(f"--split {split}: {name} has {'1, 2 and 3' if splits == 3 else 'only split 1'}")
@@ -594,6 +597,27 @@ def _folder(root, split, variant, notes):
     train = _part(root, ("train",), found, split, notes)
     test = _part(root, ("test", "val", "validation"), found, split, notes)
     return _pair(base, found, train, test, _own_classes(root, train + test), notes)
+
+
+def _unlabelled(root, split, variant, notes):
+    """A folder of videos without labels. A label in a list is kept, for the log.
+
+    unlabelled.txt or train.txt (lines 'path' or 'path label'), or videos in unlabelled/ or train/, or
+    anywhere in the folder
+    """
+    base, found = _find_videos(root)
+    labels = dict.fromkeys(found, ())
+    for part in ("unlabelled", "train"):
+        folders = tuple(f"{folder}/" for folder in _part_folders(part))
+        if path := _part_list(root, part, split):
+            rows = _on_disk(base, found, _read_list(path, notes), notes)
+            labels = {name: row.labels for name, row in rows}
+            break
+        if inside := [name for name in found if name.startswith(folders)]:
+            labels = dict.fromkeys(inside, ())
+            break
+    y = [ys[0] if len(ys) == 1 else -1 for ys in labels.values()]
+    return (), Videos.make(base, list(labels), y), Videos.make(base, [], [])
 
 
 def _toy(root, split, variant, notes):

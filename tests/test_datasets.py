@@ -352,6 +352,50 @@ def test_folders_without_data(tmp_path):
     fails("--split 2", "only split 1", name=str(tmp_path), split=2)
 
 
+UNLABELLED = {  # files; the videos that count
+    "flat": (["b.mp4", "a.mp4", "c/"], ["a.mp4", "b.mp4", "c"]),
+    "nested": (["2019/x/a.mp4", "b.mp4", "deep/a.mp4"], ["2019/x/a.mp4", "b.mp4", "deep/a.mp4"]),
+    "train": (["train/b.mp4", "train/a.mp4", "test/c.mp4"], ["train/a.mp4", "train/b.mp4"]),
+    "classes": (["train/run/a.mp4", "train/walk/b.mp4", "val/run/c.mp4"],
+                ["train/run/a.mp4", "train/walk/b.mp4"]),
+    "unlabelled": (["train/run/a.mp4", "unlabelled/b.mp4"], ["unlabelled/b.mp4"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNLABELLED)
+def test_folders_without_labels(name, tmp_path):
+    files, expected = UNLABELLED[name]
+    tree(tmp_path, *files)
+    data = load(str(tmp_path), labels=False)
+    assert pairs(data.train) == dict.fromkeys(expected, -1) and data.train.path(0).startswith(f"{tmp_path}/")
+    assert (len(data.test), data.classes, data.multilabel) == (0, (), False)
+    if name != "classes":
+        with pytest.raises(UserError):
+            load(str(tmp_path))
+
+
+def test_lists_without_labels(tmp_path):
+    """Only paths, or some labels; unlabelled.txt before train.txt, and a list before a folder."""
+    tree(tmp_path, *(f"v/{k}.mp4" for k in range(5)), "train/x.mp4", "unlabelled/y.mp4")
+    text(tmp_path / "train.txt", "v/0.mp4", "v/1.mp4 7", "v/2.avi 1 2", "v/9.mp4", "v/1.mp4 7")
+    (tmp_path / "unlabelled" / "y.mp4").unlink()
+    data = load(str(tmp_path), labels=False)
+    assert pairs(data.train) == {"v/0.mp4": -1, "v/1.mp4": 7, "v/2.mp4": -1} and "v/9.mp4" in data.notes[0]
+    text(tmp_path / "unlabelled.txt", "v/4.mp4", "v/3.mp4")
+    assert pairs(load(str(tmp_path), labels=False).train) == {"v/4.mp4": -1, "v/3.mp4": -1}
+    text(tmp_path / "unlabelled.txt", "w/8.mp4", "w/9.mp4")
+    fails("2 of 2 videos", tmp_path / "unlabelled.txt", name=str(tmp_path), labels=False)
+
+
+def test_a_folder_without_videos(tmp_path):
+    fails("no videos", "unlabelled.txt or train.txt", name=str(tmp_path), labels=False)
+
+
+def test_a_known_data_set_has_its_labels_anyway(tmp_path):
+    tree(tmp_path, "train/abseiling/abcdefghijk.mp4", "val/zumba/abcdefghij2.mp4")
+    assert pairs(load("k400", str(tmp_path), labels=False).train) == {"train/abseiling/abcdefghijk.mp4": 0}
+
+
 def test_unreadable_folder(tmp_path, monkeypatch):
     tree(tmp_path, "train/run/a.mp4")
     scandir = os.scandir
