@@ -31,8 +31,8 @@ PySlowFast has it (its config I3D_8x8_R50): resnet3d with the temporal kernels 5
 
 tsm{10,18,34,50,101} is torchvision's 2D ResNet, tensor by tensor, on every frame, with the temporal
 shift of Lin, Gan and Han, TSM: Temporal Shift Module, ICCV 2019; tsn{10,18,34,50,101} is the same without
-the shift, Wang et al., Temporal Segment Networks, ECCV 2016. Both average the logits of the frames. TSM's
-own code leaves every second block of ResNet-101 unshifted, of which its paper says nothing; here all are.
+the shift, Wang et al., Temporal Segment Networks, ECCV 2016. Both average the logits of the frames. Every
+block is shifted, but in ResNet-101 every second one, the first of a stage included, as in TSM's code.
 
 i3d, tsm and tsn have -small as well.
 
@@ -496,6 +496,7 @@ class TSN(Backbone):
                 stage.append(block(c_in, c_mid, stride, project))
                 c_in = c_out
             self.add_module(f"layer{i + 1}", stage)
+        self.shifted = range(0, max(BLOCKS[depth]), 2 if depth == 101 else 1) if self.SHIFT else ()
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(c_in, classes)
         self._initialise(fc_std=0.001)
@@ -507,8 +508,8 @@ class TSN(Backbone):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         stages = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage:
-                x = block(x, T if self.SHIFT else 0)
+            for number, block in enumerate(stage):
+                x = block(x, T if number in self.shifted else 0)
             stages.append(x.unflatten(0, (B, T)).transpose(1, 2))  # (B, C', T, H', W')
         return stages
 
@@ -762,7 +763,7 @@ def load_weights(net: Backbone, source: str, names: Sequence[str] | None = None)
     - torchvision's tensors of S3D go to s3dg, whose gates stay as they start, and those of Video Swin to
       swin3d.
     - MMAction2's tensors of TSN go to tsn, and those of TSM to tsm. Not to each other: there a shifted
-      convolution has a name of its own, and so its TSM of ResNet-101, with half of them, is refused.
+      convolution has a name of its own.
     - An adapter of which the file has nothing stays as it starts.
     - A first convolution for another number of input channels is averaged over its channels and
       repeated (Mutual Modality Learning, section 2.1).
@@ -788,7 +789,7 @@ def load_weights(net: Backbone, source: str, names: Sequence[str] | None = None)
     if isinstance(net, (S3DG, Swin3D)) and any(key.startswith("features.") for key in state):
         state = _staged(state, own)
     if isinstance(net, TSN) and "backbone.conv1.conv.weight" in state:
-        state = _mmaction(state, own, net.SHIFT)
+        state = _mmaction(state, own, net.shifted)
     rows = None
     if source in PUBLISHED:
         rows = _rows(_published(net.name, source).meta["categories"], names or ())
@@ -851,13 +852,14 @@ def _staged(state, own):
     return staged
 
 
-def _mmaction(state, own, shift):
-    """MMAction2's tensors of TSN, or with `shift` of TSM, by the names of `own`."""
+def _mmaction(state, own, shifted):
+    """MMAction2's tensors of TSN, or of TSM with the numbers of its `shifted` blocks, by the names of `own`."""
     names = {f"cls_head.fc_cls.{kind}": f"fc.{kind}" for kind in ("weight", "bias")}
     for key in own:  # layer1.0.bn2.bias is backbone.layer1.0.conv2.bn.bias there
         theirs = re.sub(r"\b(conv|bn)(\d)\.", r"conv\2.\1.", key)
         theirs = theirs.replace("downsample.0", "downsample.conv").replace("downsample.1", "downsample.bn")
-        if shift:  # conv1 of every block
+        block = re.match(r"layer\d\.(\d+)\.", key)
+        if block and int(block[1]) in shifted:
             theirs = theirs.replace(".conv1.conv.", ".conv1.conv.net.")
         names[f"backbone.{theirs}"] = key
     return {names.get(key, key): value for key, value in state.items()}

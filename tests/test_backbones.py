@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import ResNet50_Weights, resnet18, resnet50
+from torchvision.models import ResNet50_Weights, resnet18, resnet50, resnet101
 from torchvision.models.video import (
     R2Plus1D_18_Weights,
     R3D_18_Weights,
@@ -262,9 +262,14 @@ def shift_by_hand(x):
     return y
 
 
-@pytest.mark.parametrize("name, model, T", [("tsm50", resnet50, 3), ("tsm18", resnet18, 1)])
-def test_tsm_is_torchvisions_resnet_with_shifted_first_convolutions(name, model, T):
-    """Nothing of torchvision's own forward pass is replaced: a hook shifts what conv1 of each block gets."""
+@pytest.mark.parametrize("name, model, T, every", [
+    ("tsm50", resnet50, 3, 1), ("tsm18", resnet18, 1, 1), ("tsm101", resnet101, 3, 2),
+])  # fmt: skip
+def test_tsm_is_torchvisions_resnet_with_shifted_first_convolutions(name, model, T, every):
+    """Nothing of torchvision's own forward pass is replaced: a hook shifts what conv1 of a block gets.
+
+    As in the code of TSM: of every block, or with 23 blocks in a stage of blocks 0, 2, 4, ... of each stage.
+    """
     torch.manual_seed(0)
     theirs, x = model(num_classes=5).double().eval(), clips(2, T=T).double()
     torch.manual_seed(0)
@@ -273,8 +278,7 @@ def test_tsm_is_torchvisions_resnet_with_shifted_first_convolutions(name, model,
     assert net.fc.weight.std().item() == pytest.approx(0.001, rel=0.05) and not net.fc.bias.any()
     randomise_batch_norms(theirs)
     net.load_state_dict(theirs.state_dict())
-    blocks = [block for i in range(1, 5) for block in getattr(theirs, f"layer{i}")]
-    for block in blocks:
+    for block in [block for i in range(1, 5) for block in getattr(theirs, f"layer{i}")[::every]]:
         block.conv1.register_forward_pre_hook(lambda module, inputs: (shift_by_hand(inputs[0]),))
     with torch.no_grad():
         want = torch.stack([theirs(clip.transpose(0, 1)).mean(0) for clip in x])
@@ -991,18 +995,21 @@ def by_mmaction(state, shifted):
     return renamed
 
 
-@pytest.mark.parametrize("name, shifted", [("tsn50", lambda n: False), ("tsm50", lambda n: True)])
+@pytest.mark.parametrize("name, shifted", [
+    ("tsn50", lambda n: False), ("tsm50", lambda n: True), ("tsm101", lambda n: n % 2 == 0),
+])  # fmt: skip
 def test_weights_of_mmaction2(tmp_path, name, shifted, capsys):
     """As mmcv's ConvModule and MMAction2's TemporalShift name them, in a file with other things."""
     source, path, x = tiny(name, seed=1).eval(), tmp_path / "w.pth", clips()
     randomise_batch_norms(source)
     state = by_mmaction(source.state_dict(), shifted)
-    net = "net." if name == "tsm50" else ""
+    net = "net." if "tsm" in name else ""
     assert len(state) == len(source.state_dict()) and {
         "backbone.conv1.conv.weight",
         "backbone.conv1.bn.running_mean",
         f"backbone.layer1.0.conv1.conv.{net}weight",
-        f"backbone.layer3.5.conv1.conv.{net}weight",
+        f"backbone.layer3.4.conv1.conv.{net}weight",
+        f"backbone.layer3.5.conv1.conv.{net * (name == 'tsm50')}weight",
         "backbone.layer4.2.conv3.bn.bias",
         "backbone.layer2.0.downsample.conv.weight",
         "backbone.layer2.0.downsample.bn.num_batches_tracked",
@@ -1014,8 +1021,9 @@ def test_weights_of_mmaction2(tmp_path, name, shifted, capsys):
     assert capsys.readouterr().out == ""
     other = tiny(name, 9, in_channels=10, weights=path)
     assert other.new_fc and same(other, source, skip=["conv1.", "fc."])
-    with pytest.raises(UserError, match="another network, 32 tensors differ"):  # 16 blocks, there and here
-        tiny({"tsn50": "tsm50", "tsm50": "tsn50"}[name], weights=path)
+    shifts = 2 + 2 + 12 + 2 if name == "tsm101" else 16  # blocks of layer1 to layer4
+    with pytest.raises(UserError, match=f"another network, {2 * shifts} tensors differ"):  # there and here
+        tiny({"tsn50": "tsm50", "tsm50": "tsn50", "tsm101": "tsn101"}[name], weights=path)
 
 
 def test_weights_of_mmaction2_with_half_of_the_shifts_are_refused(tmp_path):
