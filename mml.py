@@ -46,8 +46,9 @@ D3  As in TSM's code ("standard setup"): weight decay on convolutions and the cl
     to norm 20. Weight decay 1e-4.
 D4  Dense sampling takes every 4th frame (8 frames out of 32), as in the code; the paper has no number. With
     Table 9's 16 frames that is `--frames 16 --stride 2`.
-D5  Appendix 1 writes i m T / N for uniform clip i; its example of two clips is (i / m) T / N, used here. T is
-    the number of input frames: of N frames N for RGB, N - 5 for flow and for differences.
+D5  Appendix 1 writes i m T / N for uniform clip i; its example of two clips is (i / m) T / N, used here, but
+    a single uniform clip takes the centres of the segments, as in the code. T is the number of input frames:
+    of N frames N for RGB, N - 5 for flow and for differences.
 D6  The networks of a step see one crop, of TSN's four scales. Something-Something is never mirrored, as in
     the code; where labels allow it is done, and the flow's u changes sign.
 D7  Flow is 8-bit, 128 no motion, 20 pixels the bound; normalised by 0.5 and 0.226, differences of frames in
@@ -101,6 +102,7 @@ RECIPES = {
 }  # fmt: skip
 RECIPES["toy:multi"] = {k: v for k, v in RECIPES["toy"].items() if k != "per_class"} | dict(ratio=0.1)
 RECIPES["weizmann"] = RECIPES["toy"] | dict(per_class=6, size=64, test_size=64, epochs=60, eval_every=30)
+KINDS = ("rgb", "flow", "diff")  # of the modalities those of the paper
 LAM = {"kl": 1.0, "mars": 50.0, "d3d": 1.0}
 TEST = ("clips", "uniform", "test_crop", "average")  # what of a test is not in the model's file
 
@@ -148,8 +150,8 @@ def parse_args(argv=None):
     if args.test_crop and args.crops == 3:
         p.error("--test_crop is for one central crop: --crops 1")
     kinds = args.nets.split(",")
-    if not set(kinds) <= set(MODALITIES):
-        p.error(f"--nets lists {', '.join(MODALITIES)} with commas, such as rgb,flow, not {args.nets}")
+    if not set(kinds) <= set(KINDS):
+        p.error(f"--nets lists {', '.join(KINDS)} with commas, such as rgb,flow, not {args.nets}")
     first = ["rgb", "rgb"] if args.pipeline else kinds
     if len(starts_of(args, first)) != len(first):
         p.error(f"--init {args.init} is not one start for each of {len(first)} networks, nor one for all")

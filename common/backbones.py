@@ -853,7 +853,7 @@ def _staged(state, own):
 
 
 def _mmaction(state, own, shifted):
-    """MMAction2's tensors of TSN, or of TSM with the numbers of its `shifted` blocks, by the names of `own`."""
+    """MMAction2's tensors of TSN, or of TSM with blocks number `shifted`, by the names of `own`."""
     names = {f"cls_head.fc_cls.{kind}": f"fc.{kind}" for kind in ("weight", "bias")}
     for key in own:  # layer1.0.bn2.bias is backbone.layer1.0.conv2.bn.bias there
         theirs = re.sub(r"\b(conv|bn)(\d)\.", r"conv\2.\1.", key)

@@ -402,7 +402,12 @@ def uniform(n, length, rng=None):
 
 
 def uniform_test(n, length, clips):
-    """(clips, length) int64: a frame of each of `length` equal segments, in clip i at its share i / clips."""
+    """(clips, length) int64: a frame of each of `length` equal segments, in clip i at its share i / clips.
+
+    A single clip takes the centres of the segments.
+    """
+    if clips == 1:
+        return uniform(n, length)[None]
     clip, segment = np.arange(clips)[:, None], np.arange(length)
     return (segment * clips + clip) * n // (length * max(clips, 1))
 

@@ -918,7 +918,8 @@ def test_good_lines(line):
 
 
 @pytest.mark.parametrize("line, word", [
-    ("--nets rgb,depth", "--nets"), ("--nets rgb,", "--nets"), ("--nets rgb2", "--nets"),
+    ("--nets rgb,depth", "--nets"), ("--nets field", "--nets lists rgb, flow, diff"),
+    ("--nets rgb,", "--nets"), ("--nets rgb2", "--nets"),
     ("--nets rgb,flow --init a.pt,b.pt,c.pt", "--init a.pt,b.pt,c.pt is not one start for each of 2"),
     ("--pipeline --nets rgb,flow,diff --init a.pt,b.pt,c.pt", "--init"), ("--mutual mars", "--teacher"),
     ("--test_crop 224 --crops 3", "--test_crop"), ("--teacher t.pt", "--teacher"),

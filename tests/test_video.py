@@ -469,7 +469,9 @@ def test_dense_parts_by_hand():
 
 
 def test_uniform_test_by_hand():
-    assert video.uniform_test(20, 4, 1).tolist() == [[0, 5, 10, 15]]
+    assert video.uniform_test(20, 4, 1).tolist() == [[2, 7, 12, 17]]  # a single one: centres
+    assert video.uniform_test(10, 4, 1).tolist() == [[1, 3, 6, 8]]
+    assert video.uniform_test(1, 3, 1).tolist() == [[0, 0, 0]]
     assert video.uniform_test(20, 4, 2).tolist() == [[0, 5, 10, 15], [2, 7, 12, 17]]  # + 0.5 T / N = 2.5
     assert video.uniform_test(10, 4, 2).tolist() == [[0, 2, 5, 7], [1, 3, 6, 8]]
     assert video.uniform_test(20, 4, 0).shape == (0, 4)
@@ -483,7 +485,10 @@ def test_appendix_1_as_printed(T, N, tau):
     for count in range(5):
         dense, uniform = video.dense_parts(T, N, tau, count), video.uniform_test(T, N, count)
         assert dense.dtype == uniform.dtype == np.int64 and dense.shape == uniform.shape == (count, N)
-        assert uniform.tolist() == paper_uniform(T, N, count)
+        if count == 1:  # as the code of MML and TSM: the centre of each part
+            assert uniform.tolist() == [[(2 * part + 1) * T // (2 * N) for part in range(N)]]
+        else:
+            assert uniform.tolist() == paper_uniform(T, N, count)
         if T > tau * (N - 1):
             assert dense.tolist() == paper_dense(T, N, tau, count)
         assert not count or 0 <= min(dense.min(), uniform.min()) <= max(dense.max(), uniform.max()) < T
