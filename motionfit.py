@@ -57,9 +57,9 @@ D10 A training clip of self-training is a dense clip with its pseudo-label; one 
     generator's has that in its middle.
 D11 Pseudo-labels of the next and the previous clip (Sec. 4.4) are told by a linear layer each; their losses
     are added to Eq. 1, and at the ends of a video there is none. Off by default: `--neighbours`.
-D12 The held-out 10 % (Sec. 4.2) are groups of videos where the data set has them (UCF-101: gXX), so that one
-    scene is never on both sides, in fine-tuning as well. They are for the log alone: the last weights are
-    kept. `--holdout 0` learns from all.
+D12 The held-out 10 % of the generator's and of self-training's videos (Sec. 4.2) are groups where the data
+    set has them (UCF-101: gXX), so that one scene is never on both sides. They are for the log alone: the
+    last weights are kept. `--holdout 0` learns from all, as fine-tuning does.
 D13 In fine-tuning the stages before conv4 are at rest, with their batch norms. From random weights
     everything learns.
 D14 Test: ten clips, the central crop, the average of their logits, as in VCOP.
@@ -144,7 +144,7 @@ def parse_args(argv=None):
     g.add_argument("--flow", metavar="DIR", help="extracted optical flow of --data; <root>_flow")
     g.add_argument("--source_flow", metavar="DIR", help="that of --source; <source_root>_flow")
     g.add_argument("--stretch", type=int, nargs=2, default=[128, 171], help="height, width before the crop")
-    g.add_argument("--holdout", type=float, default=0.1, help="share of videos for validation, Sec. 4.2, D12")
+    g.add_argument("--holdout", type=float, default=0.1, help="share for validation in stages 1 and 3, D12")
     g.add_argument("--allow_leak", action="store_true", help="labels of test videos may have been used, D16")
     g = p.add_argument_group("method; of three values one is the generator's, of self-training, fine-tuning")
     g.add_argument("--stage", choices=["all", *STAGES, "retrieve"], default="all", help="do this one alone")
@@ -532,15 +532,15 @@ def build(args, net, classes, kind, run, init=None):
 # -------------------------------------------------------------------------------- data
 
 
-def target(args, run, kinds, models):
-    """(Data, labelled videos to learn from, those held out, (bound, short side) of the flow) of --data."""
+def target(args, run, kinds, models, share=0.0):
+    """(Data, labelled videos to learn from, `share` held out, (bound, short side) of the flow) of --data."""
     data = datasets.load(args.data, args.root, args.split)
     if data.multilabel:
         raise UserError(f"{data.name} has several labels per video, which this method does not know")
     data, scale = modality.with_flow(data, args.data, args.root, args.flow, run, kinds, models)
     chosen = datasets.labelled(data, args.ratio, args.per_class, args.seed, args.labelled_list)
     videos = data.train.subset(chosen)
-    learn, held = split(videos, args)
+    learn, held = split(videos, args, share)
     run.say(f"{data.name}: {len(data.classes)} classes, {len(videos)} of {len(data.train)} training videos, "
             f"{len(held)} of them held out, {len(data.test)} test videos")  # fmt: skip
     for note in data.notes:
@@ -555,7 +555,8 @@ def source(args, run, kinds, models):
         name, root, folder, split = args.data, args.root, args.flow, args.split
     else:
         name, root, folder, split = args.source, args.source_root, args.source_flow, 1
-    data = datasets.load(name, root, split)
+    labels = args.source in ("all", "rest") or args.source_part == "test"
+    data = datasets.load(name, root, split, labels)
     data, scale = modality.with_flow(data, name, root, folder, run, kinds, models)
     if args.source_part == "test":
         data = replace(data, train=data.test)
@@ -568,16 +569,17 @@ def source(args, run, kinds, models):
     videos = data.train.subset(chosen)
     refuse_leak(args, f"--source {args.source}", {kind_of(data): stems(videos)})
     if not len(videos):
-        raise UserError(f"--source {args.source} has no videos: all training videos are labelled")
+        none = "all training videos are labelled" if args.source == "rest" else "its list is empty"
+        raise UserError(f"--source {args.source} has no videos: {none}")
     run.say(f"{data.name}: {len(videos)} unlabelled videos")
     for note in data.notes:
         run.say(note)
     return data, videos, scale
 
 
-def split(videos, args):
-    """(videos to learn from, videos for validation)."""
-    held = datasets.held_out(videos, args.holdout, args.seed)  # D12
+def split(videos, args, share):
+    """(videos to learn from, `share` of them for validation)."""
+    held = datasets.held_out(videos, share, args.seed)  # D12
     return videos.subset(np.flatnonzero(~held)), videos.subset(np.flatnonzero(held))
 
 
@@ -718,7 +720,7 @@ def pseudo_clips(videos, labels, args):
     """(Training clips with their pseudo-labels, the videos held out, whose label is that of the middle)."""
     readable = np.flatnonzero(np.diff(labels.first))
     videos = replace(videos, labels=np.arange(len(videos))).subset(readable)  # their own labels are gone
-    videos, held = split(videos, args)
+    videos, held = split(videos, args, args.holdout)
     middle = [labels.of(i)[len(labels.of(i)) // 2] for i in held.labels]
     streams = partial(Labelled, pseudo=labels, neighbours=args.neighbours)
     view = partial(train_views, args=args, kinds=("rgb",), labelled=True)
@@ -741,7 +743,7 @@ def recipe_of(kind, args, scale):
 def generator(args, run):
     """Stage 1 (Sec. 3.1): M_MPLG learns the labelled videos from flow, or from RGB."""
     args, kind = of_stage(args, "generator"), args.generator_on
-    data, videos, held, scale = target(args, run, (kind,), {})
+    data, videos, held, scale = target(args, run, (kind,), {}, args.holdout)
     net, made = build(args, args.generator_net, len(data.classes), kind, run)
     recipe = recipe_of(kind, args, scale)
     clips = training_clips(videos, args, (kind,), scale)
@@ -807,7 +809,7 @@ def selftrain(args, run):
     if args.transfer == "mers":
         path, teacher, its, learned = load_generator(args, run)
         data, videos, scale = source(args, run, ("rgb", its.modality), {path: its})
-        clips = training_clips(split(videos, args)[0], args, ("rgb", its.modality), scale)
+        clips = training_clips(split(videos, args, args.holdout)[0], args, ("rgb", its.modality), scale)
         held = videos.subset([])  # MERS has nothing to validate, but learns from the same videos
         recipe = recipe_of("rgb", args, scale)
         recipes, learn, K = (recipe, its), "features", 1
@@ -844,7 +846,7 @@ def finetune(args, run):
     elif init and init not in backbones.PUBLISHED:
         learned = learned_by(args, init, "selftrain")
     kinds = "rgb", *(its.modality for its in models.values())
-    data, videos, held, scale = target(args, run, kinds, models)
+    data, videos, none, scale = target(args, run, kinds, models)
     net, made = build(args, args.net, len(data.classes), "rgb", run, init)
     if teacher:
         check_width(path, teacher, net)
@@ -853,8 +855,8 @@ def finetune(args, run):
     recipe = recipe_of("rgb", args, scale)
     clips = training_clips(videos, args, kinds, scale)
     wrapped = Network(net, args.multi_clips, args.lam < 1)
-    if fit(args, run, wrapped, clips, (recipe, *models.values()), held, "labels", teacher):
-        mine = {*learned.get(kind_of(data), []), *stems(videos, held)}
+    if fit(args, run, wrapped, clips, (recipe, *models.values()), none, "labels", teacher):
+        mine = {*learned.get(kind_of(data), []), *stems(videos)}
         learned = learned | {kind_of(data): sorted(mine)}
         finish(args, run, net, made, data, recipe, learned, transfer=args.transfer)
 
@@ -1001,10 +1003,11 @@ def write_segments(path, found, args):
 def purity(clusters, y):
     """Per cent of the clips that have the most frequent class of their cluster; nothing learns from it.
 
-    None for videos of several labels.
+    Clips of label -1 do not count; None for videos without labels, or of several.
     """
-    if y.ndim > 1:
+    if y.ndim > 1 or (y < 0).all():
         return None
+    clusters, y = clusters[y >= 0], y[y >= 0]
     pairs, counts = np.unique(np.stack([clusters, y]), axis=1, return_counts=True)
     best = np.zeros(pairs[0].max() + 1, np.int64)
     np.maximum.at(best, pairs[0], counts)

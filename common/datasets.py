@@ -247,7 +247,7 @@ def _in_list(data, listfile):
             continue
         labels = {i: np.flatnonzero(videos.labels[i]) if data.multilabel else [videos.labels[i]]
                   for i in indices[names[at]]}
-        same = [i for i, ys in labels.items() if not row.labels or set(row.labels) == set(ys)]
+        same = [i for i, ys in labels.items() if not row.labels or set(ys) in ({-1}, set(row.labels))]
         chosen += same or list(labels)
         if not same:
             wrong.append((row, [int(y) for ys in labels.values() for y in ys]))

@@ -387,6 +387,12 @@ def test_lists_without_labels(tmp_path):
     fails("2 of 2 videos", tmp_path / "unlabelled.txt", name=str(tmp_path), labels=False)
 
 
+def test_videos_without_labels_are_chosen_by_a_list(tmp_path):
+    tree(tmp_path / "d", "a.mp4", "b.mp4", "c.mp4")
+    chosen = text(tmp_path / "list.txt", "c.mp4 3", "a.mp4")
+    assert labelled(load(str(tmp_path / "d"), labels=False), listfile=chosen).tolist() == [0, 2]
+
+
 def test_a_folder_without_videos(tmp_path):
     fails("no videos", "unlabelled.txt or train.txt", name=str(tmp_path), labels=False)
 

@@ -1108,6 +1108,40 @@ def test_source_is_another_set_or_the_same(sets, run):
     assert names_of(videos) == names_of(datasets.load(f"{sets}/src").test)
 
 
+@pytest.mark.parametrize("kind", ["flat", "train", "list"])
+def test_a_source_without_labels(kind, sets, run, tmp_path):
+    """No list at all; and only flow knows anything of the videos."""
+    for v in range(6):
+        place = tmp_path / "u" / ("train" if kind == "train" else "")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"clip{v}").symlink_to(sets / "src" / "ab"[v % 2] / f"train{v}")
+    if kind == "list":
+        (tmp_path / "u" / "train.txt").write_text("clip1\nclip4\n")
+    _, videos, _ = source_of(sets, run, f"--source {tmp_path}/u")
+    assert [videos.name(i)[-5:] for i in range(len(videos))] == (
+        ["clip1", "clip4"] if kind == "list" else [f"clip{v}" for v in range(6)])  # fmt: skip
+    assert (videos.labels == -1).all()
+
+
+def test_all_stages_with_a_source_without_labels(sets, tmp_path):
+    (tmp_path / "u").mkdir()
+    for v in range(6):
+        (tmp_path / "u" / f"clip{v}").symlink_to(sets / "src" / "ab"[v % 2] / f"train{v}")
+    more = f"--generator_on rgb --source {tmp_path}/u"
+    for stage in ALL:
+        go(stage, sets, tmp_path / "out", more)
+    found = result_of(tmp_path / "out" / "pseudo")
+    assert found["purity"] is None and found["clips"] > 6 and result_of(tmp_path / "out")["videos"] == 5
+
+
+def test_d12_fine_tuning_learns_from_all_labels(sets, run):
+    args = line_of(sets, "o", "--holdout 0.4")
+    _, learn, held, _ = motionfit.target(args, run, ("rgb",), {})
+    assert (len(learn), len(held)) == (8, 0)
+    _, learn, held, _ = motionfit.target(args, run, ("rgb",), {}, args.holdout)
+    assert (len(learn), len(held)) == (4, 4)
+
+
 def test_d18_the_rest_is_what_is_not_labelled(sets, run):
     line = "--source rest --per_class 1 --seed 3"
     _, rest, _ = source_of(sets, run, line)
@@ -1129,7 +1163,7 @@ def test_source_list_names_the_videos(line, sets, run, tmp_path):
 
 def test_data_of_several_labels_are_refused(sets, run, monkeypatch):
     data = datasets.load(f"{sets}/set")
-    monkeypatch.setattr(datasets, "load", lambda *_: replace(data, multilabel=True))
+    monkeypatch.setattr(datasets, "load", lambda *_, **__: replace(data, multilabel=True))
     for call in (lambda args: motionfit.target(args, run, ("rgb",), {}),
                  lambda args: motionfit.retrieve(args, run)):  # fmt: skip
         with pytest.raises(UserError, match="set has several labels"):
@@ -1200,7 +1234,7 @@ def test_d16_allow_leak_permits(leaky, sets, run):
 ])  # fmt: skip
 def test_d16_it_is_the_videos_that_count(name, learned, refused, sets, monkeypatch):
     data = replace(datasets.load(f"{sets}/set"), name=name)
-    monkeypatch.setattr(datasets, "load", lambda *_: data)
+    monkeypatch.setattr(datasets, "load", lambda *_, **__: data)
     if refused:
         with pytest.raises(UserError, match="m.pt knows 1 of the 5 test videos"):
             motionfit.refuse_leak(line_of(sets, "o"), "m.pt", learned)
@@ -1242,7 +1276,9 @@ def test_purity_by_hand():
     # Cluster 0 has classes 1, 1, 0; cluster 2 has 0, 2 of which one is right; cluster 5 has 2, 2.
     clusters, y = np.array([0, 2, 5, 0, 0, 2, 5], np.int32), np.array([1, 0, 2, 1, 0, 2, 2])
     assert motionfit.purity(clusters, y) == pytest.approx(100 * (2 + 1 + 2) / 7)
-    assert motionfit.purity(clusters, np.zeros((7, 3))) is None
+    assert motionfit.purity(clusters, np.zeros((7, 3))) is motionfit.purity(clusters, 0 * y - 1) is None
+    y[[0, 2]] = -1  # without a label
+    assert motionfit.purity(clusters, y) == pytest.approx(100 * (1 + 1 + 1) / 5)
 
 
 def loaded(sets, run, path):
