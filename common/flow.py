@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from common import UserError, files
 from common.datasets import default_root, load, printable, stem_of
-from common.video import Video, VideoError, check_size, reasons
+from common.video import OutOfRange, Video, VideoError, check_size, reasons
 
 SMALLEST = 16  # pixels; no level of the pyramid has a shorter side, as in OpenCV
 # Pixels of the pictures that are worked on together: on the CPU what fits its caches.
@@ -278,11 +278,11 @@ class _Fields:
         """The fields `indices`, in any order and with repeats: uint8 (T, 2, H, W), as to_bytes has them.
 
         short_side: resize them as pictures; the values still count pixels of the size they had before.
-        Raises VideoError if the file cannot give them, IndexError for an index outside the video.
+        Raises VideoError if the file cannot give them, OutOfRange for an index outside the video.
         """
         indices = np.asarray(indices, dtype=np.int64).ravel()
         if indices.size == 0 or indices.min() < 0 or indices.max() >= len(self):
-            raise IndexError(f"fields {indices.tolist()} of a video of {len(self)} fields")
+            raise OutOfRange(f"fields {indices.tolist()} of a video of {len(self)} fields")
         wanted, places = np.unique(indices + self._first, return_inverse=True)
         fields = self._read(wanted)
         size = list(fields.shape[2:])

@@ -34,7 +34,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # those that stop a r
 TIMEOUT = 600  # seconds to wait for one batch: a hung disk ends the run with an error
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 PLAYLISTS = {"concat", "dash", "hls", "imf"}  # formats that open other files
-# What av, PIL and the system raise for a bad file; anything else is a bug and surfaces.
+# What av, PIL and the system raise for a bad file. Anything else is named with its type.
 FAULTS = (av.FFmpegError, OSError, IndexError, ValueError, EOFError, MemoryError)
 FAULTS += (Image.DecompressionBombError,)
 # HMDB-51 has tags that are not UTF-8; av 19 neither needs nor takes the argument.
@@ -45,17 +45,26 @@ class VideoError(UserError):
     """A file that cannot give its frames; str() is the reason, in one line."""
 
 
+class OutOfRange(IndexError):
+    """Frames were asked for that the video does not have: a bug of the caller, not a fault of the video."""
+
+
 @contextmanager
 def reasons():
-    """What a bad file makes av, PIL or the system raise inside becomes a VideoError."""
+    """Whatever reading a video raises inside becomes a VideoError, except OutOfRange."""
     try:
         yield
-    except FAULTS as fault:
-        raise VideoError(_reason(fault)) from fault
+    except (VideoError, OutOfRange):
+        raise
+    except Exception as fault:
+        raise VideoError(reason_of(fault)) from fault
 
 
-def _reason(fault):
+def reason_of(fault):
+    """An exception in one line; its type is named unless bad files are known to raise it."""
     text = getattr(fault, "strerror", None) or str(fault).partition("\n")[0]
+    if not isinstance(fault, (VideoError, *FAULTS)):
+        text = f"{type(fault).__name__}: {text}".removesuffix(": ")
     return text[:200] or type(fault).__name__
 
 
@@ -125,11 +134,11 @@ class Video:
 
         short_side: resize the pictures (antialias, uint8) so that their shorter side is this.
         Returns uint8 (T, C, H, W) whose memory is T, H, W, C. Raises VideoError if the file cannot
-        give them, IndexError for an index outside the video.
+        give them, OutOfRange for an index outside the video.
         """
         indices = np.asarray(indices, dtype=np.int64).ravel()
         if indices.size == 0 or indices.min() < 0 or indices.max() >= len(self):
-            raise IndexError(f"frames {indices.tolist()} of a video of {len(self)} frames")
+            raise OutOfRange(f"frames {indices.tolist()} of a video of {len(self)} frames")
         indices, clip = indices + self._first, None
         for i, picture in self._pictures(np.unique(indices).tolist(), short_side):
             if clip is None:
@@ -165,7 +174,7 @@ class Video:
                     return
                 last = frame
         except FAULTS as fault:
-            reason = _reason(fault)
+            reason = reason_of(fault)
         if not good or good < self.min_share * expected:
             raise VideoError(f"only {good} of {expected} frames decode: {reason}")
         for i in missing:
@@ -452,6 +461,16 @@ def open_video(videos, index):
     return Video(videos.path(index), videos.span(index))
 
 
+def _decode(dataset, index, *rng):
+    """The clips of a video of Clips or Views. Raises VideoError for the video, and what `sample` raises."""
+    with ExitStack() as stack:
+        with reasons():
+            source = stack.enter_context(dataset.open(dataset.videos, index))
+        windows = list(dataset.sample(source, *rng))
+        with reasons():
+            return source.clips(windows, dataset.short_side)
+
+
 class Clips(Dataset):
     """Training clips: clips[p] is position p of an endless shuffled order of `videos`.
 
@@ -461,7 +480,8 @@ class Clips(Dataset):
     generator, here a function of (seed, index, pass) and put back afterwards.
     clips[p] = dict(views=tuple, label=int64 () or float32 (K,), index=int, bad=[(index, reason)]).
     For an unreadable video the next position stands in, in another draw, lest a batch hold one clip
-    twice; STAND_INS in a row raise VideoError.
+    twice; STAND_INS in a row raise VideoError. A video is unreadable whatever opening or decoding it raises;
+    what `sample` and `view` raise is a bug and surfaces.
     """
 
     def __init__(self, videos, sample, view, seed, short_side=None, open=open_video):
@@ -478,8 +498,7 @@ class Clips(Dataset):
             rng = np.random.default_rng((self.seed, index, draw, k))
             torch_seed = int(rng.integers(2**63))
             try:
-                with self.open(self.videos, index) as source:
-                    clips = source.clips(self.sample(source, rng), self.short_side)
+                clips = _decode(self, index, rng)
             except VideoError as error:
                 bad.append((index, str(error)))
                 continue
@@ -509,8 +528,7 @@ class Views(Dataset):
     def __getitem__(self, i):
         item = dict(views=None, label=_label(self.videos, i), index=i, bad=None)
         try:
-            with self.open(self.videos, i) as source:
-                clips = source.clips(self.sample(source), self.short_side)
+            clips = _decode(self, i)
         except VideoError as error:
             return dict(item, bad=str(error))
         with torch.random.fork_rng(devices=[]):
@@ -607,6 +625,10 @@ def _loader(dataset, batches, collate, workers):
     return DataLoader(dataset, worker_init_fn=_begin_worker, **options)
 
 
+class _Hung(BaseException):
+    """Not an Exception: without workers it is raised while a video is decoded, and is no fault of that."""
+
+
 def watched(loader):
     """The batches of a loader; RuntimeError when one takes more than TIMEOUT seconds (main thread only).
 
@@ -614,7 +636,7 @@ def watched(loader):
     """
 
     def hung(*_):
-        raise RuntimeError(f"DataLoader timed out after {TIMEOUT} seconds")
+        raise _Hung
 
     before, batches = signal.signal(signal.SIGALRM, hung), iter(loader)
     try:
@@ -624,6 +646,8 @@ def watched(loader):
                 batch = next(batches)
             except StopIteration:
                 return
+            except _Hung:
+                raise RuntimeError(f"DataLoader timed out after {TIMEOUT} seconds") from None
             finally:
                 signal.alarm(0)
             yield batch

@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import shutil
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -639,13 +640,79 @@ def fails_in_view(clips):
     raise IndexError("a bug in view")
 
 
+def outside_in_sample(v, *rng):
+    return [np.array([0, len(v)])]
+
+
 def test_bugs_of_the_script_surface(library):
+    with pytest.raises(IndexError, match="frames .* of a video of"):
+        Clips(library, outside_in_sample, view_two, seed=5)[0]
+    with pytest.raises(IndexError, match="frames .* of a video of"):
+        Views(library, outside_in_sample, view_stack)[0]
+    with pytest.raises(TypeError):
+        Clips(library, lambda v, rng: None, view_two, seed=5)[0]
     with pytest.raises(ValueError, match="a bug in sample"):
         Clips(library, fails_in_sample, view_two, seed=5)[0]
     with pytest.raises(IndexError, match="a bug in view"):
         Clips(library, sample_two, fails_in_view, seed=5)[0]
     with pytest.raises(IndexError, match="a bug in view"):
         Views(library, sample_views, fails_in_view)[0]
+
+
+class Fails:
+    """A source of clips that raises `error` at `place`."""
+
+    def __init__(self, videos, index, place, error):
+        if place == "open":
+            raise error
+        self.place, self.error = place, error
+
+    def __enter__(self):
+        if self.place == "enter":
+            raise self.error
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def __len__(self):
+        return 20
+
+    def clips(self, windows, short_side=None):
+        raise self.error
+
+
+@pytest.mark.parametrize("place", ["open", "enter", "clips"])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (TypeError("no\ntraceback"), "TypeError: no"),
+        (RuntimeError(), "RuntimeError"),
+        (IndexError("list index out of range"), "list index out of range"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (VideoError("no frames"), "no frames"),
+    ],
+)
+def test_a_video_is_unreadable_whatever_decoding_it_raises(library, place, error, reason):
+    def opened(videos, index):
+        return Fails(videos, index, place, error) if index == 2 else Video(videos.path(index))
+
+    clips = Clips(library, sample_two, view_two, seed=5, open=opened)
+    bad = {item for p in range(10) for item in clips[p]["bad"]}
+    assert (2, reason) in bad and {i for i, _ in bad} == {2, 3, 7}
+    item = Views(library, sample_views, view_stack, open=opened)[2]
+    assert item["views"] is None and item["bad"] == reason
+
+
+def test_without_workers_too_a_hung_disk_is_no_bad_video(library, monkeypatch):
+    monkeypatch.setattr(video, "TIMEOUT", 1)
+
+    def hangs(videos, index):
+        time.sleep(60)
+
+    clips = Clips(library, sample_two, view_two, seed=5, open=hangs)
+    with pytest.raises(RuntimeError, match="DataLoader timed out after 1 seconds"):
+        next(video.watched(video.train_loader([(clips, 2)], 0, 1)))
 
 
 def test_labels_and_spans(library, make):
