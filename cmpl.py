@@ -31,7 +31,8 @@ Baselines: supervised `--lam 0`; FixMatch `--aux none`; FixMatch at two frame ra
 Differences from the paper, and what it leaves open:
 
 D1  An epoch is one pass over the unlabelled videos (not said); the baselines make as many steps.
-D2  The learning rate is the paper's for its 32 labelled clips a step and scales linearly with them.
+D2  The paper's learning rate, 0.1, is for its 32 labelled clips a step (16 GPUs with 2 each, beside 160
+    unlabelled ones); it scales linearly with the labelled clips of a step over all GPUs (`--lr_batch`).
 D3  Unlabelled videos are those without a label (Fig. 2); `--unlabelled all` adds the labelled ones.
 D4  T_standard is SlowFast's: short side 256-320, crop 224, mirrored half of the time; each network
     draws its own. T_weak: short side 256, centre crop, never mirrored.
@@ -107,7 +108,8 @@ def parse_args(argv=None):
     g.add_argument("--epochs", type=float, default=200, help="D1; 50 in the ablations, Sec. 4.3")
     g.add_argument("--batch", type=int, default=2, help="labelled clips per GPU and step (B_l)")
     g.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
-    g.add_argument("--lr", type=float, default=0.1, help="for 32 labelled clips a step, D2; cosine to 0")
+    g.add_argument("--lr", type=float, default=0.1, help="for --lr_batch clips a step, D2; cosine to 0")
+    g.add_argument("--lr_batch", type=int, default=32, help="labelled clips of a step, of all GPUs, for --lr")
     g.add_argument("--weight_decay", type=float, default=1e-4, help="1e-3 on UCF-101")
     g.add_argument("--warmup", type=float, default=0.0, help="epochs of linear warm-up, D9")
     g = p.run()
@@ -115,7 +117,8 @@ def parse_args(argv=None):
     args = p.parse(argv)
     p.share(args, "tau")
     p.rand_augment(args)
-    p.at_least(1, args, "batch", "mu", "frames", "stride", "aux_frames", "aux_stride", "keep_every")
+    p.at_least(1, args, "batch", "mu", "frames", "stride", "aux_frames", "aux_stride", "keep_every",
+               "lr_batch")  # fmt: skip
     p.at_least(0, args, "lam", "offset", "epochs", "lr", "weight_decay", "warmup")
     if not 1 <= args.jitter[0] <= args.jitter[1]:
         p.error(f"--jitter is a range such as 256 320, not {args.jitter[0]} {args.jitter[1]}")
@@ -316,7 +319,7 @@ def train(args, run):
     torch.manual_seed(args.seed)
     nets, pri, aux, build = build_networks(args, len(data.classes), run)
     parameters = [p for net in nets for p in net.parameters()]
-    lr = args.lr * args.batch * run.world / 32  # D2
+    lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, args.lr_batch, "labelled clips")  # D2
     optimizer = optim.build(args.optimizer, parameters, lr, args.weight_decay)
     parts = dict(zip(("pri", "aux"), (net.module for net in nets), strict=False), optimizer=optimizer)
     digest = datasets.digest(videos_l, range(len(videos_l)))
@@ -325,7 +328,7 @@ def train(args, run):
     start = run.resume(identity, **parts)
     run.write("labelled.txt", datasets.as_list(videos_l))
     clips = " + ".join(f"{batch * run.world}" for _, batch in sources)
-    run.say(f"{total} steps, {epoch} an epoch, of {clips} clips; learning rate {lr:.4g}; {run.device.type}")
+    run.say(f"{total} steps, {epoch} an epoch, of {clips} clips; {rule}; {run.device.type}")
     loader = video.train_loader(sources, start, total, run.rank, run.world, args.workers)
     lists = [clips.videos for clips, _ in sources]
     for step, (batch_l, *batch_u) in run.steps(loader, start, total, args.seed, lists, epoch):

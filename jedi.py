@@ -37,7 +37,8 @@ Differences from the paper, and what it leaves open:
 
 D1  An epoch is one pass over the training videos of all data sets, shuffled together; a step has `--batch` of
     them per GPU, and Eq. 1 is averaged over these. So a large data set has more of each step, as in the sum
-    over all samples of which the paper speaks.
+    over all samples of which the paper speaks. Its learning rate, 1e-5, is here for 512 videos a step (the
+    paper has no number) and scales linearly with the videos of a step over all GPUs (`--lr_batch`).
 D2  The teachers' hinge loss is torch's multi-margin loss (Crammer and Singer), divided by the number of
     classes; `ovr` is the sum of one against the rest. Students learn labels by cross-entropy, as experts do.
 D3  A teacher's labels are constants for the student, and given without dropout, neither the teacher's nor the
@@ -90,7 +91,7 @@ RECIPES = {
         net=["resnet3d10", "r2plus1d_10-pool", "tsm10-small"], width=0.25, frames=8, stride=2, size=40,
         jitter=[44, 56], views=[4, 1], dropout=0.0, expert_epochs=12, expert_batch=16,
         expert_optimizer="adamw", expert_lr=0.005, expert_weight_decay=0.05, epochs=100, batch=128, lr=1e-3,
-        burn_in=5, hidden=64, eval_every=5, workers=1, channels_last=True,
+        lr_batch=128, burn_in=5, hidden=64, eval_every=5, workers=1, channels_last=True,
     ),
 }  # fmt: skip
 RECIPES["weizmann"] = RECIPES["toy"] | dict(
@@ -100,7 +101,8 @@ TEST = "clips", "crops"  # what of a test is not in the model's file
 # Flags that a supervised expert does not look at: with another value it is still right.
 UNUSED = ("half", "alpha", "beta", "gamma", "distill", "teacher_input", "temperature", "student_loss",
           "teacher_loss", "hidden", "adjust_dropout", "neurons", "alternate", "finetune", "epochs", "burn_in",
-          "batch", "optimizer", "lr", "weight_decay", "clips", "crops", "extra_videos")  # fmt: skip
+          "batch", "lr_batch", "optimizer", "lr", "weight_decay", "clips", "crops",
+          "extra_videos")  # fmt: skip
 CHUNK = 4096  # videos that are read or tested at once
 RGB = modality.MODALITIES["rgb"]
 # Classification losses by name (D2): logits (B, K), y (B,) to (B,).
@@ -159,13 +161,14 @@ def parse_args(argv=None):
     g.add_argument("--burn_in", type=float, default=25, help="epochs before the distillation")
     g.add_argument("--batch", type=int, default=512, help="videos per GPU and step, D1")
     g.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw", help="sgd has momentum 0.9")
-    g.add_argument("--lr", type=float, default=1e-5, help="constant")
+    g.add_argument("--lr", type=float, default=1e-5, help="for --lr_batch videos a step, constant, D1")
+    g.add_argument("--lr_batch", type=int, default=512, help="videos of a step, of all GPUs, for --lr")
     g.add_argument("--weight_decay", type=float, default=3e-3, help="of all parameters")
     g = p.run()
     g.add_argument("--memory", type=float, help="GB of the device for embeddings; half of what is free")
     p.set_defaults(data="toy:a,toy:b,toy:c", clips=None, crops=None)
     args = p.parse(argv, also=TEST)
-    p.at_least(1, args, "batch", "expert_batch", "hidden", "frames", "stride", "extra_videos")
+    p.at_least(1, args, "batch", "lr_batch", "expert_batch", "hidden", "frames", "stride", "extra_videos")
     p.at_least(0, args, "alpha", "beta", "gamma", "neurons", "alternate", "epochs", "burn_in", "lr",
                "weight_decay", "expert_epochs", "expert_lr", "expert_weight_decay", "memory")  # fmt: skip
     p.share(args, "holdout", "adjust_dropout")
@@ -527,12 +530,13 @@ def supervised(args, run):
     if args.init in backbones.PUBLISHED:
         run.on_main(backbones.fetch, name, args.init)  # one process downloads
     net = run.distribute(backbones.build(**made, weights=args.init), args.channels_last, args.compile)
-    lr = args.expert_lr * args.expert_batch * run.world / 8
+    lr, rule = optim.scaled_lr(args.expert_lr, args.expert_batch * run.world, 8)
     optimizer = optim.build(args.expert_optimizer, net.parameters(), lr, args.expert_weight_decay)
     identity = dict(labelled=datasets.digest(videos, range(len(videos))), classes=len(data.classes), net=name)
     start = run.resume(identity, net=net.module, optimizer=optimizer)
     run.write("labelled.txt", datasets.as_list(videos))
-    run.say(f"{total} steps, {epoch} an epoch, of {args.expert_batch * run.world} clips; {run.device.type}")
+    run.say(f"{total} steps, {epoch} an epoch, of {args.expert_batch * run.world} clips; {rule}; "
+            f"{run.device.type}")  # fmt: skip
     loader = video.train_loader([(clips, args.expert_batch)], start, total, run.rank, run.world, args.workers)
     for step, (batch,) in run.steps(loader, start, total, args.seed, [videos], every):
         with run.autocast():
@@ -860,7 +864,8 @@ def train(args, run):
 
     net = run.distribute(model, args.channels_last, args.compile)
     groups = [dict(params=students), dict(params=teachers)]
-    optimizer = optim.build(args.optimizer, groups, args.lr, args.weight_decay, fused=True)
+    lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, args.lr_batch, "videos")  # D1
+    optimizer = optim.build(args.optimizer, groups, lr, args.weight_decay, fused=True)
     parts = dict(model=model, optimizer=optimizer)
     if args.alternate:  # the students of whom the teachers of this round have learned
         parts["elder"] = run.place(copy.deepcopy(joint)).eval()
@@ -872,7 +877,7 @@ def train(args, run):
 
     start = run.resume(identity_of(sources, experts), **parts)
     run.on_main(write_lists, run.out, mine)
-    run.say(f"{total} steps, {epoch} an epoch, of {args.batch * run.world} videos; {run.device.type}")
+    run.say(f"{total} steps, {epoch} an epoch, of {args.batch * run.world} videos; {rule}; {run.device.type}")
 
     loader = feed.loader(start, total)
     for step, (batch,) in run.steps(loader, start, total, args.seed, [feed.learned.videos], every):
@@ -889,11 +894,11 @@ def train(args, run):
         if distil and elder:
             labels = elder.logits(x)[1]
         loss, terms = step_loss(m, e, labels, own, y[at], w[origin[at]], weights, args)
-        optim.set_lr(optimizer, args.lr)
+        optim.set_lr(optimizer, lr)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        run.track(step, args.lr, loss=loss, **terms)
+        run.track(step, lr, loss=loss, **terms)
     if not run.stopped:
         quick_test(run, joint, taught(), feed, total)
         finish(args, run, joint, taught(), feed, experts)

@@ -25,7 +25,7 @@ Run (8 GPUs, the paper's two data sets; then one process on the embedded data se
 
     python -m common.flow ucf101 --out data/ucf101_flow
     torchrun --nproc_per_node 8 -m common.flow k400 --out data/k400_flow
-    torchrun --nproc_per_node 8 motionfit.py --data ucf101 --source k400 --batch 1 2 1 --lr 0.000125
+    torchrun --nproc_per_node 8 motionfit.py --data ucf101 --source k400 --batch 1 2 1
     python motionfit.py --data toy
 
 The stages are runs of their own in folders of `--out`, the last in `--out` itself; the same command goes on
@@ -35,9 +35,10 @@ has made, and the stages before are left out: `--data hmdb51 --init RUN/selftrai
 
 Differences from the paper, and what it leaves open (VCOP is the code of its reference [67]):
 
-D1  `--batch` is per GPU and `--lr` for one GPU; the rate scales linearly with their number. The paper's
-    batches, which it wants small, are totals: on 8 GPUs `--batch 1 2 1 --lr 0.000125`. Batch norm is each
-    GPU's, and there is no dropout.
+D1  `--batch` is per GPU. The paper's batches, which it wants small, are totals, 8 videos a step and 16 in
+    self-training (32 for S3D-G): on 8 GPUs `--batch 1 2 1`. Its learning rate, 0.001, is for these totals and
+    scales linearly with the videos of a step over all GPUs (`--lr_batch`). Batch norm is each GPU's, and
+    there is no dropout.
 D2  Flow is TV-L1 as bytes, 20 pixels the bound, in pixels of the pictures it was computed from, whatever
     these are stretched to; a clip has two channels, u and v, normalised by 0.5 and 0.226. RGB has ImageNet's
     mean and deviation.
@@ -102,7 +103,8 @@ from common.video import Clips, Views, train_loader
 
 STAGES = "generator", "pseudo", "selftrain", "finetune"
 TRAINED = "generator", "selftrain", "finetune"
-EACH = "frames", "multi_clips", "lam", "epochs", "batch", "lr_steps"  # flags with a value for each of these
+# Flags with a value for each of these.
+EACH = "frames", "multi_clips", "lam", "epochs", "batch", "lr_batch", "lr_steps"
 # Flags that a stage does not look at: with another value, what it has made is still right.
 UNUSED = {
     "generator": "source source_part source_list generator pseudo init transfer net neighbours hop "
@@ -121,8 +123,8 @@ RECIPES = {
     "toy": dict(
         per_class=8, source="all", generator_net="r2plus1d_10-pool", net="r2plus1d_10-pool", width=0.25,
         size=40, stretch=[48, 48], frames=[8], stride=2, hop=8, clusters=64, epochs=[30, 10, 20], batch=[8],
-        lr_steps=["cosine"], warmup=1, optimizer="adamw", lr=0.01, weight_decay=0.05, clips=5, eval_every=5,
-        workers=1, channels_last=True,
+        lr_batch=[8], lr_steps=["cosine"], warmup=1, optimizer="adamw", lr=0.01, weight_decay=0.05, clips=5,
+        eval_every=5, workers=1, channels_last=True,
     ),
 }  # fmt: skip
 RECIPES["weizmann"] = RECIPES["toy"] | dict(
@@ -175,7 +177,9 @@ def parse_args(argv=None):
     g.add_argument("--epochs", type=float, nargs="+", default=[120, 45, 120], help="passes over the videos")
     g.add_argument("--batch", type=int, nargs="+", default=[8, 16, 8], help="videos per GPU and step, D1")
     g.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
-    g.add_argument("--lr", type=float, default=0.001, help="on one GPU, Sec. 4.2, D1")
+    g.add_argument("--lr", type=float, default=0.001, help="for --lr_batch videos a step, Sec. 4.2, D1")
+    g.add_argument("--lr_batch", type=int, nargs="+", default=[8, 16, 8],
+                   help="videos of a step, of all GPUs, for --lr; 32 in self-training of S3D-G")  # fmt: skip
     g.add_argument("--lr_steps", nargs="+", default=["40,60,80", "20,40", "40,60,80"],
                    help="epochs after which it is a tenth; cosine: to 0")  # fmt: skip
     g.add_argument("--warmup", type=float, default=0, help="epochs of a rising learning rate")
@@ -197,7 +201,7 @@ def parse_args(argv=None):
     p.share(args, "holdout")
     for stage in TRAINED:
         scope = of_stage(args, stage)
-        p.at_least(1, scope, "frames", "multi_clips", "batch")
+        p.at_least(1, scope, "frames", "multi_clips", "batch", "lr_batch")
         p.at_least(0, scope, "epochs")
         p.share(scope, "lam")
         if scope.lam < 1 and scope.multi_clips not in range(2, 6):  # of R! orders: 9! would be a 26 GB layer
@@ -876,14 +880,15 @@ def fit(args, run, net, clips, recipes, held, learn="labels", teacher=None, **id
     total, every = max(1, round(args.epochs * epoch)), max(1, round(args.eval_every * epoch))
     milestones = [] if args.lr_steps == "cosine" else [float(e) for e in args.lr_steps.split(",")]
     net = run.distribute(net, args.channels_last, args.compile)
-    lr, learning = args.lr * run.world, [p for p in net.parameters() if p.requires_grad]  # D1
+    lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, args.lr_batch, "videos")  # D1
+    learning = [p for p in net.parameters() if p.requires_grad]
     optimizer = optim.build(args.optimizer, learning, lr, args.weight_decay)
     identity |= dict(labelled=datasets.digest(videos, range(len(videos))), classes=backbone.fc.out_features,
                      net=f"{backbone.name} x{args.width}",
                      flow=str([(recipe.bound, recipe.flow_side) for recipe in recipes]))  # fmt: skip
     start = run.resume(identity, net=net.module, optimizer=optimizer)
     run.say(f"{total} steps, {epoch} an epoch, of {args.batch * run.world} x {args.multi_clips} clips; "
-            f"learning rate {lr:.4g}; {run.device.type}")  # fmt: skip
+            f"{rule}; {run.device.type}")  # fmt: skip
     loader = train_loader([(clips, args.batch)], start, total, run.rank, run.world, args.workers)
     for step, (batch,) in run.steps(loader, start, total, args.seed, [videos], epoch):
         if step % every == 0 and step:

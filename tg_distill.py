@@ -37,7 +37,8 @@ Differences from the paper, and what it leaves open ("the code" is what its auth
 
 D1  An epoch is one pass over the unlabelled videos, which are all training videos, labelled or not,
     as in the code; `--unlabelled rest` leaves the labelled ones out.
-D2  The learning rate is for 8 GPUs (Sec. 4.2) and scales linearly with their number.
+D2  The paper's learning rate, 0.2, is for 8 GPUs with 5 labelled clips each (Kinetics-400: 8, D11); it
+    scales linearly with the labelled clips of a step over all GPUs (`--lr_batch`).
 D3  The backbone has the max-pool that Table 4's sizes want (56 x 56 after conv1), as in the code;
     torchvision's R3D-18 has none and 3.6 times the operations: `--net r3d_18`. Its batch norm has the
     code's epsilon, 1e-3.
@@ -91,12 +92,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # D6
 RECIPES = {
     "ucf101": {},
     "hmdb51": dict(epochs=360, warmup=60, sup_warmup=60, precise_bn=4800),
-    "k400": dict(epochs=45, warmup=10, sup_warmup=10, batch=8),
+    "k400": dict(epochs=45, warmup=10, sup_warmup=10, batch=8, lr_batch=64),
     "k400 0.1": dict(epochs=90, warmup=15, sup_warmup=15),
     "toy": dict(
         per_class=8, tau=0.95, batch=8, net="r3d_10-pool", width=0.25, stride=4, size=40, area=[0.5, 1.0],
-        dropout=0.0, epochs=8, optimizer="adamw", lr=0.08, weight_decay=0.05, warmup=0.5, sup_warmup=1,
-        precise_bn=200, clips=2, crops=1, eval_every=2, workers=1, channels_last=True,
+        dropout=0.0, epochs=8, optimizer="adamw", lr=0.01, lr_batch=8, weight_decay=0.05, warmup=0.5,
+        sup_warmup=1, precise_bn=200, clips=2, crops=1, eval_every=2, workers=1, channels_last=True,
     ),
 }  # fmt: skip
 # 90 real clips of 180 x 144 pixels; a folder with lists. At 73 pixels (8/7) the last stage is 3 x 3 in
@@ -136,7 +137,8 @@ def parse_args(argv=None):
     g.add_argument("--epochs", type=float, default=180, help="Sec. 4.2, D1")
     g.add_argument("--batch", type=int, default=5, help="labelled clips per GPU and step (B_l)")
     g.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
-    g.add_argument("--lr", type=float, default=0.2, help="on 8 GPUs, D2; cosine to 0")
+    g.add_argument("--lr", type=float, default=0.2, help="for --lr_batch clips a step, D2; cosine to 0")
+    g.add_argument("--lr_batch", type=int, default=40, help="labelled clips of a step, of all GPUs, for --lr")
     g.add_argument("--weight_decay", type=float, default=1e-4, help="Sec. 4.2")
     g.add_argument("--warmup", type=float, default=30, help="epochs of a rising learning rate, Table 3f, D11")
     g.add_argument("--sup_warmup", type=float, default=30, help="epochs without L_u, Table 3f, D11")
@@ -153,7 +155,7 @@ def parse_args(argv=None):
     g.add_argument("--cam_videos", type=int, default=8, help="number of sheets")
     g.add_argument("--features", metavar="FILE.NPZ", help="embeddings of the test set by --eval, Fig. 5")
     args = p.parse(argv, also=["corrupt"])
-    p.at_least(1, args, "batch", "mu", "frames", "stride", "interval", "cam_videos")
+    p.at_least(1, args, "batch", "lr_batch", "mu", "frames", "stride", "interval", "cam_videos")
     p.at_least(0, args, "w_fm", "w_kd", "w_clr", "lam_u", "epochs", "lr", "weight_decay", "warmup",
                "sup_warmup", "clip_grad", "precise_bn")  # fmt: skip
     p.share(args, "tau")
@@ -521,7 +523,7 @@ def train(args, run):
     torch.manual_seed(args.seed)
     nets, build = build_networks(args, len(data.classes), run)
     parameters = [p for net in nets.values() for p in net.parameters()]
-    lr = args.lr * run.world / 8  # D2
+    lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, args.lr_batch, "labelled clips")  # D2
     optimizer = optim.build(args.optimizer, parameters, lr, args.weight_decay)
     parts = {name: net.module for name, net in nets.items()} | {"optimizer": optimizer}
     identity = dict(labelled=datasets.digest(videos_l, range(len(videos_l))), classes=len(data.classes),
@@ -530,7 +532,7 @@ def train(args, run):
     start = run.resume(identity, **parts)
     run.write("labelled.txt", datasets.as_list(videos_l))
     clips = " + ".join(f"{batch * run.world}" for _, batch in sources)
-    run.say(f"{total} steps, {epoch} an epoch, of {clips} clips; learning rate {lr:.4g}; {run.device.type}")
+    run.say(f"{total} steps, {epoch} an epoch, of {clips} clips; {rule}; {run.device.type}")
     loader = video.train_loader(sources, start, total, run.rank, run.world, args.workers)
     lists = [videos_l, videos_u]
     for step, (batch_l, batch_u) in run.steps(loader, start, total, args.seed, lists, epoch):

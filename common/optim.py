@@ -15,6 +15,16 @@ def build(name, parameters, lr, weight_decay, fused=None):
     return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=fused)
 
 
+def scaled_lr(lr, batch, reference, clips="clips"):
+    """The learning rate of a step by the linear rule (Goyal et al. 2017, Sec. 2.1), and words that say both.
+
+    lr: the rate for steps of `reference` clips; batch: the clips of a step; both count those of all ranks.
+    clips: what is counted.
+    """
+    rate = lr * batch / reference
+    return rate, f"learning rate {rate:.4g} = {lr:g} x {batch} / {reference} {clips} of a step"
+
+
 def set_lr(optimizer, lr):
     """The learning rate of every group, times its "lr_factor" if it has one.
 

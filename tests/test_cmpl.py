@@ -198,4 +198,5 @@ def test_recipes_are_the_papers(data, ratio, lam, decay):
     args = cmpl.parse_args(["--data", data, "--ratio", ratio])
     assert (args.lam, args.weight_decay, args.tau, args.batch, args.mu) == (lam, decay, 0.9, 2, 5)
     assert (args.epochs, args.lr, args.clips, args.crops, args.test_size) == (200, 0.1, 10, 3, 256)
+    assert args.lr_batch == 16 * args.batch  # on 16 GPUs
     assert (args.frames, args.stride, args.aux_frames, args.aux_stride) == (8, 8, 16, 4)

@@ -957,6 +957,7 @@ def test_defaults_are_the_papers():
     args = parsed("--data hmdb51,ucf101")
     assert (args.alpha, args.beta, args.gamma, args.temperature) == (1, 1, 0.4, 1)
     assert (args.optimizer, args.lr, args.weight_decay) == ("adamw", 1e-5, 3e-3)
+    assert args.lr_batch == args.batch == 512  # D1
     assert (args.epochs, args.burn_in) == (500, 25)
     assert (args.hidden, args.adjust_dropout, args.neurons) == (256, 0.75, 10)
     assert (args.student_loss, args.teacher_loss, args.teacher_input) == ("ce", "hinge", "adjusted")
@@ -1036,8 +1037,8 @@ def test_runs_of_a_command(tmp_path):
 
 # ---- runs on videos --------------------------------------------------------------------------------
 
-TINY = ("--hidden 4 --epochs 4 --burn_in 1 --batch 4 --lr 0.02 --neurons 4 --max_bad 0.5 --log_every 1 "
-        "--eval_every 1 --workers 0")  # fmt: skip
+TINY = ("--hidden 4 --epochs 4 --burn_in 1 --batch 4 --lr_batch 4 --lr 0.02 --neurons 4 --max_bad 0.5 "
+        "--log_every 1 --eval_every 1 --workers 0")  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)

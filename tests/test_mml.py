@@ -806,7 +806,7 @@ def test_each_network_sees_the_same_moment(folder, fields, run, monkeypatch):
 
 
 def test_a_run_follows_its_schedule_and_clips_gradients(folder, run, monkeypatch):
-    """D2: 1 process has 1 / 8 of the rate. D3: each network's gradient has at most the norm asked for."""
+    """D2: 2 clips have 1 / 8 of the rate for 16. D3: each network's gradient has at most the norm given."""
     norms, recipes, score = [], [], evaluate.score
 
     def spied(optimizer, *_):
@@ -818,7 +818,8 @@ def test_a_run_follows_its_schedule_and_clips_gradients(folder, run, monkeypatch
 
     monkeypatch.setattr(torch.optim.SGD, "step", spied)
     monkeypatch.setattr(evaluate, "score", scored)
-    line = "--nets rgb,diff --lr 0.8 --lr_steps 1 --fc_lr 5 --clip_grad 1e-3 --crops 3 --test_size 20"
+    line = ("--nets rgb,diff --lr 0.8 --lr_batch 16 --lr_steps 1 --fc_lr 5 --clip_grad 1e-3 --crops 3 "
+            "--test_size 20")  # fmt: skip
     rows = [row for row in trained(line, folder, run, monkeypatch) if "lr" in row]
     assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.1, 0.01, 0.01])  # epochs of 2 steps
     for groups in norms:
@@ -870,7 +871,8 @@ def test_recipe_of_something_something_is_the_papers():
     args = parsed("--data ssv2")
     assert (args.net, args.init, args.frames, args.stride) == ("tsm50", "imagenet", 8, 4)
     assert (args.sampling, args.ratio) == ("both", 1.0)
-    assert (args.batch * 8, args.lr, args.epochs, args.lr_steps) == (64, 0.025, 50, [20, 40])
+    assert (args.batch * 8, args.lr_batch, args.lr) == (64, 64, 0.025)
+    assert (args.epochs, args.lr_steps) == (50, [20, 40])
     assert (args.optimizer, args.weight_decay, args.dropout, args.clip_grad) == ("sgd", 1e-4, 0.5, 20)
     assert (args.clips, args.uniform, args.crops, args.size) == (1, 2, 1, 224)  # Tab. 10: the best
     assert (args.test_size, args.test_crop, args.average) == (256, None, "logits")
@@ -887,6 +889,7 @@ def test_recipes_of_other_sets():
     args = parsed("--data charades")
     assert (args.net, args.frames, args.stride, args.sampling) == ("i3d50", 16, 8, "dense")
     assert (args.clips, args.uniform, args.crops) == (10, 0, 3)
+    assert (args.batch * 8, args.lr_batch, args.lr) == (16, 16, 0.0375)
     assert parsed("--data toy:multi").net == parsed("").net == "tsm10"
     assert parsed("--data weizmann").size == 64
 

@@ -422,8 +422,9 @@ def sets(tmp_path_factory):
 
 
 SHORT = ("--generator_net r3d_10-pool --net r3d_10-pool --width 0.0625 --size 16 --stretch 20 26 --frames 4 "
-         "--batch 2 --multi_clips 2 --epochs 1 --lr_steps cosine --optimizer adamw --lr 0.01 --clusters 2 "
-         "--clips 2 --workers 0 --log_every 1 --eval_every 100 --holdout 0 --max_bad 0.5")  # fmt: skip
+         "--lr_batch 2 --batch 2 --multi_clips 2 --epochs 1 --lr_steps cosine --optimizer adamw --lr 0.01 "
+         "--clusters 2 --clips 2 --workers 0 --log_every 1 --eval_every 100 --holdout 0 "
+         "--max_bad 0.5")  # fmt: skip
 
 
 def line_of(sets, out, more=""):
@@ -451,7 +452,7 @@ def whole(sets, tmp_path_factory):
     flags = f"--data {sets}/set --source {sets}/src --out {out} {SHORT} --holdout 0.2"
     with pytest.MonkeyPatch.context() as patch:
         for more in ("", "--stage retrieve --sheet 2 --clips 3"):
-            line = f"{flags} --epochs 10 8 16 --batch 4 --lr 0.02 {more}"
+            line = f"{flags} --epochs 10 8 16 --batch 4 --lr_batch 4 --lr 0.02 {more}"
             patch.setattr("sys.argv", ["motionfit.py", *line.split()])
             motionfit.main()
     return out
@@ -971,8 +972,8 @@ def test_generator_may_learn_the_order(sets, tmp_path):
     assert recipe.modality == "rgb" and made["in_channels"] == 3
 
 
-def test_d1_the_rate_is_for_one_process(sets, run, monkeypatch):
-    args, rates = motionfit.of_stage(line_of(sets, "o", "--lr 0.1"), "generator"), []
+def test_d1_the_rate_follows_the_videos_of_a_step(sets, run, monkeypatch):
+    args, rates = motionfit.of_stage(line_of(sets, "o", "--lr 0.1 --lr_batch 2"), "generator"), []
 
     def build(name, parameters, lr, weight_decay):
         rates.append((name, lr, weight_decay))
@@ -1628,7 +1629,7 @@ def test_defaults_are_those_of_the_paper():
     assert (args.generator_net, args.net, args.generator_on) == ("r2plus1d_18", "r2plus1d_18", "field")
     assert (args.stretch, args.size, args.test_size) == ([128, 171], 112, 112)  # Sec. 4.2
     assert (args.frames, args.multi_clips, args.lam) == ([16] * 3, [3] * 3, [1.0] * 3)
-    assert (args.epochs, args.batch) == ([120, 45, 120], [8, 16, 8])
+    assert (args.epochs, args.batch, args.lr_batch) == ([120, 45, 120], [8, 16, 8], [8, 16, 8])
     assert args.lr_steps == ["40,60,80", "20,40", "40,60,80"]
     assert (args.optimizer, args.lr, args.weight_decay, args.warmup) == ("sgd", 0.001, 5e-4, 0)
     assert (args.holdout, args.frozen, args.clusters, args.granularity) == (0.1, 2, 1000, "clip")

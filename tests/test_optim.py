@@ -15,6 +15,18 @@ def test_warmup_cosine_by_hand():
     assert optim.warmup_cosine(99, 10**9, 10) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("lr, batch, reference, rate", [
+    (0.1, 32, 32, 0.1), (0.1, 4, 32, 0.0125), (0.2, 40, 40, 0.2), (0.2, 64, 64, 0.2), (0.025, 128, 64, 0.05),
+])  # fmt: skip
+def test_the_rate_is_proportional_to_the_clips_of_a_step(lr, batch, reference, rate):
+    assert optim.scaled_lr(lr, batch, reference)[0] == pytest.approx(rate)
+
+
+def test_the_rule_is_said():
+    _, said = optim.scaled_lr(0.1, 4, 32, "labelled clips")
+    assert said == "learning rate 0.0125 = 0.1 x 4 / 32 labelled clips of a step"
+
+
 def test_set_lr_reaches_every_group():
     groups = [{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(2)]
     optimizer = optim.build("sgd", groups, 0.1, 0.0)

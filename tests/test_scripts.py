@@ -213,6 +213,23 @@ def test_run_folder_is_complete(finished, toy_root):
     assert len(list(csv.reader(open(folder / "predictions.csv")))) == 21
 
 
+BATCH = {"cmpl": 2, "tg_distill": 2, "mml": 4, "motionfit": 4, "jedi": 8}  # of TINY
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_learning_rate_follows_the_clips_of_a_step_over_all_ranks(script, toy_root, tmp_path):
+    """One rank with the batch of two has their rate; the screen says it and its rule, the log has it."""
+    said, rates = [], []
+    for ranks, batch in ((None, 2 * BATCH[script]), (2, BATCH[script])):
+        flags, out = f"--lr 0.5 --lr_batch 40 --epochs 0.2 --batch {batch}", tmp_path / f"{ranks}"
+        printed, _ = run(script, toy_root, out, *flags.split(), ranks=ranks)
+        said.append(re.findall(r"learning rate .* of a step", printed)[-1])
+        rates.append(next(row["lr"] for row in rows(out) if "lr" in row))
+    clips = 2 * BATCH[script]
+    rule = f"learning rate {clips / 80:.4g} = 0.5 x {clips} / 40 "
+    assert said[0] == said[1] and said[0].startswith(rule) and rates[0] == rates[1] <= clips / 80
+
+
 def test_finished_run_shows_its_result_again_and_does_nothing(finished, toy_root):
     script, out, printed = finished
     before = (out / "last.pt").stat().st_mtime_ns

@@ -857,6 +857,7 @@ def test_recipes_are_the_papers(line, epochs, warmup, batch, precise_bn):
     args = parsed(line)
     assert (args.epochs, args.warmup, args.sup_warmup) == (epochs, warmup, warmup)
     assert (args.batch, args.mu, args.precise_bn, args.unlabelled) == (batch, 1, precise_bn, "all")
+    assert args.lr_batch == 8 * batch  # on 8 GPUs
     assert (args.lr, args.weight_decay, args.dropout, args.optimizer) == (0.2, 1e-4, 0.5, "sgd")
     assert (args.tau, args.w_fm, args.w_kd, args.w_clr, args.lam_u) == (0.3, 0.5, 1.0, 1.0, 1.0)
     assert (args.align, args.align_stages, args.stopgrad) == ("cosine", "1,2,3,4", True)
