@@ -42,6 +42,19 @@ def test_a_constant_network_is_not_right_everywhere():
     assert evaluate.metrics(scores(np.full((4, 4), 0.25), [0, 1, 2, 3]))["top1"] == 25.0
 
 
+def test_rank_of_label_is_that_of_a_stable_sort():
+    rng = np.random.default_rng(0)
+    probs, labels = rng.integers(4, size=(300, 7)) / 4, rng.integers(7, size=300)  # many are equal
+    order = np.argsort(-probs, axis=1, kind="stable")
+    found = evaluate.rank_of_label(scores(probs, labels))
+    assert found.tolist() == [list(row).index(y) for row, y in zip(order, labels, strict=True)]
+
+
+def test_nothing_is_right_about_nan():
+    found = evaluate.metrics(scores(np.full((2, 6), np.nan), [0, 5]))
+    assert found["top1"] == found["top5"] == 0
+
+
 def test_mean_average_precision_against_its_definition():
     rng = np.random.default_rng(0)
     probs, labels = rng.random((30, 5)), rng.random((30, 5)) < 0.3
@@ -63,11 +76,13 @@ def test_views_are_averaged_per_video(average):
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
     label, index = torch.tensor([0, 0, 1]), torch.tensor([4, 5, 7])
     batch = dict(counts=torch.tensor([2, 0, 1]), label=label, index=index)  # video 5 is unreadable
-    (i, p, hits, count), (j, q, _, _) = evaluate.average_views(None, logits, batch, average, multilabel=False)
+    found = evaluate.average_views(None, logits, batch, average, multilabel=False)
+    (i, p, z, hits, count), (j, q, w, _, _) = found
     sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
     by_hand = (sigmoid(2.0) + sigmoid(-1.0)) / 2 if average == "softmax" else sigmoid(0.5)
     assert (i, j, hits, count) == (4, 7, 1, 2)
     assert p[0] == pytest.approx(by_hand, abs=1e-6) and q[1] == pytest.approx(sigmoid(3.0), abs=1e-6)
+    assert z.tolist() == [1, 0.5] and w.tolist() == [0, 3]  # logits are kept, whatever is averaged
 
 
 def test_keep_every_thins_and_repeats():
@@ -115,7 +130,7 @@ def test_input_of_each_modality(moving, kind, crops):
     mean, std = {"rgb": ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))}.get(kind, ((0.3,), (0.226,)))
     recipe = Recipe(2, 3, 1, crops, 16, 16, uniform=1, spread="parts", modality=kind, mean=mean, std=std)
     views = video.Views(videos, recipe.sample, recipe.view, None, recipe.open)[0]["views"]
-    windows = [[4, 7], [0, 5]] if kind == "rgb" else [[1, 4], [0, 3]]  # T' = 8 or 3; T / N = 5.5 or 3
+    windows = [[4, 7], [2, 8]] if kind == "rgb" else [[1, 4], [1, 4]]  # T' = 8 or 3; T / N = 5.5 or 3
     expected = []
     for window in windows:
         each = {"rgb": 1, "diff": 6, "flow": 5}[kind]
@@ -245,7 +260,8 @@ def test_embeddings_are_averaged_per_video(grad):
     net = Bent().eval()
     with torch.set_grad_enabled(grad):
         found = evaluate.average_views(net, z, batch, "embeddings", multilabel=False)
-    (i, p, hits, count), (j, q, missed, one) = found
+    (i, p, x, hits, count), (j, q, _, missed, one) = found
+    assert torch.tensor(x).softmax(0).tolist() == pytest.approx(p.tolist(), abs=1e-6)
     assert (i, j, count, one) == (4, 7, 1, 1)
     assert p.tolist() == pytest.approx([bent((-0.5, 0.5)), 1 - bent((-0.5, 0.5))], abs=1e-6)
     assert q[0] == pytest.approx(bent((0.5, 2.0)), abs=1e-6)
@@ -257,10 +273,10 @@ def test_embeddings_are_averaged_per_video(grad):
 def test_several_labels_of_an_averaged_embedding():
     z = torch.tensor([[1.0, 0.0], [-2.0, 1.0]])
     batch = dict(counts=torch.tensor([2]), label=torch.tensor([[1, 0]]), index=torch.tensor([0]))
-    ((_, p, hits, count),) = evaluate.average_views(Bent().eval(), z, batch, "embeddings", multilabel=True)
+    ((_, p, x, hits, count),) = evaluate.average_views(Bent().eval(), z, batch, "embeddings", multilabel=True)
     logit = -0.5 + 3 * -1 / (1 + np.exp(1.0))
     assert p.tolist() == pytest.approx([1 / (1 + np.exp(-logit)), 1 / (1 + np.exp(-0.5))], abs=1e-6)
-    assert (hits, count) == (0, 1)
+    assert x.tolist() == pytest.approx([logit, 0.5], abs=1e-6) and (hits, count) == (0, 1)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -277,6 +293,8 @@ def test_score_and_prediction_of_averaged_embeddings(moving, tmp_path, training)
     assert net.training == training
     assert found.probs[0].tolist() == pytest.approx([p, 1 - p], abs=1e-5) and not found.probs[1].any()
     assert np.array_equal(found.probs[0], found.probs[2]) and list(found.bad) == [1]
+    assert np.allclose(torch.from_numpy(found.logits).softmax(1)[[0, 2]], found.probs[[0, 2]], atol=1e-6)
+    assert not found.logits[1].any()
     assert found.views.tolist() == [1, 1, 1] and found.hits.tolist() == [int(p > 0.5), 0, int(p < 0.5)]
     model = net.eval(), {}, ("x", "y"), recipe
     predicted = dict(evaluate.predict(model, f"{moving[0].root}/a"))
