@@ -10,12 +10,16 @@
 
 import argparse
 import math
+import os
+import warnings
 import zlib
 from functools import partial
 from pathlib import Path
 
+from common import UserError, datasets
 from common.run import leave
 
+LABELS = "ratio", "per_class", "labelled_list"  # ways to say which videos have a label
 # What may change between a run and its resumption.
 FREE = ("out", "root", "workers", "log_every", "eval_every", "max_bad", "compile")
 
@@ -23,8 +27,9 @@ FREE = ("out", "root", "workers", "log_every", "eval_every", "max_bad", "compile
 class Parser(argparse.ArgumentParser):
     """An argument parser of one script.
 
-    recipes: name of a data set, or of its variant, -> other defaults for it; "name 0.1" adds to them at that
-    --ratio.
+    recipes: name of a data set, or of its variant, -> other defaults for it. "name 0.01" and "name 0.1" add
+    what depends on the labelled share of the training videos: the nearest, on a log scale, to the share that
+    results, however it is asked for. So between 1 % and 10 % the boundary is 3.16 %.
     A mistake is one sentence from rank 0 and exit status 2.
     """
 
@@ -84,29 +89,38 @@ class Parser(argparse.ArgumentParser):
         """
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--data", default="toy")
-        first.add_argument("--ratio", type=float)
-        first.add_argument("--labelled_list")
+        for name in LABELS:
+            first.add_argument(f"--{name}")
         known, _ = first.parse_known_args(argv)
         variant = Path(known.data).name
         name = variant.split(":")[0]
         recipe = self.recipes.get(variant, self.recipes.get(name, {}))
-        recipe = recipe | self.recipes.get(f"{name} {known.ratio}", {})
-        if known.ratio is not None or known.labelled_list is not None:
-            recipe.pop("per_class", None)
-            recipe.pop("ratio", None)
+        if any(getattr(known, label) is not None for label in LABELS):
+            recipe = {flag: value for flag, value in recipe.items() if flag not in LABELS}
         self.set_defaults(**recipe)
         args = self.parse_args(argv)
-
-        if args.ratio is not None and not 0 < args.ratio <= 1:
-            self.error(f"--ratio is a share in (0, 1], not {args.ratio}; 1 % is 0.01")
-        self.at_least(1, args, "size", "log_every")
-        self.at_least(0 if getattr(args, "uniform", 0) else 1, args, "clips")
-        self.at_least(0, args, "seed", "workers", "eval_every", "max_bad")
-        given = [x for x in (args.ratio, args.per_class, args.labelled_list) if x is not None]
+        given = [label for label in LABELS if getattr(args, label) is not None]
         if len(given) > 1:
             self.error("give one of --ratio, --per_class and --labelled_list")
         if not given:
+            self.set_defaults(ratio=self.ratio)
             args.ratio = self.ratio
+        if args.ratio is not None and not 0 < args.ratio <= 1:
+            self.error(f"--ratio is a share in (0, 1], not {args.ratio}; 1 % is 0.01")
+        self.at_least(1, args, "per_class")
+        shares = {float(key.split()[1]): key for key in self.recipes if key.startswith(f"{name} ")}
+        if shares and not args.eval:
+            share = self.labelled_share(args)
+            nearest = min(shares, key=lambda x: abs(math.log(x / share)))
+            self.set_defaults(**self.recipes[shares[nearest]])
+            args = self.parse_args(argv)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{share:.1%} of the training videos have a label: recipe of {name} for {nearest:.0%}",
+                      flush=True)  # fmt: skip
+
+        self.at_least(1, args, "size", "log_every")
+        self.at_least(0 if getattr(args, "uniform", 0) else 1, args, "clips")
+        self.at_least(0, args, "seed", "workers", "eval_every", "max_bad")
         args.test_size = args.test_size or round(args.size * self.test_scale)
         data, labels = Path(args.data).name.replace(":", "-"), args.ratio or args.per_class or "list"
         model, *more = map(Path, (args.eval or "").split(","))
@@ -121,6 +135,22 @@ class Parser(argparse.ArgumentParser):
         if args.eval and Path(args.out, "last.pt").exists():
             self.error(f"--out {args.out} is the folder of a training run: choose another for --eval")
         return args
+
+    def labelled_share(self, args):
+        """The share of the training videos that `datasets.labelled` chooses.
+
+        Where the data set is not there, that of the papers' counts; the run will then say what is missing.
+        """
+        try:
+            data = datasets.load(args.data, args.root, args.split)
+            with warnings.catch_warnings(action="ignore"):  # the run says them
+                few = datasets.labelled(data, args.ratio, args.per_class, args.seed, args.labelled_list)
+            return len(few) / len(data.train)
+        except UserError as error:
+            sizes = {name: count / ratio for (name, ratio), count in datasets.PER_CLASS.items()}
+            if args.labelled_list:
+                self.error(str(error))
+            return args.ratio or args.per_class / sizes[Path(args.data).name]
 
     def share(self, args, *names):
         """Refuse what is not in [0, 1]."""
@@ -144,5 +174,5 @@ class Parser(argparse.ArgumentParser):
 
 def wanted(args, also=()):
     """What was asked for, {flag: value}, for the RESULT line: labels and seed, or which model to test."""
-    names = ("eval", *also) if args.eval else ("ratio", "per_class", "labelled_list", "seed")
+    names = ("eval", *also) if args.eval else (*LABELS, "seed")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
