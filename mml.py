@@ -14,7 +14,8 @@ videos, whatever the modality. The best single network comes from three such tra
           |                                                   |
           +-> 5 differences at i ----> Diff network --> p_3 --+       and cross-entropy: Eq. 1, 2
 
-    --pipeline (Fig. 1):  1 RGB, RGB by cross-entropy --> 2 RGB + RGB mutual --> 3 RGB + Flow (+ Diff) mutual
+    --pipeline (Fig. 1):  1 RGB; RGB, each by cross-entropy, of two seeds --> 2 RGB + RGB mutual
+                          --> 3 RGB + Flow (+ Diff) mutual
 
 Equations:  Eq. 1, 2 -> network_loss, its L_CE (and Appendix 2) -> classification_loss
             Eq. 3 -> kl_loss    Eq. 4, for any number of networks -> mean_of_others
@@ -62,8 +63,10 @@ D10 MARS: mean squared difference of the last stage's output before pooling. D3D
 D11 All networks step in one process per GPU; the code has a process per modality. Batch norm is each GPU's.
 D12 The last weights are kept; the code keeps the best of the test set.
 D13 Views' logits are averaged, as in the code; `--average softmax`.
-D14 Table 13's positions count from 1. Ensembles average logits, as in the code, or probabilities; the RESULT
-    of a list of models is that of all of them together.
+D14 Table 13's positions count from 0, as its sums say: those of the RGB and of the Flow models make 857 x
+    858 / 2 together (those printed for Diff 36 more). Equal ensembles share the mean of their positions.
+    Ensembles average logits, as in the code, or probabilities; the RESULT of a list of models is that of all
+    of them together.
 D15 Charades (Sec. 3.1.2) has the optimiser, epochs and batch of SlowFast's settings, for I3D-R50 on 16 frames
     at stride 8. Unlike there a clip has all labels of its video (there those of its seconds), TSN's crop,
     batch norm of one GPU, no PreciseBN, and 10 x 3 views are averaged (there their maximum). It starts from
@@ -77,6 +80,7 @@ from functools import partial
 from itertools import combinations, product
 from math import ceil
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -103,13 +107,15 @@ RECIPES = {
 RECIPES["toy:multi"] = {k: v for k, v in RECIPES["toy"].items() if k != "per_class"} | dict(ratio=0.1)
 RECIPES["weizmann"] = RECIPES["toy"] | dict(per_class=6, size=64, test_size=64, epochs=60, eval_every=30)
 KINDS = ("rgb", "flow", "diff")  # of the modalities those of the paper
-LAM = {"kl": 1.0, "mars": 50.0, "d3d": 1.0}
+LAM = {"kl": 1.0, "mars": 50.0, "d3d": 1.0}  # Eq. 1, 2 and Appendix 2
+SECOND_SEED = 1000  # what --pipeline adds to --seed for the second network of its first step
 TEST = ("clips", "uniform", "test_crop", "average")  # what of a test is not in the model's file
 
 
 def parse_args(argv=None):
     p = Parser("mml", __doc__, RECIPES)
     g = p.data(unlabelled=None, ratio=1.0)  # D1
+    g.add_argument("--label_seed", type=int, help="seed of the labelled subset; --seed if not given")
     g.add_argument("--flow", metavar="DIR", help="extracted optical flow; <root>_flow if that is there")
     g = p.add_argument_group("method")
     g.add_argument("--nets", default="rgb,flow", help="networks: rgb, flow, diff, also twice: rgb,rgb")
@@ -145,7 +151,9 @@ def parse_args(argv=None):
     p.set_defaults(clips=1, crops=1, test_size=256)  # Appendix 1
     args = p.parse(argv, also=TEST)
     p.at_least(1, args, "batch", "lr_batch", "frames", "stride", "test_crop")
-    p.at_least(0, args, "epochs", "lr", "warmup", "fc_lr", "weight_decay", "clip_grad", "uniform")
+    p.at_least(0, args, "label_seed", "epochs", "lr", "warmup", "fc_lr", "weight_decay", "clip_grad")
+    p.at_least(0, args, "uniform")
+    args.label_seed = args.seed if args.label_seed is None else args.label_seed
     args.lam = LAM[args.mutual] if args.lam is None else args.lam
     p.at_least(0, args, "lam")
     if args.test_crop and args.crops == 3:
@@ -386,7 +394,7 @@ def train(args, run):
     if args.eval:
         return test_only(args, data, run)
     args.flip = data.flip if args.flip is None else args.flip
-    chosen = datasets.labelled(data, args.ratio, args.per_class, args.seed, args.labelled_list)  # D1
+    chosen = datasets.labelled(data, args.ratio, args.per_class, args.label_seed, args.labelled_list)  # D1
     run.say(f"{data.name}: {len(data.classes)} classes, {len(chosen)} of {len(data.train)} training videos, "
             f"{len(data.test)} test videos")  # fmt: skip
     for note in data.notes:
@@ -464,7 +472,7 @@ def quick_test(args, run, data, nets, recipes, step):
 
 def final_test(args, run, data, nets, builds, recipes):
     """All views of every test video. The first network is model.pt, the others have files of their names."""
-    words = wanted(args)
+    words = wanted(args) | ({} if args.label_seed == args.seed else {"label_seed": args.label_seed})
     recipes = {net: recipes[modality_of(net)] for net in nets}
     for k, (name, net) in enumerate(nets.items()):
         backbone = net.module.backbone
@@ -524,7 +532,7 @@ def ensembles(scores, kinds, average):
     """Appendix 3: every set of models of different modalities, best first, and Table 13's sums of positions.
 
     scores {model: Scores}, kinds {model: modality}. Returns [(models, {metric: %})], and {model: sum of the
-    positions, from 1, of the sets of all modalities that it is in}, least first (D14).
+    positions of the sets of all modalities that it is in}, least first (D14).
     """
     groups = {kind: [model for model in scores if kinds[model] == kind] for kind in kinds.values()}
     rows = []
@@ -533,27 +541,26 @@ def ensembles(scores, kinds, average):
             for members in product(*chosen):
                 rows.append((members, quality(mixture([scores[m] for m in members], average))))
     rows.sort(key=lambda row: -next(iter(row[1].values())))
-    full = [members for members, _ in rows if len(members) == len(groups)]
-    sums = {m: sum(n for n, members in enumerate(full, 1) if m in members) for m in scores}
+    full = [row for row in rows if len(row[0]) == len(groups)]
+    errors = [-next(iter(found.values())) for _, found in full]
+    first, last = (np.searchsorted(errors, errors, side) for side in ("left", "right"))  # of its equals
+    sums = dict.fromkeys(scores, 0.0)
+    for (members, _), position in zip(full, (first + last - 1) / 2, strict=True):
+        for model in members:
+            sums[model] += float(position)
     return rows, dict(sorted(sums.items(), key=lambda item: item[1]))
 
 
 def mixture(scores, average):
-    """The Scores of an ensemble: the mean of the probabilities of its models, or those of the mean logits.
-
-    Logits are known up to a constant for each video, which no probability depends on.
-    """
+    """The Scores of an ensemble: the probabilities of the mean logits, or the mean of the probabilities."""
     scores = list(scores)
-    p = torch.stack([torch.from_numpy(s.probs) for s in scores])  # (M, N, K)
-    if average == "logits" and scores[0].labels.ndim == 2:
-        p = p.logit(eps=2**-24).mean(0).sigmoid()  # float32 holds no probability closer to 1
-    elif average == "logits":
-        p = p.clamp_min(1e-38).log().mean(0).softmax(1)
-    else:
-        p = p.mean(0)
+    squash = torch.sigmoid if scores[0].labels.ndim == 2 else partial(torch.softmax, dim=1)
+    logits = torch.stack([torch.from_numpy(s.logits) for s in scores]).mean(0)  # (N, K)
+    probs = torch.stack([torch.from_numpy(s.probs) for s in scores]).mean(0)
+    p = squash(logits) if average == "logits" else probs
     bad = {i: reason for s in scores for i, reason in s.bad.items()}
     p[list(bad)] = 0
-    return replace(scores[0], probs=p.numpy(), bad=bad)
+    return replace(scores[0], probs=p.numpy(), logits=logits.numpy(), bad=bad)
 
 
 def quality(scores):
@@ -566,16 +573,21 @@ def quality(scores):
 
 
 def pipeline(args):
-    """Fig. 1: the runs of its three steps, each started from the one before."""
-    ce, ml = f"{args.out}/1_ce", f"{args.out}/2_ml"
+    """Fig. 1: the runs of its three steps, each started from the one before.
+
+    Step 1 is two runs of different seeds with the same labelled videos: independent starts, batches, crops.
+    """
+    starts = starts_of(args, ["rgb", "rgb"])
+    ce, ce2, ml, last = (f"{args.out}/{step}" for step in ("1_ce", "1_ce2", "2_ml", "3_mml"))
     steps = {
-        ce: dict(nets="rgb,rgb", lam=0.0),
-        ml: dict(nets="rgb,rgb", init=[f"{ce}/model.pt", f"{ce}/rgb2.pt"]),
-        f"{args.out}/3_mml": dict(init=[f"{ml}/model.pt"]),
+        ce: dict(nets="rgb", lam=0.0, init=starts[:1]),
+        ce2: dict(nets="rgb", lam=0.0, init=starts[1:], seed=args.seed + SECOND_SEED),
+        ml: dict(nets="rgb,rgb", init=[f"{ce}/model.pt", f"{ce2}/model.pt"]),
+        last: dict(init=[f"{ml}/model.pt"]),
     }
     for out, changes in steps.items():
         step = argparse.Namespace(**vars(args) | changes | {"out": out})
-        if not one_run(step, free=("init",) if "init" in changes else ()):  # it follows from --out
+        if not one_run(step, free=("init",) if out in (ml, last) else ()):  # their --init follows from --out
             return
 
 

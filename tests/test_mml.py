@@ -4,9 +4,12 @@ its optimiser does to which parameter, ensembles, and its command line."""
 import csv
 import json
 import math
+import os
+import signal
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
@@ -18,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 import mml
-from common import UserError, backbones, evaluate, flow, video
+from common import UserError, backbones, datasets, evaluate, flow, video
 from common.datasets import Data, Videos
 from common.evaluate import Scores
 from common.run import Run
@@ -548,10 +551,19 @@ def test_network_gives_logits_and_the_last_stage():
 # ---- ensembles -------------------------------------------------------------------------------------
 
 
-def scores(probs, labels, bad=None):
-    n = len(labels)
-    ones = np.ones(n, np.int64)
-    return Scores(np.array(probs, np.float32), 0 * ones, ones, np.array(labels), bad or {})
+def scores(probs, labels, bad=None, logits=None):
+    """Scores of one view: of probabilities, or of logits."""
+    probs, labels, ones = np.array(probs, np.float32), np.array(labels), np.ones(len(labels), np.int64)
+    if logits is None:
+        with np.errstate(divide="ignore"):
+            logits = np.log(probs) - (np.log1p(-probs) if labels.ndim == 2 else 0)
+    return Scores(probs, 0 * ones, ones, labels, bad or {}, np.float32(logits))
+
+
+def scores_of(logits, labels):
+    squash = torch.sigmoid if np.ndim(labels) == 2 else partial(torch.softmax, dim=-1)
+    logits = torch.as_tensor(logits).double()
+    return scores(squash(logits).numpy(), labels, logits=logits.numpy())
 
 
 def test_three_models_by_hand():
@@ -567,7 +579,7 @@ def test_three_models_by_hand():
     assert found == {("a",): 50, ("b",): 50, ("c",): 0, ("a", "b"): 100, ("a", "c"): 50, ("b", "c"): 50,
                      ("a", "b", "c"): 100}  # fmt: skip
     assert [row["top1"] for _, row in rows] == [100, 100, 50, 50, 50, 50, 0]
-    assert positions == dict(a=1, b=1, c=1)  # one set of all modalities
+    assert positions == dict(a=0, b=0, c=0)  # one set of all modalities
 
 
 def share(right, n=4):
@@ -581,64 +593,80 @@ def test_table13_by_hand():
               "f2": scores([[0.25, 0.75]] * 4, y)}  # fmt: skip
     kinds = dict(r1="rgb", r2="rgb", f1="flow", f2="flow")
     rows, positions = mml.ensembles(models, kinds, "softmax")
-    # (.9 + .9, ...): r2 f1 4 of 4, position 1; r2 f2 (1.15) 4 of 4, position 2; r1 f1 (1.2) 3 of 4,
-    # position 3; r1 f2 none, position 4.
+    # (.9 + .9, ...): r2 f1 4 of 4, r2 f2 (1.15) 4 of 4: positions 0 and 1, 0.5 each; r1 f1 (1.2) 3 of 4,
+    # position 2; r1 f2 none, position 3.
     pairs = [(members, row["top1"]) for members, row in rows if len(members) == 2]
     assert pairs == [(("r2", "f1"), 100), (("r2", "f2"), 100), (("r1", "f1"), 75), (("r1", "f2"), 0)]
-    assert list(positions.items()) == [("r2", 1 + 2), ("f1", 1 + 3), ("f2", 2 + 4), ("r1", 3 + 4)]
+    assert list(positions.items()) == [("r2", 0.5 + 0.5), ("f1", 0.5 + 2), ("f2", 0.5 + 3), ("r1", 2 + 3)]
     assert len(rows) == 4 + 4 and not any({"r1", "r2"} <= set(members) for members, _ in rows)
 
 
+def mean_positions(values):
+    """Of each value, from 0 for the largest; equal ones share the mean of theirs."""
+    return [sum(w > v for w in values) + (sum(w == v for w in values) - 1) / 2 for v in values]
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
 @pytest.mark.parametrize("average", ["softmax", "logits"])
-def test_table13_matches_naive_loop(average):
+def test_table13_matches_naive_loop(average, multilabel):
+    """Thirty videos, so that many ensembles are equal."""
     rng, names = np.random.default_rng(0), dict(rgb=["r1", "r2", "r3"], flow=["f1", "f2"], diff=["d1", "d2"])
-    y, kinds = rng.integers(5, size=200), {m: kind for kind, models in names.items() for m in models}
-    logits = {m: rng.normal(size=(200, 5)) + rng.uniform(0.5, 2) * np.eye(5)[y] for m in kinds}
-    p = {m: np.exp(x) / np.exp(x).sum(1, keepdims=True) for m, x in logits.items()}
-    rows, positions = mml.ensembles({m: scores(p[m], y) for m in kinds}, kinds, average)
-    triples = []
+    y, kinds = rng.integers(5, size=30), {m: kind for kind, models in names.items() for m in models}
+    logits = {m: rng.normal(size=(30, 5)) + rng.uniform(0.5, 2) * np.eye(5)[y] for m in kinds}
+    labels = np.eye(5, dtype=int)[y] if multilabel else y
+    given = {m: scores_of(x, labels) for m, x in logits.items()}
+    rows, positions = mml.ensembles(given, kinds, average)
+    triples = {}
     for members in product(*names.values()):
-        mean = sum((p if average == "softmax" else logits)[m] for m in members)
-        triples.append((-(mean.argmax(1) == y).mean(), members))
-    triples.sort(key=lambda triple: triple[0])
-    sums = dict.fromkeys(kinds, 0)
-    for place, (_, members) in enumerate(triples, 1):
-        for m in members:
-            sums[m] += place
+        mean = sum(given[m].probs.astype(float) if average == "softmax" else logits[m] for m in members)
+        found = evaluate.mean_average_precision(mean, labels) if multilabel else (mean.argmax(1) == y).mean()
+        triples[members] = found
+    places = dict(zip(triples, mean_positions([*triples.values()]), strict=True))
+    assert multilabel or any(place % 1 for place in places.values())
+    sums = {m: sum(place for members, place in places.items() if m in members) for m in kinds}
     assert positions == sums and list(positions.values()) == sorted(sums.values())
     assert len(rows) == 7 + (3 * 2 + 3 * 2 + 2 * 2) + 12
-    assert [-row["top1"] / 100 for members, row in rows if len(members) == 3] == pytest.approx(
-        [accuracy for accuracy, _ in triples]
+    key = "mAP" if multilabel else "top1"
+    assert [row[key] / 100 for members, row in rows if len(members) == 3] == pytest.approx(
+        sorted(triples.values(), reverse=True)
     )
+
+
+PRINTED = {  # Table 13
+    "rgb": [9486, 10711, 13112, 15670, 26918, 28069, 31281, 31793, 31968, 35475, 36167, 46044, 50959],
+    "flow": [22434, 25793, 28193, 28954, 28972, 29238, 32372, 32659, 34290, 50577, 54171],
+    "diff": [42079, 49533, 67475, 67528, 69895, 71179],
+}
+
+
+def test_sums_of_table13_are_those_printed():
+    """Each modality's sums are those of all 858 positions: from 0, they are 857 x 858 / 2."""
+    rng, y = np.random.default_rng(0), [0, 1]
+    kinds = {f"{kind}{n}": kind for kind, sums in PRINTED.items() for n in range(len(sums))}
+    given = {m: scores_of(rng.normal(size=(2, 2)), y) for m in kinds}
+    rows, positions = mml.ensembles(given, kinds, "logits")
+    assert sum(len(members) == 3 for members, _ in rows) == 858
+    total = {kind: sum(v for m, v in positions.items() if kinds[m] == kind) for kind in PRINTED}
+    assert total == dict(rgb=sum(PRINTED["rgb"]), flow=sum(PRINTED["flow"]), diff=857 * 858 / 2)
+    assert sum(PRINTED["diff"]) - total["diff"] == 36  # one of the six is misprinted
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
 @pytest.mark.parametrize("average", ["softmax", "logits"])
 def test_mixture_is_that_of_the_raw_logits(average, multilabel):
-    raw, y = random(3, 20, 6).double(), several(20, 6).numpy() if multilabel else [0] * 20
-    squash = torch.sigmoid if multilabel else lambda x: x.softmax(-1)
+    raw, y = random(3, 20, 6, scale=30.0).double(), several(20, 6).numpy() if multilabel else [0] * 20
+    squash = torch.sigmoid if multilabel else partial(torch.softmax, dim=-1)
     expected = squash(raw.mean(0)) if average == "logits" else squash(raw).mean(0)
-    found = mml.mixture([scores(squash(x).numpy(), y) for x in raw], average)
-    assert found.probs.dtype == np.float32
-    near = 1e-3 if multilabel else 1e-4  # 1 - p, of p near 1 in float32
-    assert found.probs == pytest.approx(expected.numpy(), rel=near)  # small ones, too
+    found = mml.mixture([scores_of(x, y) for x in raw], average)
+    assert found.probs.dtype == found.logits.dtype == np.float32
+    assert found.probs == pytest.approx(expected.numpy(), rel=1e-4)  # small ones, too
+    assert found.logits == pytest.approx(raw.mean(0).numpy(), rel=1e-4)
 
 
-@pytest.mark.parametrize("average", ["softmax", "logits"])
-def test_mixture_of_certain_models(average):
-    """Probabilities of 0 and 1 in float32."""
-    found = mml.mixture([scores([[1.0, 0.0]], [0]), scores([[0.6, 0.4]], [0])], average).probs
-    assert np.isfinite(found).all() and found[0, 0] > 0.79 and found.sum() == pytest.approx(1, abs=1e-6)
-    y = np.array([[1, 0]])
-    found = mml.mixture([scores([[1.0, 0.0]], y), scores([[1.0, 0.0]], y)], average).probs
-    assert found.tolist() == [[1, pytest.approx(0, abs=1e-6)]]
-
-
-def test_mixture_of_several_labels_weighs_a_certain_yes_like_a_certain_no():
-    """Logits 20 and -30: float32 has no number for the first's probability; neither outweighs the other."""
-    p = torch.tensor([20.0, -30.0]).sigmoid().view(2, 1, 1)
-    found = mml.mixture([scores(x.numpy(), np.array([[1]])) for x in p], "logits")
-    assert found.probs[0, 0] == pytest.approx(0.5)
+def test_mixture_of_several_labels_keeps_logits_that_a_probability_cannot():
+    """Logits 30 and -20: float32 has no number for the first's probability, and 0 would be 1 / 2."""
+    found = mml.mixture([scores_of([[x]], [[1]]) for x in (30.0, -20.0)], "logits")
+    assert found.probs[0, 0] == pytest.approx(1 / (1 + math.exp(-5)))
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
@@ -710,7 +738,9 @@ def test_eval_of_several_models_writes_their_ensembles(folder, run, tmp_path, av
         right = (probs.argmax(1).numpy() == data.test.labels).mean()
         assert float(row["top1"]) == pytest.approx(100 * right)
     sums = list(csv.DictReader(open(run.out / "positions.csv")))
-    assert sorted(int(row["sum"]) for row in sums) == [1, 2, 3] and sums[-1]["model"] == str(paths[2])
+    sums = {row["model"]: float(row["sum"]) for row in sums}
+    places = mean_positions([float(row["top1"]) for row in rows if " + " in row["models"]])
+    assert sorted(sums.values()) == sorted([*places, 1]) and sums[str(paths[2])] == 1
     everything = torch.stack([*p.values()])
     everything = everything.log().mean(0) if average == "logits" else everything.mean(0)
     right = (everything.argmax(1).numpy() == data.test.labels).mean()
@@ -962,24 +992,61 @@ def steps_of(line, monkeypatch, stop=None):
 
 
 def test_fig1_pipeline(monkeypatch):
-    ce, ml, last = steps_of("--pipeline --nets rgb,flow,diff --out o --seed 4", monkeypatch)
-    assert (ce.out, ce.nets, ce.init, ce.lam) == ("o/1_ce", "rgb,rgb", "none", 0)
+    ce, ce2, ml, last = steps_of("--pipeline --nets rgb,flow,diff --out o --seed 4", monkeypatch)
+    assert (ce.out, ce.nets, mml.starts_of(ce, ["rgb"]), ce.lam) == ("o/1_ce", "rgb", ["none"], 0)
+    assert (ce2.out, ce2.nets, mml.starts_of(ce2, ["rgb"]), ce2.lam) == ("o/1_ce2", "rgb", ["none"], 0)
     assert (ml.out, ml.nets, ml.lam) == ("o/2_ml", "rgb,rgb", 1)
-    assert mml.starts_of(ml, ["rgb", "rgb"]) == ["o/1_ce/model.pt", "o/1_ce/rgb2.pt"]
+    assert mml.starts_of(ml, ["rgb", "rgb"]) == ["o/1_ce/model.pt", "o/1_ce2/model.pt"]
     assert (last.out, last.nets, last.lam) == ("o/3_mml", "rgb,flow,diff", 1)
     assert mml.starts_of(last, [1, 2, 3]) == ["o/2_ml/model.pt"] * 3  # of one network, for each
-    assert [step.seed for step in (ce, ml, last)] == [4, 4, 4]
+    assert [step.seed for step in (ce, ce2, ml, last)] == [4, 1004, 4, 4]
+    assert [step.label_seed for step in (ce, ce2, ml, last)] == [4, 4, 4, 4]
 
 
-@pytest.mark.parametrize("stop", [0, 1])
+@pytest.mark.parametrize("stop", [0, 1, 2])
 def test_a_stopped_step_ends_the_pipeline(stop, monkeypatch):
     assert len(steps_of("--pipeline --out o", monkeypatch, stop)) == stop + 1
 
 
 def test_fig1_folders_may_have_any_name(monkeypatch):
-    _, ml, last = steps_of("--pipeline --out a,b --init c.pt,d.pt", monkeypatch)
-    assert mml.starts_of(ml, ["rgb", "rgb"]) == ["a,b/1_ce/model.pt", "a,b/1_ce/rgb2.pt"]
+    ce, ce2, ml, last = steps_of("--pipeline --out a,b --init c.pt,d.pt", monkeypatch)
+    assert [mml.starts_of(step, ["rgb"]) for step in (ce, ce2)] == [["c.pt"], ["d.pt"]]
+    assert mml.starts_of(ml, ["rgb", "rgb"]) == ["a,b/1_ce/model.pt", "a,b/1_ce2/model.pt"]
     assert mml.starts_of(last, ["rgb", "flow"]) == ["a,b/2_ml/model.pt"] * 2
+
+
+def test_step_1_is_two_independent_trainings_that_resume(folder, tmp_path, monkeypatch):
+    """Starts, batches and crops differ, labelled videos do not; stopped in the second, it ends the same."""
+    videos = Videos.make(folder, [f"v{v}" for v in range(6)], [v % 3 for v in range(6)])
+    data, seen, real, stop = replace(data_of(folder), train=videos), [], mml.train_step, 0
+
+    def spy(nets, x, y, args, teacher):
+        seen.append((args.out.rsplit("/", 1)[1], x["rgb"], [p.clone() for p in nets["rgb"].parameters()]))
+        if len(seen) == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(nets, x, y, args, teacher)
+
+    monkeypatch.setattr(mml.datasets, "load", lambda *_: data)
+    monkeypatch.setattr(mml, "train_step", spy)
+    line = f"{SHORT} --pipeline --nets rgb,diff --per_class 1 --out {tmp_path}"
+    mml.pipeline(parsed(f"{line}/a"))
+    assert [step for step, *_ in seen] == ["1_ce"] * 4 + ["1_ce2"] * 4 + ["2_ml"] * 4 + ["3_mml"] * 4
+    (_, x, p), (_, x2, p2) = seen[0], seen[4]
+    assert not torch.equal(x, x2)
+    weights = [pair for pair in zip(p, p2, strict=True) if pair[0].ndim > 1]
+    assert not any(torch.equal(*pair) for pair in weights)
+    lists = {(tmp_path / "a" / step / "labelled.txt").read_text() for step in ("1_ce", "1_ce2", "2_ml")}
+    chosen = [list(datasets.labelled(data, None, 1, seed, None)) for seed in (0, 1000)]
+    assert len(lists) == 1 and chosen[0] != chosen[1]
+
+    seen.clear()
+    stop = 4 + 2
+    mml.pipeline(parsed(f"{line}/b"))
+    assert len(seen) == stop and not (tmp_path / "b" / "2_ml").exists()
+    mml.pipeline(parsed(f"{line}/b"))
+    for file in ("1_ce/model.pt", "1_ce2/model.pt", "2_ml/rgb2.pt", "3_mml/model.pt", "3_mml/diff.pt"):
+        nets = [evaluate.load_model(tmp_path / out / file)[0] for out in "ab"]
+        assert evaluate.digest_of(nets[0]) == evaluate.digest_of(nets[1])
 
 
 def test_one_run_trains_once_and_tests_always(tmp_path, monkeypatch):
