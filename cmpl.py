@@ -21,7 +21,7 @@ Equations:  Eq. 1, 4, 5 -> pseudo_label + unlabelled_loss    Eq. 2, 3 -> supervi
 Names: <what>_<net>_<view>, net pri (F) or aux (A), view l labelled, w weak, s strong; B_l labelled and
 B_u unlabelled clips of a step, K classes, tau the confidence threshold, lam the weight of Eq. 6.
 
-Run (8 GPUs, the paper's setting; then one process on the embedded data set, on a CPU too):
+Run (on 8 GPUs, the paper used 16; then one process on the embedded data set, on a CPU too):
 
     torchrun --nproc_per_node 8 cmpl.py --data k400 --ratio 0.01
     python cmpl.py --data toy
@@ -31,17 +31,19 @@ Baselines: supervised `--lam 0`; FixMatch `--aux none`; FixMatch at two frame ra
 Differences from the paper, and what it leaves open:
 
 D1  An epoch is one pass over the unlabelled videos (not said); the baselines make as many steps.
+    With a smaller mu it has more steps, and so more passes over the labelled videos.
 D2  The paper's learning rate, 0.1, is for its 32 labelled clips a step (16 GPUs with 2 each, beside 160
     unlabelled ones); it scales linearly with the labelled clips of a step over all GPUs (`--lr_batch`).
 D3  Unlabelled videos are those without a label (Fig. 2); `--unlabelled all` adds the labelled ones.
 D4  T_standard is SlowFast's: short side 256-320, crop 224, mirrored half of the time; each network
-    draws its own. T_weak: short side 256, centre crop, never mirrored.
+    draws its own. T_weak: short side `--weak_side` 256, centre crop, never mirrored.
 D5  T_strong is T_standard, then RandAugment with 2 operations of magnitude up to 9, then a grey square
     of half the side (Cutout), as FixMatch has them; sizes are not in the paper.
-D6  Weak and strong view show the same frames. The windows of F and A, of labelled videos too, lie
-    t_s = `--offset` seconds apart, before or after by chance, as far as the video allows. The unit
-    and the t_s of Table 1 are not in the paper: 10, its best, is the default. Tables 3, 4 and 6
-    share their 12.90 with Table 2 without temporal locations: they are runs with `--offset 0`.
+D6  Weak and strong view show the same frames. A's window begins at most t_s = `--offset` seconds
+    from the beginning of F's, drawn uniformly from all such frames, in labelled videos too. The unit
+    and the t_s of Table 1 are not in the paper: 10, the best of Table 5, is the default. The row
+    t_s = 1 of Table 5 is the 12.90 that Table 2 has without temporal locations; Tables 3, 4 and 6
+    share it: they are runs with `--offset 0`.
 D7  The weak views have their own forward pass without gradient, in training mode; `--joint` puts them
     through with the rest, so that batch normalisation sees the mixture. See README for both.
 D8  Batch normalisation is per GPU, over the labelled and strong clips of a step together.
@@ -49,6 +51,8 @@ D9  Dropout 0.5 before the classifier and a zero-initialised last BN per block, 
     learning-rate warm-up (`--warmup`), no moving average: none is mentioned. Weight decay acts on
     every parameter.
 D10 A 256 x 256 test crop is pooled to one vector; SlowFast averages overlapping 224 x 224 windows.
+D11 "3D-ResNet50" is read as SlowFast's slow pathway alone: 41.7 GMAC for 8 frames of 224 x 224. The
+    weak and the strong pass make 83.5 (F) + 11.1 (A, 1/4 wide, 16 frames) GMAC; Table 3 says 94.
 """
 
 import math
@@ -75,13 +79,13 @@ RECIPES = {
     "toy": dict(
         per_class=4, lam=2.0, tau=0.95, batch=8, mu=3, net="resnet3d10", width=0.25,
         aux="resnet3d10", aux_width=0.125, frames=8, stride=4, aux_frames=16, aux_stride=2, dropout=0.0,
-        size=40, jitter=[48, 56], epochs=25, optimizer="adamw", lr=0.04, weight_decay=0.05,
+        size=40, jitter=[48, 56], weak_side=48, epochs=25, optimizer="adamw", lr=0.04, weight_decay=0.05,
         clips=2, crops=1, eval_every=12, offset=0.0, workers=1, channels_last=True,
     ),
 }  # fmt: skip
 # 90 real clips of 180 x 144 pixels; a folder with lists.
 RECIPES["weizmann"] = RECIPES["toy"] | dict(
-    per_class=2, batch=4, size=64, test_size=64, jitter=[72, 80], epochs=45
+    per_class=2, batch=4, size=64, test_size=64, jitter=[72, 80], weak_side=72, epochs=45
 )  # fmt: skip
 
 
@@ -89,11 +93,12 @@ def parse_args(argv=None):
     p = Parser("cmpl", __doc__, RECIPES)
     g = p.data()
     g.add_argument("--jitter", type=int, nargs=2, default=[256, 320], help="short side before the crop, D4")
+    g.add_argument("--weak_side", type=int, help="short side before a weak view's crop; 8/7 of --size, D4")
     g = p.add_argument_group("method")
     g.add_argument("--lam", type=float, default=5.0, help="weight of L_u, Eq. 6; 0: supervised baseline")
     g.add_argument("--tau", type=float, default=0.9, help="confidence threshold, Eq. 1, 4, 5 and Fig. 4a")
     g.add_argument("--mu", type=int, default=5, help="B_u / B_l, Fig. 4b")
-    g.add_argument("--net", default="resnet3d50", help="primary network F")
+    g.add_argument("--net", default="resnet3d50", help="primary network F, D11")
     g.add_argument("--width", type=float, default=1.0, help="width of F")
     g.add_argument("--aux", default="resnet3d50", help="auxiliary network A; none: FixMatch; same: F")
     g.add_argument("--aux_width", type=float, default=0.25, help="width of A, Table 3")
@@ -117,10 +122,11 @@ def parse_args(argv=None):
     g = p.run()
     g.add_argument("--keep_every", type=int, default=1, help="thin test clips, Fig. 5")
     args = p.parse(argv)
+    args.weak_side = args.weak_side or round(args.size * 8 / 7)
     p.share(args, "tau")
     p.rand_augment(args)
     p.at_least(1, args, "batch", "mu", "frames", "stride", "aux_frames", "aux_stride", "keep_every",
-               "lr_batch")  # fmt: skip
+               "weak_side", "lr_batch")  # fmt: skip
     p.at_least(0, args, "lam", "offset", "epochs", "lr", "weight_decay", "warmup")
     if not 1 <= args.jitter[0] <= args.jitter[1]:
         p.error(f"--jitter is a range such as 256 320, not {args.jitter[0]} {args.jitter[1]}")
@@ -132,13 +138,12 @@ def parse_args(argv=None):
 # -------------------------------------------------------------------------------- the method
 
 
-def pseudo_label(logits_w, tau):
+def pseudo_label(p_w, tau):
     """Eq. 1, 4, 5, what they share: y_hat_i = arg max p_i and the indicator 1(max p_i >= tau).
 
-    logits_w (B_u, K) of the weak views, detached here. Returns y (B_u,) int64, mask (B_u,) float.
+    p_w (B_u, K) probabilities of the weak views. Returns y (B_u,) int64, mask (B_u,) float.
     """
-    p = logits_w.detach().float().softmax(dim=1)
-    confidence, y = p.max(dim=1)
+    confidence, y = p_w.max(dim=1)
     return y, (confidence >= tau).float()
 
 
@@ -166,15 +171,16 @@ def total_loss(loss_s, loss_u, lam):
 
 
 def forward(net, x_l, x_w, x_s, joint):
-    """Logits of the labelled, weak and strong clips of one network; only the weak ones need no gradient."""
+    """(logits_l, p_w, logits_s) of the clips of one network; the probabilities p_w have no gradient."""
     if x_w is None:
         return net(x_l), None, None
     if joint:
-        return net(torch.cat([x_l, x_w, x_s])).split([len(x_l), len(x_w), len(x_s)])
-    with torch.no_grad():
-        logits_w = net(x_w)  # D7
-    logits_l, logits_s = net(torch.cat([x_l, x_s])).split([len(x_l), len(x_s)])  # D8
-    return logits_l, logits_w, logits_s
+        logits_l, logits_w, logits_s = net(torch.cat([x_l, x_w, x_s])).split([len(x_l), len(x_w), len(x_s)])
+    else:
+        with torch.no_grad():
+            logits_w = net(x_w)  # D7
+        logits_l, logits_s = net(torch.cat([x_l, x_s])).split([len(x_l), len(x_s)])  # D8
+    return logits_l, logits_w.detach().float().softmax(dim=1), logits_s
 
 
 def train_step(pri, aux, x_pri, x_aux, y_l, args):
@@ -184,16 +190,16 @@ def train_step(pri, aux, x_pri, x_aux, y_l, args):
     FixMatch and for the supervised baseline, and `pri` itself for `--aux same`.
     """
     loss_s, loss_u, labels = {}, {}, {}
-    logits_l_pri, logits_w_pri, logits_s_pri = forward(pri, *x_pri, args.joint)
+    logits_l_pri, p_w_pri, logits_s_pri = forward(pri, *x_pri, args.joint)
     if args.lam:
-        y_pri, mask_pri = pseudo_label(logits_w_pri, args.tau)
+        y_pri, mask_pri = pseudo_label(p_w_pri, args.tau)
         labels["pri"] = y_pri, mask_pri
         if aux is None:
             loss_u["pri"] = unlabelled_loss(logits_s_pri, y_pri, mask_pri)  # Eq. 1: F labels for itself
     loss_s["pri"] = supervised_loss(logits_l_pri, y_l)  # Eq. 2
     if aux is not None:
-        logits_l_aux, logits_w_aux, logits_s_aux = forward(aux, *x_aux, args.joint)
-        y_aux, mask_aux = pseudo_label(logits_w_aux, args.tau)
+        logits_l_aux, p_w_aux, logits_s_aux = forward(aux, *x_aux, args.joint)
+        y_aux, mask_aux = pseudo_label(p_w_aux, args.tau)
         labels["aux"] = y_aux, mask_aux
         loss_s["aux"] = supervised_loss(logits_l_aux, y_l)  # Eq. 3
         loss_u["pri"] = unlabelled_loss(logits_s_pri, y_aux, mask_aux)  # Eq. 4: A labels for F
@@ -227,15 +233,12 @@ def pseudo_label_report(labels, y_true):
 
 
 def build_networks(args, classes, run):
-    """F and A under DDP (A None for FixMatch and supervised, F itself for `--aux same`), and F's recipe."""
-    build = dict(name=args.net, classes=classes, width=args.width, dropout=args.dropout)
-    nets = [backbones.build(**build)]
+    """{net: network under DDP}, {net: what builds it}: F is "pri", and A, where it is not F, "aux"."""
+    builds = {"pri": dict(name=args.net, classes=classes, width=args.width, dropout=args.dropout)}
     if args.aux not in ("none", "same"):
-        nets.append(backbones.build(**build | dict(name=args.aux, width=args.aux_width)))
-    nets = [run.distribute(net, args.channels_last, args.compile) for net in nets]
-    pri = nets[0]
-    aux = {"none": None, "same": pri}.get(args.aux, nets[-1])
-    return nets, pri, aux, build
+        builds["aux"] = builds["pri"] | dict(name=args.aux, width=args.aux_width)
+    nets = {net: backbones.build(**build) for net, build in builds.items()}
+    return {net: run.distribute(x, args.channels_last, args.compile) for net, x in nets.items()}, builds
 
 
 def windows(source, rng, args):
@@ -244,10 +247,8 @@ def windows(source, rng, args):
     pri = video.dense(n, args.frames, args.stride, rng)
     if args.aux == "none":
         return [pri]
-    start = int(pri[0])
-    if args.offset:  # D6
-        start = video.shift(source.times, start, args.offset * rng.choice([-1, 1]))
-        start = min(start, max(0, n - span))
+    starts = source.times[: max(n - span, 0) + 1]  # in seconds, of all windows
+    start = rng.choice(np.flatnonzero(abs(starts - starts[pri[0]]) <= args.offset))  # D6
     return [pri, (start + np.arange(args.aux_frames) * args.aux_stride) % n]
 
 
@@ -259,7 +260,7 @@ def standard(clip, args):
 
 def weak(clip, args):
     """T_weak (D4)."""
-    return augment.resize_crop(clip, args.size, args.jitter[0])
+    return augment.resize_crop(clip, args.size, args.weak_side)
 
 
 def strong(clip, args):
@@ -319,11 +320,13 @@ def train(args, run):
     total, every = max(1, round(args.epochs * epoch)), max(1, round(args.eval_every * epoch))
 
     torch.manual_seed(args.seed)
-    nets, pri, aux, build = build_networks(args, len(data.classes), run)
-    parameters = [p for net in nets for p in net.parameters()]
+    nets, builds = build_networks(args, len(data.classes), run)
+    pri = nets["pri"]
+    aux = pri if args.aux == "same" else nets.get("aux")
+    parameters = [p for net in nets.values() for p in net.parameters()]
     lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, args.lr_batch, "labelled clips")  # D2
     optimizer = optim.build(args.optimizer, parameters, lr, args.weight_decay)
-    parts = dict(zip(("pri", "aux"), (net.module for net in nets), strict=False), optimizer=optimizer)
+    parts = {name: net.module for name, net in nets.items()} | {"optimizer": optimizer}
     digest = datasets.digest(videos_l, range(len(videos_l)))
     identity = dict(labelled=digest, classes=len(data.classes), net=f"{args.net} x{args.width}", aux=args.aux)
 
@@ -354,7 +357,10 @@ def train(args, run):
         return
     if run.main:
         whole = replace(recipe, keep_every=1)
-        evaluate.save_model(run.out / "model.pt", pri.module, build, data.classes, whole)
+        recipes = {"pri": whole, "aux": replace(whole, frames=args.aux_frames, stride=args.aux_stride)}
+        for name, net in nets.items():
+            path = run.out / {"pri": "model.pt", "aux": "model_aux.pt"}[name]
+            evaluate.save_model(path, net.module, builds[name], data.classes, recipes[name])
     quick_test(args, run, data, pri, aux, total)
     evaluate.report(pri.module, data, recipe, run, args.workers, **wanted(args))
 
@@ -371,8 +377,7 @@ def quick_test(args, run, data, pri, aux, step):
                 return
             found = evaluate.metrics(scores)
             row |= {f"{name}_{key}": round(found[key], 4) for key in ("top1", "top5", "mean_class")}
-            probs = torch.from_numpy(scores.probs)
-            labels[name] = pseudo_label(probs.clamp_min(1e-9).log(), args.tau)
+            labels[name] = pseudo_label(torch.from_numpy(scores.probs), args.tau)
     report = pseudo_label_report(labels, torch.from_numpy(data.test.labels))
     run.log(row | {key: round(share.item(), 4) for key, share in report.items()})
 

@@ -124,7 +124,7 @@ class Parser(argparse.ArgumentParser):
         args.test_size = args.test_size or round(args.size * self.test_scale)
         data, labels = Path(args.data).name.replace(":", "-"), args.ratio or args.per_class or "list"
         model, *more = map(Path, (args.eval or "").split(","))
-        net = model.stem.removeprefix("model")
+        net = model.stem.removeprefix("model").removeprefix("_")
         if more:  # several models, in a folder of their own beside the first
             net = f"{1 + len(more)}_{zlib.crc32(args.eval.encode()):08x}"
         values = [(name, getattr(args, name)) for name in also if getattr(args, name) is not None]

@@ -421,15 +421,6 @@ def uniform_test(n, length, clips):
     return (segment * clips + clip) * n // (length * max(clips, 1))
 
 
-def shift(times, start, seconds):
-    """The frame nearest to `seconds` after frame `start` (before it, if negative), in the video.
-
-    times: (N,) seconds, as Video.times. So the window that starts there is that far from the one
-    that starts at `start`, whatever the frame rate does.
-    """
-    return int(np.abs(times - (times[start] + seconds)).argmin())
-
-
 # ---- data sets -----------------------------------------------------------------------------------
 
 

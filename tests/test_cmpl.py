@@ -2,11 +2,18 @@
 
 import math
 from argparse import Namespace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 import cmpl
+import tg_distill
+from common import datasets, video
+from common.run import Run
+
+pytestmark = pytest.mark.usefixtures("group")
 
 
 def softmax(row):
@@ -33,7 +40,7 @@ def test_eq1_known_value():
     weak = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])
     # On its strong clip class 0 has probability 1/5: loss log 5, over both clips log(5) / 2.
     strong = torch.tensor([[0.0, math.log(4.0)], [9.0, -9.0]])
-    y, mask = cmpl.pseudo_label(weak, 0.7)
+    y, mask = cmpl.pseudo_label(weak.softmax(1), 0.7)
     assert y.tolist() == [0, 0] and mask.tolist() == [1.0, 0.0]
     assert cmpl.unlabelled_loss(strong, y, mask).item() == pytest.approx(math.log(5) / 2, abs=1e-6)
 
@@ -41,26 +48,38 @@ def test_eq1_known_value():
 @pytest.mark.parametrize("tau", [0.0, 0.5, 0.9])
 def test_eq1_matches_naive_loop(tau):
     weak, strong = random_logits(40, 7, seed=1), random_logits(40, 7, seed=2)
-    ours = cmpl.unlabelled_loss(strong, *cmpl.pseudo_label(weak, tau))
+    ours = cmpl.unlabelled_loss(strong, *cmpl.pseudo_label(weak.softmax(1), tau))
     assert ours.item() == pytest.approx(naive_unlabelled(strong, weak, tau), rel=1e-5)
 
 
 def test_eq1_threshold_is_inclusive():
-    y, mask = cmpl.pseudo_label(torch.zeros(1, 2), 0.5)
+    y, mask = cmpl.pseudo_label(torch.tensor([[0.5, 0.5]]), 0.5)
     assert mask.item() == 1.0
 
 
 def test_eq1_nothing_confident_gives_zero_loss_and_gradient():
     strong = random_logits(5, 3).requires_grad_()
-    loss = cmpl.unlabelled_loss(strong, *cmpl.pseudo_label(torch.zeros(5, 3), 0.9))
+    loss = cmpl.unlabelled_loss(strong, *cmpl.pseudo_label(torch.full((5, 3), 1 / 3), 0.9))
     loss.backward()
     assert loss.item() == 0.0 and not strong.grad.any()
 
 
-def test_eq1_weak_side_gets_no_gradient():
-    weak, strong = random_logits(6, 4).requires_grad_(), random_logits(6, 4, seed=3).requires_grad_()
-    cmpl.unlabelled_loss(strong, *cmpl.pseudo_label(weak, 0.0)).backward()
-    assert weak.grad is None and strong.grad.abs().sum() > 0
+@pytest.mark.parametrize("joint", [False, True])
+def test_weak_side_gives_probabilities_without_gradient(joint):
+    net, x = Linear(1), [clips(n, seed).requires_grad_() for n, seed in ((2, 1), (6, 2), (6, 3))]
+    logits_l, p_w, logits_s = cmpl.forward(net, *x, joint)
+    for found, clip in ((logits_l, x[0]), (logits_s, x[2])):
+        assert torch.allclose(found, net(clip)) and found.requires_grad
+    assert torch.allclose(p_w, net(x[1]).softmax(1)) and not p_w.requires_grad
+    cmpl.unlabelled_loss(logits_s, *cmpl.pseudo_label(p_w, 0.0)).backward()
+    assert x[1].grad is None or not x[1].grad.any()
+    assert x[2].grad.abs().sum() > 0
+
+
+def test_both_scripts_label_alike():
+    p_w = random_logits(40, 7).softmax(1)
+    for ours, other in zip(cmpl.pseudo_label(p_w, 0.5), tg_distill.pseudo_label(p_w, 0.5), strict=True):
+        assert torch.equal(ours, other) and 0 < cmpl.pseudo_label(p_w, 0.5)[1].mean() < 1
 
 
 def test_eq2_known_value_and_naive_loop():
@@ -170,24 +189,97 @@ def test_report_counts_by_hand():
     }  # fmt: skip
 
 
-def test_windows_same_length_two_rates_and_offset():
-    import numpy as np
+# ---- D6: where the windows of F and A lie ----------------------------------------------------------
 
-    class Source:
-        times = np.arange(300) / 25.0
 
-        def __len__(self):
-            return 300
+class Source:
+    def __init__(self, times):
+        self.times = np.asarray(times)
 
+    def __len__(self):
+        return len(self.times)
+
+
+EVEN = np.arange(300) / 25.0
+VARYING = np.concatenate([np.arange(150) / 50, 3 + np.arange(150) / 10])  # 50, then 10 frames a second
+
+
+def starts_of(times, offset, draws=4000, sample=None):
+    """(draws, 2): where the windows of F and of A begin."""
+    line = ["--data", "k400", "--ratio", "0.01", "--offset", str(offset)]
+    sample = sample or partial(cmpl.windows, args=cmpl.parse_args(line))
+    pairs = [sample(Source(times), np.random.default_rng(seed)) for seed in range(draws)]
+    return np.array([[pri[0], aux[0]] for pri, aux in pairs])
+
+
+def test_windows_have_one_length_and_two_rates():
     args = cmpl.parse_args(["--data", "k400", "--ratio", "0.01", "--offset", "0"])
-    pri, aux = cmpl.windows(Source(), np.random.default_rng(0), args)
+    pri, aux = cmpl.windows(Source(EVEN), np.random.default_rng(0), args)
     assert (np.diff(pri) == 8).all() and (np.diff(aux) == 4).all() and pri[0] == aux[0]
     assert len(pri) == 8 and len(aux) == 16
-    args.offset = 2.0
-    starts = [[w[0] for w in cmpl.windows(Source(), np.random.default_rng(s), args)] for s in range(200)]
-    gaps = {int(abs(a - p)) for p, a in starts if 50 <= p <= 300 - 64 - 50}
-    assert gaps == {50}  # 2 s at 25 frames a second
-    assert all(0 <= a <= 300 - 64 for _, a in starts)
+    assert (np.diff(starts_of(EVEN, 0, 100)) == 0).all()
+
+
+@pytest.mark.parametrize("n", [180, 300])  # UCF-101's mean, and Kinetics' ten seconds at 30 frames
+@pytest.mark.parametrize("offset", [5, 10])
+def test_few_windows_of_the_auxiliary_network_lie_at_the_ends(n, offset):
+    _, aux = starts_of(np.arange(n) / 30, offset).T
+    assert len(set(aux)) == n - 64 + 1
+    assert np.isin(aux, (0, n - 64)).mean() < 1.8 * 2 / (n - 64 + 1)  # it was 1.0 with t_s = 10
+
+
+@pytest.mark.parametrize("times, offset", [(EVEN, 2.01), (EVEN, 30), (VARYING, 1.01), (VARYING, 5.01)])
+def test_windows_of_the_auxiliary_network_are_uniform_within_t_s(times, offset):
+    """Given where F's begins, every window at most t_s seconds away is as likely."""
+    pri, aux = starts_of(times, offset).T
+    places = []  # of A's window among those that it can be, in [0, 1]
+    for a, b in zip(pri, aux, strict=True):
+        near = [i for i in range(300 - 64 + 1) if abs(times[i] - times[a]) <= offset]
+        assert b in near
+        places.append((near.index(b) + 0.5) / len(near))
+    counts, _ = np.histogram(places, bins=20, range=(0, 1))
+    chi2 = ((counts - 200) ** 2 / 200).sum()  # 19 degrees of freedom; near has 41 windows at least
+    assert chi2 < 60
+
+
+def test_a_video_shorter_than_a_window_has_one_start():
+    starts = starts_of(np.arange(50) / 25, 10, 50)
+    assert not starts.any()
+
+
+def test_labelled_and_unlabelled_videos_have_such_windows(tmp_path, monkeypatch):
+    labels = np.arange(40) % 2
+    train, test = (datasets.Videos.make("/", [f"{part}{i}.mp4" for i in range(40)], labels) for part in "ab")
+    data = datasets.Data("some", 1, ("x", "y"), train, test, False, True, ())
+
+    class Reached(Exception):
+        pass
+
+    def reached(sources, *_):
+        raise Reached([clips.sample for clips, _ in sources])
+
+    monkeypatch.setattr(datasets, "load", lambda *_: data)
+    monkeypatch.setattr(video, "train_loader", reached)
+    line = f"--out {tmp_path}/run --per_class 3 --width 0.0625 --aux_width 0.0625 --stride 8 --offset 10"
+    args = cmpl.parse_args(line.split())
+    with pytest.raises(Reached) as found, Run("cmpl", args.out, vars(args)) as run:
+        cmpl.train(args, run)
+    samples = found.value.args[0]
+    assert len(samples) == 2
+    for sample in samples:
+        pri, aux = starts_of(EVEN, 10, 1000, sample).T
+        assert len(set(aux)) > 200 and np.isin(aux, (0, 236)).mean() < 0.03 and (pri != aux).mean() > 0.9
+
+
+def test_weak_views_have_a_short_side_of_their_own():
+    """And are the centre, whatever the range of the random crops is."""
+    clip = torch.arange(96 * 128).view(1, 1, 96, 128).remainder(251).to(torch.uint8).repeat(2, 3, 1, 1)
+    line = "--data k400 --ratio 0.01 --size 48 --weak_side 96 --jitter"
+    for jitter in ("50 60", "200 300"):
+        view = cmpl.weak(clip, cmpl.parse_args(f"{line} {jitter}".split()))
+        assert torch.equal(view, clip[..., 24:72, 40:88])
+    found = [cmpl.parse_args(f"--data k400 --ratio 0.01 --size {size}".split()) for size in (224, 112)]
+    assert [args.weak_side for args in found] == [256, 128]
 
 
 @pytest.mark.parametrize("data, ratio, lam, decay", [

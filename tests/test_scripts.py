@@ -253,6 +253,29 @@ def test_one_file_can_be_predicted(finished, toy_root):
     assert done.returncode == 2 and err.count("\n") == 1 and "nowhere.mp4" in err
 
 
+# A network beside model.pt, and its name in the log.
+BESIDE = {"cmpl": ("model_aux.pt", "aux"), "tg_distill": ("teacher.pt", "tg")}
+
+
+@pytest.mark.parametrize("finished", BESIDE, indirect=True)
+def test_the_network_beside_can_be_tested_and_predicts(finished, toy_root):
+    """One view per video by --eval, in a folder of its own, is the last quick test; `predict` makes no TG."""
+    script, out, _ = finished
+    file, net = BESIDE[script]
+    flags = f"--data toy --root {toy_root} --eval {out / file} --clips 1 --crops 1 --workers 0"
+    process = start([sys.executable, f"{HERE / script}.py", *flags.split()])
+    printed, err = process.communicate(timeout=240)
+    assert process.returncode == 0, printed + err
+    (path,) = out.glob(f"eval_toy_{Path(file).stem.removeprefix('model_')}*/result.json")
+    result, log = json.loads(path.read_text()), rows(out)[-1]
+    for key in ("top1", "top5", "mean_class"):
+        assert result[key] == pytest.approx(log[f"{net}_{key}"], abs=1e-3)
+    name = (toy_root / "test.txt").read_text().split()[0]
+    process = start([sys.executable, "-m", "common.evaluate", "predict", out / file, toy_root / name])
+    printed, err = process.communicate(timeout=240)
+    assert (process.returncode, printed.count("\n")) == ((2, 0) if net == "tg" else (0, 5)), printed + err
+
+
 def test_scores_do_not_depend_on_ranks_or_workers(finished, toy_root, tmp_path):
     """Bit for bit: the same predictions.csv and the same RESULT."""
     script, out, _ = finished

@@ -506,15 +506,6 @@ def test_together_asks_once(kinds):
         assert np.array_equal(clip.permute(0, 2, 3, 1), np.stack([frames[i] for i in window]))
 
 
-def test_shift():
-    even = np.arange(100) / 25
-    assert video.shift(even, 10, 1.0) == 35 and video.shift(even, 30, -1.0) == 5
-    assert video.shift(even, 10, -1.0) == 0 and video.shift(even, 90, 1.0) == 99
-    uneven = np.array([0.0, 0.1, 0.2, 2.0, 4.0, 4.1])
-    assert video.shift(uneven, 0, 2.2) == 3 and video.shift(uneven, 5, -3.9) == 2
-    assert video.shift(np.array([0.0]), 0, 3.0) == 0
-
-
 def test_order():
     order = Order(7, seed=3)
     first = [order[p] for p in range(21)]
