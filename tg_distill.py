@@ -27,7 +27,8 @@ clips of a step, K classes, tau the threshold (gamma in the paper, whose tau is 
 
 Run (8 GPUs, the paper's settings; then one process on the embedded data set, on a CPU too):
 
-    torchrun --nproc_per_node 8 tg_distill.py --data ucf101 --ratio 0.2
+    torchrun --nproc_per_node 8 tg_distill.py --data ucf101
+    torchrun --nproc_per_node 8 tg_distill.py --data hmdb51:all
     python tg_distill.py --data toy
 
 Table 1's rows: `--w_kd 0 --w_clr 0` (FixMatch, RGB alone), `--w_clr 0`, `--w_kd 0`, and all.
@@ -36,14 +37,19 @@ FixMatch on TG: `--nets tg`. The teacher is kept as teacher.pt: `--eval RUN/teac
 Differences from the paper, and what it leaves open ("the code" is what its authors published):
 
 D1  An epoch is one pass over the unlabelled videos, which are all training videos, labelled or not,
-    as in the code; `--unlabelled rest` leaves the labelled ones out.
+    as in the code; `--unlabelled rest` leaves the labelled ones out. Labels are drawn balanced, those of
+    VideoSSL's lists, which the paper has (`--labelled_list`), are not. UCF-101 5, 10, 20, 50 %: 505, 1010,
+    1919, 4848 videos, the lists have 476, 953, 1907, 4768 (20 %: 19 a class and 8 to 34).
+    HMDB-51 40, 50, 60 % of `hmdb51:all`, the 5236 videos that are no test videos (`hmdb51` has the 3570 of
+    the official list): 2142, 2652, 3162, the lists have 2094, 2618, 3141 (50 %: 52 a class and 30 to 272).
 D2  The paper's learning rate, 0.2, is for 8 GPUs with 5 labelled clips each (Kinetics-400: 8, D11); it
     scales linearly with the labelled clips of a step over all GPUs (`--lr_batch`).
 D3  The backbone has the max-pool that Table 4's sizes want (56 x 56 after conv1), as in the code;
     torchvision's R3D-18 has none and 3.6 times the operations: `--net r3d_18`. Its batch norm has the
-    code's epsilon, 1e-3.
+    code's epsilon, 1e-3 (that of the heads 1e-5).
 D4  Eq. 5 takes the mean of the probabilities; the code takes that of the logits: `--fuse logits`.
-D5  lambda_u is not given: 1, as in the code. The mean of Eq. 3 is over all B_u clips, kept or not.
+D5  lambda_u is not given: 1, as in the code. The mean of Eq. 3 is over all B_u clips, kept or not. A
+    network that is trained alone learns by Eq. 4 as it is (`--w_fm` 1), as in the code.
 D6  TG is made of the cropped frames, so that student and teacher see the same pixels, and rounded down
     to whole grey levels, which the code does in files; `--no-tg_round` keeps the half levels (but not
     in strong views). RGB and TG are normalised alike, with ImageNet's mean and deviation.
@@ -91,8 +97,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # D6
 # Defaults per data set, and what the nearest labelled share adds to them (the flags' own defaults are
 # UCF-101's). Sec. 4.2, D11 and D12.
 RECIPES = {
-    "ucf101": {},
-    "hmdb51": dict(epochs=360, warmup=60, sup_warmup=60, precise_bn=4800),
+    "ucf101": dict(ratio=0.2),
+    "hmdb51": dict(ratio=0.5, epochs=360, warmup=60, sup_warmup=60, precise_bn=4800),
     "k400": dict(batch=8, lr_batch=64),
     "k400 0.01": dict(epochs=45, warmup=10, sup_warmup=10),
     "k400 0.1": dict(epochs=90, warmup=15, sup_warmup=15),
@@ -117,7 +123,7 @@ def parse_args(argv=None):
     g.add_argument("--tg_round", action=argparse.BooleanOptionalAction, default=True, help="D6")
     g = p.add_argument_group("method")
     g.add_argument("--nets", choices=["both", "rgb", "tg"], help="rgb if --w_kd 0 --w_clr 0, else both")
-    g.add_argument("--w_fm", type=float, default=0.5, help="weight of FixMatch, Eq. 11")
+    g.add_argument("--w_fm", type=float, help="weight of FixMatch, Eq. 11: 0.5; 1 for one network, Eq. 4, D5")
     g.add_argument("--w_kd", type=float, default=1.0, help="weight of the alignment, Eq. 11")
     g.add_argument("--w_clr", type=float, default=1.0, help="weight of the contrast, Eq. 11")
     g.add_argument("--lam_u", type=float, default=1.0, help="weight of L_u, Eq. 6, D5")
@@ -174,6 +180,8 @@ def parse_args(argv=None):
     if not args.eval and (args.corrupt or args.cam or args.features):
         p.error("--corrupt, --cam and --features test a trained model: give it with --eval MODEL.PT")
     args.nets = args.nets or ("both" if args.w_kd or args.w_clr else "rgb")
+    if args.w_fm is None:
+        args.w_fm = 0.5 if args.nets == "both" else 1.0
     if args.nets != "both":  # there is nothing to align and nobody to label with
         args.w_kd = args.w_clr = 0.0
         args.pseudo = "self"
@@ -375,12 +383,12 @@ class Network(nn.Module):
 
 
 def projection_head(D):
-    """The 3-layer MLP of Sec. 3.4 and Suppl. A, (B, D) to (B, D); D10."""
+    """The 3-layer MLP of Sec. 3.4 and Suppl. A, (B, D) to (B, D); D3, D10."""
     layers = []
     for i in range(3):
         linear = nn.Linear(D, D, bias=False)
         nn.init.normal_(linear.weight, std=0.01)
-        layers += [linear, nn.BatchNorm1d(D, eps=1e-3, affine=i < 2)]
+        layers += [linear, nn.BatchNorm1d(D, affine=i < 2)]
         layers += [nn.ReLU(inplace=True)] if i < 2 else []
     return nn.Sequential(*layers)
 
@@ -511,6 +519,8 @@ def train(args, run):
         raise UserError(f"{data.name} has several labels per video; this method needs one (mml.py takes it)")
     if args.eval:
         return test_only(args, data, run)
+    if data.name == "hmdb51":
+        run.say("the paper's labels are drawn from the videos of hmdb51:all (D1), not of hmdb51")
     args.flip = data.flip if args.flip is None else args.flip
     recipes = recipes_of(args)
     videos_l, videos_u = datasets.semi_supervised(

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 import tg_distill
-from common import UserError, augment, backbones, evaluate, video
+from common import UserError, augment, backbones, datasets, evaluate, video
 from common.datasets import Data, Videos
 from common.run import Run
 
@@ -659,13 +659,16 @@ def test_step_is_the_sum_of_its_parts(changes):
 @pytest.mark.parametrize("net", ["rgb", "tg"])
 @torch.no_grad()
 def test_step_of_one_network_is_fixmatch(net):
+    """Eq. 4 with nothing in front of it, by the flags' own weights."""
     nets = {net: networks()[net]}
-    x, y_l, (loss, terms, _, _) = step(nets, lam_u=0.7, w_kd=0.0, w_clr=0.0, pseudo="self", tau=0.5)
+    args = parsed(f"--nets {net} --tau 0.5")
+    weights = dict(w_fm=args.w_fm, w_kd=args.w_kd, w_clr=args.w_clr, pseudo=args.pseudo, tau=args.tau)
+    x, y_l, (loss, terms, _, _) = step(nets, lam_u=0.7, **weights)
     logits = parts(nets, x)[net]
     by_hand = {f"loss_l_{net}": naive_supervised(logits[0], y_l.tolist()),
                f"loss_u_{net}": naive_unlabelled(logits[2], naive_average(logits[1]), 0.5)}  # fmt: skip
     assert {k: v.item() for k, v in terms.items()} == pytest.approx(by_hand, rel=1e-4)
-    total = 0.5 * (by_hand[f"loss_l_{net}"] + 0.7 * by_hand[f"loss_u_{net}"])
+    total = by_hand[f"loss_l_{net}"] + 0.7 * by_hand[f"loss_u_{net}"]
     assert loss.item() == pytest.approx(total, rel=1e-4)
 
 
@@ -740,6 +743,7 @@ def test_projection_head_has_three_layers_and_a_plain_last_norm():
     kinds = ["Linear", "BatchNorm1d", "ReLU"]
     assert [type(m).__name__ for m in layers] == 2 * kinds + kinds[:2]
     assert [m.affine for m in layers[1::3]] == [True, True, False]
+    assert {m.eps for m in layers[1::3]} == {1e-5}  # as in the authors' code; the backbones have 1e-3
     assert {(m.in_features, m.out_features, m.bias) for m in layers[::3]} == {(4, 4, None)}
 
 
@@ -849,8 +853,42 @@ def parsed(line):
     return tg_distill.parse_args(line.split())
 
 
+def fixed_size(name, n, K):
+    """A data set of n training videos, which are as many in each of K classes as can be."""
+    train = Videos.make("/", [f"{i}.mp4" for i in range(n)], np.arange(n) % K)
+    return Data(name, 1, tuple(map(str, range(K))), train, train, False, True, ())
+
+
+@pytest.mark.parametrize("name, n, K", [("ucf101", 9537, 101), ("hmdb51:all", 5236, 51)])
+def test_counts_of_balanced_draws(name, n, K):
+    """D1 says how many labels there are for the paper's shares."""
+    shares, said = {"ucf101": ((0.05, 0.1, 0.2, 0.5), "505, 1010, 1919, 4848"),
+                    "hmdb51:all": ((0.4, 0.5, 0.6), "2142, 2652, 3162")}[name]  # fmt: skip
+    counts = [len(datasets.labelled(fixed_size(name, n, K), ratio)) for ratio in shares]
+    assert ", ".join(map(str, counts)) == said and said in " ".join(tg_distill.__doc__.split())
+
+
+@pytest.mark.parametrize("line, ratio, per_class", [
+    ("--data ucf101", 0.2, None), ("--data hmdb51:all", 0.5, None), ("--data hmdb51", 0.5, None),
+    ("--data ucf101 --ratio 0.05", 0.05, None), ("--data ucf101 --per_class 3", None, 3),
+    ("--data hmdb51:all --labelled_list l.txt", None, None), ("--data toy", None, 8),
+])  # fmt: skip
+def test_labels_by_default_are_the_papers(line, ratio, per_class):
+    """Table 3 and Table 1: UCF-101 20 %, HMDB-51 50 %."""
+    args = parsed(line)
+    assert (args.ratio, args.per_class) == (ratio, per_class)
+
+
+@pytest.mark.parametrize("line, w_fm", [
+    ("", 0.5), ("--w_kd 0", 0.5), ("--nets both --w_kd 0 --w_clr 0", 0.5), ("--w_kd 0 --w_clr 0", 1),
+    ("--nets rgb", 1), ("--nets tg", 1), ("--nets tg --w_fm 0.5", 0.5), ("--w_fm 2", 2), ("--w_fm 0", 0),
+])  # fmt: skip
+def test_a_network_that_is_trained_alone_learns_eq4(line, w_fm):
+    assert parsed(line).w_fm == w_fm
+
+
 @pytest.mark.parametrize("line, epochs, warmup, batch, precise_bn", [
-    ("--data ucf101 --ratio 0.2", 180, 30, 5, 8000), ("--data hmdb51 --ratio 0.5", 360, 60, 5, 4800),
+    ("--data ucf101", 180, 30, 5, 8000), ("--data hmdb51:all", 360, 60, 5, 4800),
     ("--data k400 --ratio 0.01", 45, 10, 8, 8000), ("--data k400 --ratio 0.1", 90, 15, 8, 8000),
 ])  # fmt: skip
 def test_recipes_are_the_papers(line, epochs, warmup, batch, precise_bn):
