@@ -16,7 +16,6 @@ reported, above half of a list it is an error, as is everything that puts a labe
 import argparse
 import csv
 import dataclasses
-import errno
 import hashlib
 import json
 import math
@@ -29,7 +28,6 @@ import warnings
 from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from fractions import Fraction
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -882,6 +880,10 @@ def main(argv=None):
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"{error.filename or args.out}: {error.strerror}; when that is mended, run the same command "
+              "again", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 
@@ -918,15 +920,15 @@ def _check_one(path):
     """Decode all frames of a file. Returns why it is bad, or None."""
     import torch
 
-    from common.video import Video, VideoError
+    from common.video import Video, reason_of
 
     torch.set_num_threads(1)
     try:
         with Video(path, min_share=1.0) as video:
             for start in range(0, len(video), CHUNK):
                 video.get(range(start, min(start + CHUNK, len(video))), short_side=16)
-    except VideoError as error:
-        return str(error)
+    except Exception as error:
+        return reason_of(error)
 
 
 def _shrink(args):
@@ -948,26 +950,22 @@ def _shrink(args):
             raise UserError(f"{both} would both become {printable(target)}")
         targets[target] = path
     settings = dict(short_side=args.short_side, gop=args.gop, crf=args.crf)
-    try:
-        os.makedirs(args.out, exist_ok=True)
-        _same_settings(os.path.join(args.out, "shrink.json"), settings)
-        for temp in Path(args.out).rglob("*.mp4.*.tmp"):  # of a run that was killed
-            temp.unlink()
-        for file in _annotations(Path(root)):
-            copy = Path(args.out, file.relative_to(root))
-            copy.parent.mkdir(exist_ok=True)
-            with files.replacing(copy) as new:
-                new.write(file.read_bytes())
-        there = {os.path.join(args.out, name) for name in _scan(args.out)}
-        jobs = [(path, target, settings) for target, path in targets.items() if target not in there]
-        if len(jobs) < len(paths):
-            print(f"{len(paths) - len(jobs)} of {len(paths)} videos are done already", flush=True)
-        results = _parallel(_shrink_one, jobs, args.workers, "shrink")
-        bad = [(job[0], reason) for job, reason in results if reason]
-        _report(args.out, bad, len(paths), f"are in {args.out}")
-    except OSError as error:
-        raise UserError(f"{error.filename or args.out}: {error.strerror}; when that is mended, the same "
-                        "command goes on where it stopped") from None
+    os.makedirs(args.out, exist_ok=True)
+    _same_settings(os.path.join(args.out, "shrink.json"), settings)
+    for temp in Path(args.out).rglob("*.mp4.*.tmp"):  # of a run that was killed
+        temp.unlink()
+    for file in _annotations(Path(root)):
+        copy = Path(args.out, file.relative_to(root))
+        copy.parent.mkdir(exist_ok=True)
+        with files.replacing(copy) as new:
+            new.write(file.read_bytes())
+    there = {os.path.join(args.out, name) for name in _scan(args.out)}
+    jobs = [(path, target, settings) for target, path in targets.items() if target not in there]
+    if len(jobs) < len(paths):
+        print(f"{len(paths) - len(jobs)} of {len(paths)} videos are done already", flush=True)
+    results = _parallel(_shrink_one, jobs, args.workers, "shrink")
+    bad = [(job[0], reason) for job, reason in results if reason]
+    _report(args.out, bad, len(paths), f"are in {args.out}")
     return 0
 
 
@@ -991,51 +989,42 @@ def _same_settings(path, settings):
 
 def _shrink_one(job):
     """Re-encode one video, every frame at its time. Returns why that failed, or None."""
-    import av
     import torch
 
-    from common.files import replacing
-    from common.video import Video, VideoError
+    from common import files
+    from common.video import Video, VideoError, encode, reason_of
 
     torch.set_num_threads(1)
     path, target, settings = job
-    os.makedirs(os.path.dirname(target), exist_ok=True)
     try:
-        with Video(path) as video, replacing(target) as file:
-            _encode(video, file, **settings)
-            file.flush()
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with Video(path) as video, files.replacing(target) as file:
+            options = {"preset": "fast", "crf": str(settings["crf"])}
+            pictures = _small(video, settings["short_side"])
+            times = encode(file.name, pictures, video.fps, video.times, options, gop=settings["gop"])
             with Video(file.name) as copy:
-                if len(copy) != len(video) or np.abs(copy.times - video.times).max() > 1e-3:
+                if len(copy) != len(video) or np.abs(copy.times - times).max() > 1e-3:
                     raise VideoError(f"{len(copy)} of {len(video)} frames arrived, or at other times")
-    except (VideoError, av.FFmpegError, ValueError) as error:  # ValueError: no picture of one pixel
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return str(error)
+    except OSError as error:  # of the disk: what the video raises is a VideoError
+        if error.errno in files.NAME_ERRORS:
+            return reason_of(error)
+        raise
+    except Exception as error:
+        return reason_of(error)
 
 
-def _encode(video, file, short_side, gop, crf):
-    """Write a Video as H.264 in mp4. Every frame keeps its time, to 1/90000 s, whatever the frame rate."""
-    import av
+def _small(video, short_side):
+    """Yield the frames of a Video, uint8 (H, W, 3) of even sizes, the short side at most short_side."""
+    from common.video import VideoError, reasons
 
-    pts = np.rint(video.times * 90000).astype(np.int64)
-    pts = np.maximum.accumulate(pts - np.arange(len(pts))) + np.arange(len(pts))  # no two alike
-    small = None if min(video.width, video.height) <= short_side else short_side
-    with av.open(file, "w", format="mp4") as container:
-        options = {"preset": "fast", "crf": str(crf)}
-        stream = container.add_stream("libx264", Fraction(video.fps).limit_denominator(1001), options)
-        context = stream.codec_context
-        context.gop_size, context.thread_count, context.time_base = gop, 1, Fraction(1, 90000)
-        for start in range(0, len(pts), CHUNK):
-            clip = video.get(range(start, min(start + CHUNK, len(pts))), small)
-            clip = clip.permute(0, 2, 3, 1).numpy()
-            clip = clip[:, : clip.shape[1] // 2 * 2, : clip.shape[2] // 2 * 2]  # 4:2:0 has even sizes
-            if start == 0:
-                context.height, context.width = clip.shape[1:3]
-            for i, picture in enumerate(clip, start):
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
-                frame.pts, frame.time_base = int(pts[i]), Fraction(1, 90000)
-                container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    with reasons():
+        sides = video.height, video.width
+        if min(sides) < 2:
+            raise VideoError(f"pictures of {sides[1]} x {sides[0]} pixels are too small to encode")
+        for start in range(0, len(video), CHUNK):
+            clip = video.get(range(start, min(start + CHUNK, len(video))), min(short_side, *sides))
+            clip = clip[..., : clip.shape[2] // 2 * 2, : clip.shape[3] // 2 * 2]
+            yield from clip.permute(0, 2, 3, 1).numpy()
 
 
 def _parallel(job, items, workers, text):

@@ -1,5 +1,6 @@
 """Files that are complete or absent, and checkpoints that are safe to read."""
 
+import errno
 import os
 import pickle
 import tempfile
@@ -11,6 +12,8 @@ import torch
 
 from common import UserError
 
+# Errors of a file's name alone; after any other, the disk takes no other file either.
+NAME_ERRORS = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ENOTDIR)
 OLD = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # what torch.save wrote first before 1.6
 
 

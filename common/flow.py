@@ -26,11 +26,9 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack, contextmanager, suppress
-from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -40,7 +38,7 @@ from tqdm import tqdm
 
 from common import UserError, files
 from common.datasets import default_root, load, printable, stem_of
-from common.video import OutOfRange, Video, VideoError, check_size, reasons
+from common.video import OutOfRange, Video, VideoError, check_size, encode, reason_of, reasons
 
 SMALLEST = 16  # pixels; no level of the pyramid has a shorter side, as in OpenCV
 # Pixels of the pictures that are worked on together: on the CPU what fits its caches.
@@ -48,7 +46,6 @@ TOGETHER = {"cpu": 2**16, "cuda": 2**24}
 BOUND = 20.0  # pixels that a byte of 1 or 255 stands for, where nothing else is said
 SHORT_SIDE = 256  # pixels; of larger pictures, before their flow is computed
 GOP = 12  # fields from one key frame of a flow video to the next
-CLOCK = 90000  # time stamps of a flow video count in these parts of a second
 CHUNK = 2**24  # pixels of the frames of a video that are in memory at a time
 EVERY = 60  # seconds between two lines of progress, where there is no terminal
 
@@ -228,22 +225,10 @@ def write(path, fields, times=None, fps=25.0):
     off is 0.16 pixels. Gray pictures have no colours at half size, so any height and width will do.
     """
     options = {"preset": "superfast", "qp": "0", "sc_threshold": "0"}
-    # By name: of errors in a file object's methods, such as a full disk, av does not tell the reason.
-    with files.replacing(os.path.abspath(path)) as file, av.open(file.name, "w", "mp4") as container:
+    pictures = (field.reshape(-1, field.shape[2]).numpy() for field in fields)
+    with files.replacing(path) as file:
         files.lock(file)  # while it is written, see _sweep
-        stream = container.add_stream("libx264", Fraction(fps).limit_denominator(1001), options)
-        context, pts = stream.codec_context, -1
-        context.pix_fmt, context.color_range = "gray", av.video.reformatter.ColorRange.JPEG
-        context.gop_size, context.thread_count, context.time_base = GOP, 1, Fraction(1, CLOCK)
-        for i, field in enumerate(fields):
-            if i == 0:
-                context.height, context.width = 2 * field.shape[1], field.shape[2]
-            picture = np.ascontiguousarray(field.reshape(-1, field.shape[2]).numpy())
-            frame = av.VideoFrame.from_ndarray(picture, "gray")
-            pts = max(round(CLOCK * (i / fps if times is None else float(times[i]))), pts + 1)
-            frame.pts, frame.time_base = pts, Fraction(1, CLOCK)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+        encode(file.name, pictures, fps, times, options, "gray", GOP)
 
 
 # ---- fields of one video ---------------------------------------------------------------------------
@@ -376,9 +361,10 @@ class Computed(_Fields):
 
     def _read(self, wanted):
         needed = np.union1d(wanted, wanted + 1)  # frame i + 1 comes right after frame i
-        frames = self._video.get(needed, self._small).to(self.device)
+        with reasons():
+            frames = self._video.get(needed, self._small)
         first = torch.from_numpy(np.searchsorted(needed, wanted)).to(self.device)
-        return to_bytes(_flow(frames, first, **SCHEME), self.bound).cpu()
+        return to_bytes(_flow(frames.to(self.device), first, **SCHEME), self.bound).cpu()
 
 
 # ---- the flow of a data set ------------------------------------------------------------------------
@@ -453,7 +439,6 @@ def extract(
             if os.path.exists(target):  # another run has made it meanwhile
                 counts["there"] += 1
                 continue
-            os.makedirs(os.path.dirname(target), exist_ok=True)
             reason = _extract_one(path, target, short_side, bound, device)
             _list_bad(out, path, reason)
             counts["bad" if reason else "made"] += 1
@@ -530,15 +515,18 @@ def _progress(jobs, rank, say, bar):
 def _extract_one(path, target, short_side, bound, device):
     """Write the flow of one video. Returns why that failed, or None."""
     try:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
         with Computed(path, None, bound, short_side, device) as video:
             many = max(CHUNK // (video.height * video.width), 1)
             starts = range(0, len(video), many)
             chunks = (video.get(range(i, min(i + many, len(video)))) for i in starts)
             write(target, (field for chunk in chunks for field in chunk), video.times, video.fps)
-    except OSError:  # a full disk, which is no fault of the video
+    except (OSError, torch.AcceleratorError) as error:  # of the disk or the GPU, no fault of the video
+        if getattr(error, "errno", None) in files.NAME_ERRORS:
+            return reason_of(error)
         raise
-    except (VideoError, av.FFmpegError) as error:  # x264 refuses pictures of 20,000 x 16 pixels, say
-        return str(error)
+    except Exception as error:
+        return reason_of(error)
 
 
 def _list_bad(out, path, reason):

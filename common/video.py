@@ -16,6 +16,7 @@ import signal
 import threading
 from bisect import bisect_right
 from contextlib import ExitStack, contextmanager
+from fractions import Fraction
 from multiprocessing import forkserver
 
 import av
@@ -28,6 +29,7 @@ from torchvision.transforms.v2 import functional as TF
 from common import UserError
 
 MAX_PIXELS = 2**26  # a picture of 8192 x 8192; a larger one is damage, or an attack on the memory
+MAX_TICKS = 2 * 10**9  # from one frame of an mp4 file to the next; the file allows 2^31, B-frames included
 JUMP = 2  # a seek costs about as much as decoding this many packets
 STAND_INS = 10  # unreadable videos in a row after which training gives up
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # those that stop a run
@@ -259,6 +261,8 @@ class _File:
             or (avi and context.has_b_frames and stamps == sorted(stamps))
         )
         clock = dts[: len(pts)] if self.counted else pts
+        if len(clock) > 1 and len(set(clock)) == 1:  # the container's rate means nothing then
+            clock, rate = [None] * len(clock), float(context.framerate or 25)
         if None in clock:
             self.times = np.arange(len(clock)) / rate
         else:
@@ -379,6 +383,53 @@ def read(path, indices, short_side=None):
     """uint8 (T, C, H, W): the frames `indices` of a video; see Video.get. Raises VideoError."""
     with Video(path) as video:
         return video.get(indices, short_side)
+
+
+# ---- writing ---------------------------------------------------------------------------------------
+
+
+def encode(path, pictures, fps, times=None, options=None, pix_fmt="yuv420p", gop=12):
+    """Write pictures as H.264 in mp4: uint8 (H, W, 3), or (H, W) if pix_fmt is "gray".
+
+    times: (N,) seconds of the pictures, kept to 1/90000 s; else they are fps to a second. Equal times become
+    a tick apart, and ticks are longer where hours lie between two pictures. Returns the times as written.
+    Raises VideoError for pictures that cannot be encoded: an OSError is always one of the disk.
+    """
+    gap = 1 / fps if times is None else np.diff(times).max(initial=0)
+    clock = min(90000, int(MAX_TICKS // gap)) if gap else 90000
+    stamps = []
+    # By name: of errors in a file object's methods, such as a full disk, av does not tell the reason.
+    with av.open(os.path.abspath(path), "w", "mp4", {"video_track_timescale": str(clock)}) as container:
+        stream = container.add_stream("libx264", Fraction(fps).limit_denominator(1001), options)
+        context = stream.codec_context
+        context.pix_fmt, context.gop_size, context.thread_count = pix_fmt, gop, 1
+        context.time_base = Fraction(1, clock)
+        if pix_fmt == "gray":
+            context.color_range = av.video.reformatter.ColorRange.JPEG
+        for i, picture in enumerate(pictures):
+            if i == 0:
+                context.height, context.width = picture.shape[:2]
+            stamp = round(clock * (i / fps if times is None else float(times[i])))
+            stamps.append(max(stamp, stamps[-1] + 1) if stamps else stamp)
+            with _encoding(context):
+                format = "gray" if pix_fmt == "gray" else "rgb24"
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format)
+                frame.pts, frame.time_base = stamps[-1], context.time_base
+                packets = stream.encode(frame)
+            container.mux(packets)
+        with _encoding(context):
+            packets = stream.encode()
+        container.mux(packets)
+    return np.array(stamps) / clock
+
+
+@contextmanager
+def _encoding(context):
+    try:
+        yield
+    except Exception as error:
+        size = f"{context.width} x {context.height}"
+        raise VideoError(f"pictures of {size} pixels cannot be encoded: {reason_of(error)}") from error
 
 
 # ---- which of n frames; what lies past the end starts again at the beginning ---------------------

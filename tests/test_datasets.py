@@ -5,13 +5,16 @@ import dataclasses
 import json
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import forks
 import numpy as np
 import pytest
@@ -1127,37 +1130,126 @@ def test_shrink_refuses_to_write_into_its_source(videos, capsys):
     assert "folder of its own" in capsys.readouterr().err
 
 
-def test_shrink_on_a_full_disk(videos, tmp_path, monkeypatch, capsys):
-    def full(job):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("command", ["check", "shrink"])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (TypeError("of another\nkind"), "TypeError: of another"),
+        (ZeroDivisionError(), "ZeroDivisionError"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+    ],
+)
+def test_no_video_ends_a_command(videos, tmp_path, monkeypatch, capsys, command, error, reason):
+    """Whatever it raises, its type and first line are in the list, and the rest goes on."""
+    get = Video.get
 
-    monkeypatch.setattr(datasets, "_parallel", lambda job, items, workers, text: map(full, items))
-    assert datasets.main(["shrink", str(videos), "--out", str(tmp_path / "small")]) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    def fails(self, *args, **options):
+        if self.path.endswith("odd.webm"):
+            raise error
+        return get(self, *args, **options)
+
+    monkeypatch.setattr(Video, "get", fails)
+    out = tmp_path / "out"
+    out.mkdir()
+    status = datasets.main([command, str(videos), "--out", str(out), "--workers", "0"])
+    assert status == (1 if command == "check" else 0) and "5 of 7 videos" in capsys.readouterr().out
+    lines = dict(line.split("\t") for line in (out / "bad_videos.txt").read_text().splitlines())
+    assert lines.pop(str(videos / "train/walk/odd.webm")) == reason
+    assert list(lines) == [str(videos / "train/run/broken.mp4")]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="without /dev/full")
-def test_a_full_disk_is_not_a_bad_video(videos, tmp_path, monkeypatch):
-    settings = dict(short_side=64, gop=12, crf=23)
-    target = tmp_path / "x.mp4"
+def stamped(path, make, stamps, **options):
+    """A video in Matroska whose packets have these time stamps, in milliseconds."""
+    source = make.write(f"{path}.avi", len(stamps), "mpeg4", **options)
+    with av.open(source) as old, av.open(str(path), "w") as new:
+        stream = old.streams.video[0]
+        target, stamps = new.add_stream_from_template(stream), list(stamps)
+        for packet in old.demux(stream):
+            if packet.size:
+                packet.time_base, packet.stream = Fraction(1, 1000), target
+                packet.pts = packet.dts = int(stamps.pop(0))
+                new.mux(packet)
+    os.remove(source)
+    return str(path)
 
-    class Full:
-        def __init__(self, path):
-            pass
 
-        def __enter__(self):
-            self.file = open("/dev/full", "wb", buffering=0)
-            return self.file
+def shrunk(path, target):
+    reason = datasets._shrink_one((str(path), str(target), dict(short_side=64, gop=12, crf=23)))
+    assert reason is None
+    with Video(target) as copy:
+        return copy.times, copy.fps, copy.get(range(len(copy)))
 
-        def __exit__(self, *_):
-            self.file.close()
 
-    from common import files
+def test_shrink_of_equal_time_stamps(tmp_path, make):
+    """They say nothing of the rate: that of the codec counts."""
+    path = stamped(tmp_path / "a.mkv", make, [0] * 130, rate=20)
+    times, fps, frames = shrunk(path, tmp_path / "b.mp4")
+    with Video(path) as video:
+        assert np.allclose(video.times, np.arange(130) / 20) and video.fps == pytest.approx(20)
+    assert np.abs(times - np.arange(130) / 20).max() < 1e-4 and fps == pytest.approx(20)
+    assert [make.number(x) for x in frames.numpy()] == list(range(130))
 
-    monkeypatch.setattr(files, "replacing", Full)
-    with pytest.raises(OSError) as error:
-        datasets._shrink_one((str(videos / "train/run/wide.avi"), str(target), settings))
-    assert error.value.errno == 28
+
+def test_shrink_of_many_equal_time_stamps_in_a_row(tmp_path, make):
+    stamps = np.r_[40 * np.arange(10), [400] * 200, 2000 + 40 * np.arange(10)]
+    times, _, frames = shrunk(stamped(tmp_path / "a.mkv", make, stamps), tmp_path / "b.mp4")
+    assert (np.diff(times) > 0).all() and np.abs(times - stamps / 1000).max() < 200 / 90000 + 1e-4
+    assert [make.number(x) for x in frames.numpy()] == list(range(220))
+
+
+@pytest.mark.parametrize("hours", [1, 6, 7, 12, 27, 400])
+def test_shrink_of_a_jump_of_hours(tmp_path, make, hours):
+    stamps = 40 * np.arange(40)
+    stamps[15:] += 3_600_000 * hours
+    times, _, frames = shrunk(stamped(tmp_path / "a.mkv", make, stamps), tmp_path / "b.mp4")
+    assert np.abs(times - stamps / 1000).max() < max(1e-4, hours * 3600 / 2e9)
+    assert [make.number(x) for x in frames.numpy()] == list(range(40))
+
+
+def test_shrink_lists_what_cannot_be_encoded(tmp_path, make, capsys):
+    root, out = tmp_path / "set", tmp_path / "out"
+    (root / "train/run").mkdir(parents=True)
+    (root / "test/run").mkdir(parents=True)
+    sizes = dict(one=(1, 1), two=(2, 2), three=(3, 3), thin=(64, 1), wide=(16400, 2))
+    for name, size in sizes.items():
+        make.write(root / f"train/run/{name}.mkv", 4, "ffv1", size, pix_fmt="bgr0")
+    long = "x" * 250  # a name that leaves no room for the suffix of a file being written
+    make.write(root / f"train/run/{long}.mp4", 4)
+    make.write(root / "test/run/a.mp4", 4)
+    assert datasets.main(["shrink", str(root), "--out", str(out), "--workers", "0"]) == 0
+    assert f"3 of 7 videos are in {out}" in capsys.readouterr().out
+    lines = dict(line.split("\t") for line in (out / "bad_videos.txt").read_text().splitlines())
+    assert {os.path.basename(path): reason for path, reason in lines.items()} == {
+        "one.mkv": "pictures of 1 x 1 pixels are too small to encode",
+        "thin.mkv": "pictures of 64 x 1 pixels are too small to encode",
+        "wide.mkv": "pictures of 16400 x 2 pixels cannot be encoded: Generic error in an external library",
+        f"{long}.mp4": "File name too long",
+    }
+    assert not list(out.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("size", [0, 3000])
+def test_a_full_disk_is_no_bad_video(videos, tmp_path, capsys, workers, size):
+    """It shows at the first or a later write, in this process or another, and nothing is listed."""
+    out = tmp_path / "small"
+    command = ["shrink", str(videos), "--out", str(out), "--workers", workers]
+    assert datasets.main(["shrink", str(videos), "--out", str(out), "--workers", "0"]) == 0
+    (out / "bad_videos.txt").unlink()
+    for path in out.rglob("*.mp4"):
+        path.unlink()
+    capsys.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # stands for it: no file may be larger
+    try:
+        status = datasets.main(command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    assert status == 2 and "File too large; when that is mended, run the same command again" in said
+    assert not list(out.rglob("*.mp4")) and not list(out.rglob("*.tmp"))
+    assert not (out / "bad_videos.txt").exists()
+    assert datasets.main(command) == 0 and len(list(out.rglob("*.mp4"))) == 6
 
 
 def test_a_video_that_kills_its_process_is_reported_and_the_rest_goes_on():
