@@ -243,7 +243,7 @@ class _Fields:
     """
 
     def __enter__(self):
-        with ExitStack() as stack:
+        with ExitStack() as stack, reasons():
             times = self._open(stack)
             self._stack = stack.pop_all()
         first, last = 0, len(times)
@@ -290,8 +290,7 @@ class Flow(_Fields):
     def _open(self, stack):
         self._video = None
         if os.path.isdir(self.path):
-            with reasons():
-                self._pairs = _pairs(self.path)
+            self._pairs = _pairs(self.path)
             return np.arange(len(self._pairs)) / self.fps
         self._video = stack.enter_context(Video(self.path))
         self.fps = self._video.fps

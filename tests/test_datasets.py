@@ -1228,13 +1228,12 @@ def test_shrink_lists_what_cannot_be_encoded(tmp_path, make, capsys):
     assert not list(out.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-@pytest.mark.parametrize("size", [0, 3000])
-def test_a_full_disk_is_no_bad_video(videos, tmp_path, capsys, workers, size):
+@pytest.mark.parametrize(("size", "workers"), [(0, "0"), (3000, "0"), (3000, "1")])
+def test_a_full_disk_is_no_bad_video(videos, tmp_path, capsys, size, workers):
     """It shows at the first or a later write, in this process or another, and nothing is listed."""
     out = tmp_path / "small"
-    command = ["shrink", str(videos), "--out", str(out), "--workers", workers]
-    assert datasets.main(["shrink", str(videos), "--out", str(out), "--workers", "0"]) == 0
+    command = ["shrink", str(videos), "--out", str(out), "--workers", "0"]
+    assert datasets.main(command) == 0
     (out / "bad_videos.txt").unlink()
     for path in out.rglob("*.mp4"):
         path.unlink()
@@ -1242,7 +1241,7 @@ def test_a_full_disk_is_no_bad_video(videos, tmp_path, capsys, workers, size):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # stands for it: no file may be larger
     try:
-        status = datasets.main(command)
+        status = datasets.main([*command[:-1], workers])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err

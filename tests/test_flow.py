@@ -356,6 +356,15 @@ def test_broken_flow_videos(tmp_path, make):
             video.get([0])
 
 
+def test_flow_across_a_jump_of_hours(tmp_path):
+    times = np.arange(8) / 25
+    times[5:] += 30 * 3600
+    x = fields(8, 16, 20)
+    flow.write(tmp_path / "a.mp4", x, times)
+    with Flow(tmp_path / "a.mp4") as video:
+        assert np.abs(video.times - times).max() < 1e-4 and torch.equal(video.get(range(8)), x)
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path):
     def breaks():
         yield from fields(5, 16, 16)
@@ -610,6 +619,38 @@ def test_a_full_disk_stops_the_extraction(videos, tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()[-1]
     assert status == 2 and "File too large" in said and "goes on where it stopped" in said
     assert not list(tmp_path.rglob("*.mp4*")) and not (tmp_path / "bad_videos.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (TypeError("of another\nkind"), "TypeError: of another"),
+        (ZeroDivisionError(), "ZeroDivisionError"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+    ],
+)
+def test_no_video_ends_the_extraction(videos, tmp_path, monkeypatch, error, reason):
+    get = Video.get
+
+    def fails(self, *args, **options):
+        if self.path.endswith("large.mp4"):
+            raise error
+        return get(self, *args, **options)
+
+    monkeypatch.setattr(Video, "get", fails)
+    assert extract(listed(videos), tmp_path, 48, 12, bar=False) == dict(made=4, there=0, bad=3)
+    lines = dict(line.split("\t") for line in (tmp_path / "bad_videos.txt").read_text().splitlines())
+    assert lines[str(videos / "train/walk/large.mp4")] == reason and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_lost_gpu_is_no_bad_video(videos, tmp_path, monkeypatch):
+    def lost(*args, **options):
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure", 719)
+
+    monkeypatch.setattr(flow, "_flow", lost)
+    with pytest.raises(torch.AcceleratorError):
+        extract(listed(videos), tmp_path, 48, 12, bar=False)
+    assert not [line for line in (tmp_path / "bad_videos.txt").read_text().splitlines() if "CUDA" in line]
 
 
 # ---- the command -----------------------------------------------------------------------------------
