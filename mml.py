@@ -20,8 +20,9 @@ videos, whatever the modality. The best single network comes from three such tra
 Equations:  Eq. 1, 2 -> network_loss, its L_CE (and Appendix 2) -> classification_loss
             Eq. 3 -> kl_loss    Eq. 4, for any number of networks -> mean_of_others
             MARS, D3D (Sec. 3.3, Appendix 2) -> mars_loss, d3d_loss      all are called in train_step
-            Sec. 2.1 -> backbones.load_weights    Sec. 2.3, 3.1.1 -> windows    Appendix 3 -> ensembles
+            Sec. 2.1 -> backbones.load_weights    Sec. 2.3, 3.1.1 -> windows
             Appendix 1 -> video.dense_parts, video.uniform_test, by recipe_of
+            Appendix 3 -> common/tools/ensemble.py
 
 Names: <what>_<net>, net rgb, flow or diff, a second one rgb2; M networks, K classes, i the first frames of a
 clip's input frames, xi their common offset; teacher: the frozen network of MARS and D3D.
@@ -33,9 +34,9 @@ Run (8 GPUs, the paper's pipeline; then one process on the embedded data set, on
     python mml.py --data toy
 
 One training: `--nets` lists the networks, `--init` where each starts, `--lam 0` is cross-entropy alone.
-`--mutual mars --teacher RUN/flow.pt` (or d3d) are the methods it is compared with. `--eval A.pt,B.pt,C.pt`
-tests several models and their ensembles; the best (Fig. 3) are of `--nets flow,flow --init A.pt,B.pt`, with
-A and B from two runs of step 2, and likewise for each modality.
+`--mutual mars --teacher RUN/flow.pt` (or d3d) are the methods it is compared with. Ensembles are tested by
+`python -m common.tools.ensemble`; the best (Fig. 3) are of `--nets flow,flow --init A.pt,B.pt`, with A and B
+from two runs of step 2, and likewise for each modality.
 
 Differences from the paper, and what it leaves open ("the code" is what its authors published):
 
@@ -64,11 +65,7 @@ D10 MARS: mean squared difference of the last stage's output before pooling. D3D
 D11 All networks step in one process per GPU; the code has a process per modality. Batch norm is each GPU's.
 D12 The last weights are kept; the code keeps the best of the test set.
 D13 Views' logits are averaged, as in the code; `--average softmax`.
-D14 Table 13's positions count from 0, as its sums say: those of the RGB and of the Flow models make 857 x
-    858 / 2 together (those printed for Diff 36 more). Equal ensembles share the mean of their positions.
-    Ensembles average logits, as in the code, or probabilities; the RESULT of a list of models is that of all
-    of them together.
-D15 Charades (Sec. 3.1.2) has the optimiser, epochs and batch of SlowFast's settings, for I3D-R50 on 16 frames
+D14 Charades (Sec. 3.1.2) has the optimiser, epochs and batch of SlowFast's settings, for I3D-R50 on 16 frames
     at stride 8. Unlike there a clip has all labels of its video (there those of its seconds), TSN's crop,
     batch norm of one GPU, no PreciseBN, and 10 x 3 views are averaged (there their maximum). It starts from
     ImageNet; weights from Kinetics are a file of one's own, with the names of common/backbones.py: `--init`.
@@ -78,10 +75,8 @@ D15 Charades (Sec. 3.1.2) has the optimiser, epochs and batch of SlowFast's sett
 import argparse
 from dataclasses import replace
 from functools import partial
-from itertools import combinations, product
 from math import ceil
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -99,7 +94,7 @@ RECIPES = {
     "charades": dict(
         net="i3d50", frames=16, stride=8, sampling="dense", batch=2, lr=0.0375, lr_batch=16,
         epochs=57, lr_steps=[41, 49], warmup=4, fc_lr=1, clip_grad=0, clips=10, uniform=0, crops=3,
-    ),  # D15
+    ),  # D14
     "toy": dict(
         per_class=8, net="tsm10", width=0.25, init="none", size=40, batch=16, lr=0.015, lr_batch=16,
         optimizer="adamw", weight_decay=0.05, lr_steps=[], epochs=32, warmup=3, fc_lr=1, dropout=0.0,
@@ -110,6 +105,7 @@ RECIPES["toy:multi"] = RECIPES["toy"] | dict(per_class=None, ratio=0.1, lam=LAM)
 RECIPES["weizmann"] = RECIPES["toy"] | dict(per_class=6, size=64, test_size=64, epochs=60, eval_every=30)
 KINDS = ("rgb", "flow", "diff")  # of the modalities those of the paper
 SECOND_SEED = 1000  # what --pipeline adds to --seed for the second network of its first step
+LOGGED = ("top1", "top5", "mean_class", "mAP")  # of a quick test
 TEST = ("clips", "uniform", "test_crop", "average")  # what of a test is not in the model's file
 
 
@@ -149,7 +145,7 @@ def parse_args(argv=None):
     g = p.run()
     g.add_argument("--uniform", type=int, default=2, help="m uniform test clips beside the k dense --clips")
     g.add_argument("--test_crop", type=int, help="crop of the test picture; --test_size if not given")
-    g.add_argument("--average", choices=["logits", "softmax"], default="logits", help="of views, models, D13")
+    g.add_argument("--average", choices=["logits", "softmax"], default="logits", help="of test views, D13")
     p.set_defaults(clips=1, crops=1, test_size=256)  # Appendix 1
     args = p.parse(argv, also=TEST)
     p.at_least(1, args, "batch", "lr_batch", "frames", "stride", "test_crop")
@@ -433,7 +429,7 @@ def train(args, run):
                 quick_test(args, run, data, nets, recipes, step)
         x = {kind: recipes[kind].to_input(views, run.device)
              for kind, views in zip(kinds, batch["views"], strict=True)}  # D7  # fmt: skip
-        y = batch["label"].to(run.device)  # D15
+        y = batch["label"].to(run.device)  # D14
         with run.autocast():
             loss, terms, logits = train_step(nets, x, y, args, teacher)
         optim.set_lr(optimizer, lr * optim.schedule(step, total, epoch, args.lr_steps, args.warmup))
@@ -468,7 +464,8 @@ def quick_test(args, run, data, nets, recipes, step):
         scores = evaluate.score(net.module.backbone, data.test, recipe, run, args.workers)
         if scores is None:
             return
-        row |= {f"{name}_{key}": round(value, 4) for key, value in quality(scores).items()}
+        metrics = evaluate.metrics(scores)
+        row |= {f"{name}_{key}": round(metrics[key], 4) for key in LOGGED if key in metrics}
     run.log(row)
 
 
@@ -486,7 +483,7 @@ def final_test(args, run, data, nets, builds, recipes):
             if scores is None:
                 run.say("stopped by a signal during the test; the same command tests again")
                 return
-            key, value = next(iter(quality(scores).items()))  # top1 or mAP
+            key, value = next(iter(evaluate.metrics(scores).items()))  # top1 or mAP
             words[f"{name}_{key}"] = value
     first = next(iter(nets))
     evaluate.report(nets[first].module.backbone, data, recipes[first], run, args.workers, **words)
@@ -496,79 +493,14 @@ def final_test(args, run, data, nets, builds, recipes):
 
 
 def test_only(args, data, run):
-    """--eval: one model's test, or that of several and of their ensembles."""
+    """--eval: the test of one model."""
     changes = dict(clips=args.clips, uniform=args.uniform, crops=args.crops, average=args.average)
     if args.test_crop:
         changes |= dict(size=args.test_crop)
-    words = wanted(args, also=TEST)
-    models = {path: evaluate.load_for(path, data, run.device, **changes) for path in args.eval.split(",")}
-    recipes = {path: recipe for path, (_, recipe) in models.items()}
-    kinds = {path: recipe.modality for path, recipe in recipes.items()}
-    data, _ = modality.with_flow(data, args.data, args.root, args.flow, run, kinds.values(), recipes)
-    if len(models) == 1:
-        net, recipe = next(iter(models.values()))
-        return evaluate.report(net, data, recipe, run, args.workers, **words)
-    scores = {}
-    for path, (net, recipe) in models.items():
-        scores[path] = evaluate.score(net, data.test, recipe, run, args.workers, bar=True)
-        if scores[path] is None:
-            run.say("stopped by a signal during the test; the same command tests again")
-            return
-    everything = mixture(scores.values(), args.average)
-    if run.main:
-        rows, positions = ensembles(scores, kinds, args.average)
-        for members, found in rows[:20]:
-            shown = " ".join(f"{key} {value:.2f}" for key, value in found.items())
-            run.say(f"{' + '.join(members)}  {shown}")
-        for path, position in positions.items():
-            run.say(f"sum of positions {position}: {path}")
-        lines = [[" + ".join(members), *found.values()] for members, found in rows]
-        evaluate.write_csv(run.out / "ensembles.csv", ["models", *rows[0][1]], lines)
-        evaluate.write_csv(run.out / "positions.csv", ["model", "sum"], positions.items())
-        evaluate.write_files(run.out, everything, data.test, data.classes)
-    counts = {"videos": len(data.test), "unreadable": len(everything.bad), "seconds": round(run.seconds)}
-    run.result({"script": run.script, "data": data.name, **words, **quality(everything), **counts})
-
-
-def ensembles(scores, kinds, average):
-    """Appendix 3: every set of models of different modalities, best first, and Table 13's sums of positions.
-
-    scores {model: Scores}, kinds {model: modality}. Returns [(models, {metric: %})], and {model: sum of the
-    positions of the sets of all modalities that it is in}, least first (D14).
-    """
-    groups = {kind: [model for model in scores if kinds[model] == kind] for kind in kinds.values()}
-    rows = []
-    for size in range(1, len(groups) + 1):
-        for chosen in combinations(groups.values(), size):
-            for members in product(*chosen):
-                rows.append((members, quality(mixture([scores[m] for m in members], average))))
-    rows.sort(key=lambda row: -next(iter(row[1].values())))
-    full = [row for row in rows if len(row[0]) == len(groups)]
-    errors = [-next(iter(found.values())) for _, found in full]
-    first, last = (np.searchsorted(errors, errors, side) for side in ("left", "right"))  # of its equals
-    sums = dict.fromkeys(scores, 0.0)
-    for (members, _), position in zip(full, (first + last - 1) / 2, strict=True):
-        for model in members:
-            sums[model] += float(position)
-    return rows, dict(sorted(sums.items(), key=lambda item: item[1]))
-
-
-def mixture(scores, average):
-    """The Scores of an ensemble: the probabilities of the mean logits, or the mean of the probabilities."""
-    scores = list(scores)
-    squash = torch.sigmoid if scores[0].labels.ndim == 2 else partial(torch.softmax, dim=1)
-    logits = torch.stack([torch.from_numpy(s.logits) for s in scores]).mean(0)  # (N, K)
-    probs = torch.stack([torch.from_numpy(s.probs) for s in scores]).mean(0)
-    p = squash(logits) if average == "logits" else probs
-    bad = {i: reason for s in scores for i, reason in s.bad.items()}
-    p[list(bad)] = 0
-    return replace(scores[0], probs=p.numpy(), logits=logits.numpy(), bad=bad)
-
-
-def quality(scores):
-    """The percentages of Scores that an ensemble has as well, {metric: %}."""
-    found = evaluate.metrics(scores)
-    return {key: found[key] for key in ("top1", "top5", "mean_class", "mAP") if key in found}
+    net, recipe = evaluate.load_for(args.eval, data, run.device, **changes)
+    kinds, models = [recipe.modality], {args.eval: recipe}
+    data, _ = modality.with_flow(data, args.data, args.root, args.flow, run, kinds, models)
+    evaluate.report(net, data, recipe, run, args.workers, **wanted(args, also=TEST))
 
 
 # -------------------------------------------------------------------------------- runs

@@ -12,7 +12,6 @@ import argparse
 import math
 import os
 import warnings
-import zlib
 from functools import partial
 from pathlib import Path
 
@@ -123,10 +122,8 @@ class Parser(argparse.ArgumentParser):
         self.at_least(0, args, "seed", "workers", "eval_every", "max_bad")
         args.test_size = args.test_size or round(args.size * self.test_scale)
         data, labels = Path(args.data).name.replace(":", "-"), args.ratio or args.per_class or "list"
-        model, *more = map(Path, (args.eval or "").split(","))
+        model = Path(args.eval or "")
         net = model.stem.removeprefix("model").removeprefix("_")
-        if more:  # several models, in a folder of their own beside the first
-            net = f"{1 + len(more)}_{zlib.crc32(args.eval.encode()):08x}"
         values = [(name, getattr(args, name)) for name in also if getattr(args, name) is not None]
         named = [value if isinstance(value, str) else f"{name}{value}" for name, value in values]
         test = "_".join(filter(None, ["eval", data, net, *named]))

@@ -1,7 +1,6 @@
 """The equations of mml.py (a value by hand, a plain loop from the paper, where gradients go), its clips, what
-its optimiser does to which parameter, ensembles, and its command line."""
+its optimiser does to which parameter, and its command line."""
 
-import csv
 import json
 import math
 import os
@@ -9,8 +8,6 @@ import signal
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
-from functools import partial
-from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +20,6 @@ from torch import nn
 import mml
 from common import UserError, backbones, datasets, evaluate, flow, video
 from common.datasets import Data, Videos
-from common.evaluate import Scores
 from common.run import Run
 
 pytestmark = pytest.mark.usefixtures("leave")
@@ -548,148 +544,6 @@ def test_network_gives_logits_and_the_last_stage():
     assert torch.equal(logits, net.backbone(x)) and torch.equal(f, net.backbone.features(x)[-1])
 
 
-# ---- ensembles -------------------------------------------------------------------------------------
-
-
-def scores(probs, labels, bad=None, logits=None):
-    """Scores of one view: of probabilities, or of logits."""
-    probs, labels, ones = np.array(probs, np.float32), np.array(labels), np.ones(len(labels), np.int64)
-    if logits is None:
-        with np.errstate(divide="ignore"):
-            logits = np.log(probs) - (np.log1p(-probs) if labels.ndim == 2 else 0)
-    return Scores(probs, 0 * ones, ones, labels, bad or {}, np.float32(logits))
-
-
-def scores_of(logits, labels):
-    squash = torch.sigmoid if np.ndim(labels) == 2 else partial(torch.softmax, dim=-1)
-    logits = torch.as_tensor(logits).double()
-    return scores(squash(logits).numpy(), labels, logits=logits.numpy())
-
-
-def test_three_models_by_hand():
-    y = [0, 1]
-    models = {
-        "a": scores([[0.9, 0.1], [0.6, 0.4]], y), "b": scores([[0.2, 0.8], [0.1, 0.9]], y),
-        "c": scores([[0.45, 0.55], [0.55, 0.45]], y),
-    }  # fmt: skip
-    rows, positions = mml.ensembles(models, dict(a="rgb", b="flow", c="diff"), "softmax")
-    # a + b: (.55, .45), (.35, .65); a + c is wrong about the second, b + c about the first;
-    # all: (.517, .483), (.417, .583).
-    found = {members: row["top1"] for members, row in rows}
-    assert found == {("a",): 50, ("b",): 50, ("c",): 0, ("a", "b"): 100, ("a", "c"): 50, ("b", "c"): 50,
-                     ("a", "b", "c"): 100}  # fmt: skip
-    assert [row["top1"] for _, row in rows] == [100, 100, 50, 50, 50, 50, 0]
-    assert positions == dict(a=0, b=0, c=0)  # one set of all modalities
-
-
-def share(right, n=4):
-    """Probabilities of class 0 of n videos, all of that class: so many right."""
-    return [[0.9, 0.1]] * right + [[0.3, 0.7]] * (n - right)
-
-
-def test_table13_by_hand():
-    y = [0] * 4
-    models = {"r1": scores(share(0), y), "r2": scores(share(4), y), "f1": scores(share(3), y),
-              "f2": scores([[0.25, 0.75]] * 4, y)}  # fmt: skip
-    kinds = dict(r1="rgb", r2="rgb", f1="flow", f2="flow")
-    rows, positions = mml.ensembles(models, kinds, "softmax")
-    # (.9 + .9, ...): r2 f1 4 of 4, r2 f2 (1.15) 4 of 4: positions 0 and 1, 0.5 each; r1 f1 (1.2) 3 of 4,
-    # position 2; r1 f2 none, position 3.
-    pairs = [(members, row["top1"]) for members, row in rows if len(members) == 2]
-    assert pairs == [(("r2", "f1"), 100), (("r2", "f2"), 100), (("r1", "f1"), 75), (("r1", "f2"), 0)]
-    assert list(positions.items()) == [("r2", 0.5 + 0.5), ("f1", 0.5 + 2), ("f2", 0.5 + 3), ("r1", 2 + 3)]
-    assert len(rows) == 4 + 4 and not any({"r1", "r2"} <= set(members) for members, _ in rows)
-
-
-def mean_positions(values):
-    """Of each value, from 0 for the largest; equal ones share the mean of theirs."""
-    return [sum(w > v for w in values) + (sum(w == v for w in values) - 1) / 2 for v in values]
-
-
-@pytest.mark.parametrize("multilabel", [False, True])
-@pytest.mark.parametrize("average", ["softmax", "logits"])
-def test_table13_matches_naive_loop(average, multilabel):
-    """Thirty videos, so that many ensembles are equal."""
-    rng, names = np.random.default_rng(0), dict(rgb=["r1", "r2", "r3"], flow=["f1", "f2"], diff=["d1", "d2"])
-    y, kinds = rng.integers(5, size=30), {m: kind for kind, models in names.items() for m in models}
-    logits = {m: rng.normal(size=(30, 5)) + rng.uniform(0.5, 2) * np.eye(5)[y] for m in kinds}
-    labels = np.eye(5, dtype=int)[y] if multilabel else y
-    given = {m: scores_of(x, labels) for m, x in logits.items()}
-    rows, positions = mml.ensembles(given, kinds, average)
-    triples = {}
-    for members in product(*names.values()):
-        mean = sum(given[m].probs.astype(float) if average == "softmax" else logits[m] for m in members)
-        found = evaluate.mean_average_precision(mean, labels) if multilabel else (mean.argmax(1) == y).mean()
-        triples[members] = found
-    places = dict(zip(triples, mean_positions([*triples.values()]), strict=True))
-    assert multilabel or any(place % 1 for place in places.values())
-    sums = {m: sum(place for members, place in places.items() if m in members) for m in kinds}
-    assert positions == sums and list(positions.values()) == sorted(sums.values())
-    assert len(rows) == 7 + (3 * 2 + 3 * 2 + 2 * 2) + 12
-    key = "mAP" if multilabel else "top1"
-    assert [row[key] / 100 for members, row in rows if len(members) == 3] == pytest.approx(
-        sorted(triples.values(), reverse=True)
-    )
-
-
-PRINTED = {  # Table 13
-    "rgb": [9486, 10711, 13112, 15670, 26918, 28069, 31281, 31793, 31968, 35475, 36167, 46044, 50959],
-    "flow": [22434, 25793, 28193, 28954, 28972, 29238, 32372, 32659, 34290, 50577, 54171],
-    "diff": [42079, 49533, 67475, 67528, 69895, 71179],
-}
-
-
-def test_sums_of_table13_are_those_printed():
-    """Each modality's sums are those of all 858 positions: from 0, they are 857 x 858 / 2."""
-    rng, y = np.random.default_rng(0), [0, 1]
-    kinds = {f"{kind}{n}": kind for kind, sums in PRINTED.items() for n in range(len(sums))}
-    given = {m: scores_of(rng.normal(size=(2, 2)), y) for m in kinds}
-    rows, positions = mml.ensembles(given, kinds, "logits")
-    assert sum(len(members) == 3 for members, _ in rows) == 858
-    total = {kind: sum(v for m, v in positions.items() if kinds[m] == kind) for kind in PRINTED}
-    assert total == dict(rgb=sum(PRINTED["rgb"]), flow=sum(PRINTED["flow"]), diff=857 * 858 / 2)
-    assert sum(PRINTED["diff"]) - total["diff"] == 36  # one of the six is misprinted
-
-
-@pytest.mark.parametrize("multilabel", [False, True])
-@pytest.mark.parametrize("average", ["softmax", "logits"])
-def test_mixture_is_that_of_the_raw_logits(average, multilabel):
-    raw, y = random(3, 20, 6, scale=30.0).double(), several(20, 6).numpy() if multilabel else [0] * 20
-    squash = torch.sigmoid if multilabel else partial(torch.softmax, dim=-1)
-    expected = squash(raw.mean(0)) if average == "logits" else squash(raw).mean(0)
-    found = mml.mixture([scores_of(x, y) for x in raw], average)
-    assert found.probs.dtype == found.logits.dtype == np.float32
-    assert found.probs == pytest.approx(expected.numpy(), rel=1e-4)  # small ones, too
-    assert found.logits == pytest.approx(raw.mean(0).numpy(), rel=1e-4)
-
-
-def test_mixture_of_several_labels_keeps_logits_that_a_probability_cannot():
-    """Logits 30 and -20: float32 has no number for the first's probability, and 0 would be 1 / 2."""
-    found = mml.mixture([scores_of([[x]], [[1]]) for x in (30.0, -20.0)], "logits")
-    assert found.probs[0, 0] == pytest.approx(1 / (1 + math.exp(-5)))
-
-
-@pytest.mark.parametrize("multilabel", [False, True])
-@pytest.mark.parametrize("average", ["softmax", "logits"])
-def test_mixture_without_a_video_that_one_model_lacks(average, multilabel):
-    y = np.eye(2)[[0, 0, 1]] if multilabel else [0, 0, 1]
-    good = np.array([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9]])
-    holes = np.array([[0.9, 0.1], [0.0, 0.0], [0.1, 0.9]])
-    parts = [scores(good, y), scores(holes, y, {1: "no flow"})]
-    found = mml.mixture(parts, average)
-    assert found.bad == {1: "no flow"} and not found.probs[1].any() and found.probs[0].any()
-    assert parts[0].probs[1].any()  # what was given stays
-    if not multilabel:
-        assert mml.quality(found)["top1"] == pytest.approx(200 / 3)
-    assert mml.mixture(parts[::-1], average).bad == {1: "no flow"}
-
-
-def test_quality_is_what_an_ensemble_has():
-    assert set(mml.quality(scores(share(3), [0] * 4))) == {"top1", "top5", "mean_class"}
-    y = np.array([[1, 0], [0, 1]])
-    assert mml.quality(scores([[0.9, 0.2], [0.1, 0.3]], y)) == {"mAP": 100}
-
-
 # ---- test of models --------------------------------------------------------------------------------
 
 
@@ -710,47 +564,22 @@ def data_of(folder, K=3):
     return Data("set", 1, tuple(f"class {k}" for k in range(K)), *videos, False, True, ())
 
 
-def evaluated(models, folder, run, line="", data=None):
-    args = parsed(f"--eval {','.join(map(str, models))} --clips 1 --uniform 1 --workers 0 {line}")
-    mml.test_only(args, data or data_of(folder), run)
+def evaluated(model, folder, run, line=""):
+    mml.test_only(parsed(f"--eval {model} --clips 1 --uniform 1 --workers 0 {line}"), data_of(folder), run)
     return json.loads((run.out / "result.json").read_text())
 
 
 @pytest.mark.parametrize("average", ["logits", "softmax"])
-def test_eval_of_several_models_writes_their_ensembles(folder, run, tmp_path, average):
-    paths = [tmp_path / name for name in ("a.pt", "b.pt", "c.pt")]
-    nets = [saved(path, 3, kind, seed) for seed, (path, kind) in
-            enumerate(zip(paths, ("rgb", "rgb", "diff"), strict=True))]  # fmt: skip
-    result, data = evaluated(paths, folder, run, f"--average {average}"), data_of(folder)
-    p = {}
-    for path, net in zip(paths, nets, strict=True):
-        recipe = replace(evaluate.load_model(path)[3], clips=1, uniform=1, average=average)
-        views = video.Views(data.test, recipe.sample, recipe.view, recipe.short_side, recipe.open)
-        with torch.no_grad():
-            x = torch.stack([net(recipe.to_input(views[i]["views"], "cpu")) for i in range(6)])  # (N, V, K)
-        p[path] = x.mean(1).softmax(1) if average == "logits" else x.softmax(2).mean(1)
-    rows = list(csv.DictReader(open(run.out / "ensembles.csv")))
-    assert {row["models"] for row in rows} == {
-        *map(str, paths), f"{paths[0]} + {paths[2]}", f"{paths[1]} + {paths[2]}"}  # fmt: skip
-    for row in rows:
-        probs = torch.stack([p[type(tmp_path)(name)] for name in row["models"].split(" + ")])
-        probs = probs.log().mean(0) if average == "logits" else probs.mean(0)
-        right = (probs.argmax(1).numpy() == data.test.labels).mean()
-        assert float(row["top1"]) == pytest.approx(100 * right)
-    sums = list(csv.DictReader(open(run.out / "positions.csv")))
-    sums = {row["model"]: float(row["sum"]) for row in sums}
-    places = mean_positions([float(row["top1"]) for row in rows if " + " in row["models"]])
-    assert sorted(sums.values()) == sorted([*places, 1]) and sums[str(paths[2])] == 1
-    everything = torch.stack([*p.values()])
-    everything = everything.log().mean(0) if average == "logits" else everything.mean(0)
-    right = (everything.argmax(1).numpy() == data.test.labels).mean()
-    assert result["top1"] == pytest.approx(100 * right, abs=0.01) and result["videos"] == 6
-    assert len(list(csv.reader(open(run.out / "predictions.csv")))) == 7
-
-
-def test_eval_of_one_model_named_twice(folder, run, tmp_path):
-    saved(tmp_path / "a.pt", 3)
-    assert evaluated([tmp_path / "a.pt"] * 2, folder, run)["videos"] == 6
+def test_eval_tests_one_model(folder, run, tmp_path, average):
+    net, data = saved(tmp_path / "a.pt", 3, "diff"), data_of(folder)
+    result = evaluated(tmp_path / "a.pt", folder, run, f"--average {average}")
+    recipe = replace(evaluate.load_model(tmp_path / "a.pt")[3], clips=1, uniform=1)
+    views = video.Views(data.test, recipe.sample, recipe.view, recipe.short_side, recipe.open)
+    with torch.no_grad():
+        x = torch.stack([net(recipe.to_input(views[i]["views"], "cpu")) for i in range(6)])  # (N, V, K)
+    p = x.mean(1) if average == "logits" else x.softmax(2).mean(1)
+    right = (p.argmax(1).numpy() == data.test.labels).mean()
+    assert result["top1"] == pytest.approx(100 * right) and result["videos"] == 6
 
 
 def test_eval_wants_flow_of_the_models_bound(folder, run, tmp_path):
@@ -761,9 +590,9 @@ def test_eval_wants_flow_of_the_models_bound(folder, run, tmp_path):
         flow.write(fields / f"v{v}.mp4", torch.full((8, 2, 16, 20), 128, dtype=torch.uint8))
     (fields / "flow.json").write_text('{"bound": 10.0}')
     with pytest.raises(UserError, match=r"a.pt wants flow of bound .*20.0, 256.*10.0, 256"):
-        evaluated([tmp_path / "a.pt"], folder, run, f"--flow {fields}")
+        evaluated(tmp_path / "a.pt", folder, run, f"--flow {fields}")
     (fields / "flow.json").unlink()
-    assert evaluated([tmp_path / "a.pt"], folder, run, f"--flow {fields}")["unreadable"] == 0
+    assert evaluated(tmp_path / "a.pt", folder, run, f"--flow {fields}")["unreadable"] == 0
 
 
 def test_the_teacher_is_frozen_and_of_its_modality(folder, run, tmp_path):
@@ -949,7 +778,7 @@ def test_ablations_test_crop():
     "--nets rgb,rgb --init none", "--nets rgb,rgb --init imagenet", "--nets rgb,rgb --init a.pt,b.pt",
     "--nets rgb,flow --init a.pt", "--nets rgb,rgb --init a.pt,none", "--pipeline --nets rgb,flow,diff",
     "--pipeline --nets rgb,flow,diff --init a.pt,b.pt",
-    "--clips 0 --uniform 1", "--eval a.pt,b.pt", "--lr_steps",
+    "--clips 0 --uniform 1", "--eval a.pt", "--lr_steps",
 ])  # fmt: skip
 def test_good_lines(line):
     parsed(line)

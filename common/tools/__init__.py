@@ -1,0 +1,1 @@
+"""Commands on what the scripts have made: python -m common.tools.<name>."""
