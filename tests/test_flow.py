@@ -650,7 +650,7 @@ def test_a_lost_gpu_is_no_bad_video(videos, tmp_path, monkeypatch):
     monkeypatch.setattr(flow, "_flow", lost)
     with pytest.raises(torch.AcceleratorError):
         extract(listed(videos), tmp_path, 48, 12, bar=False)
-    assert not [line for line in (tmp_path / "bad_videos.txt").read_text().splitlines() if "CUDA" in line]
+    assert not (tmp_path / "bad_videos.txt").exists()
 
 
 # ---- the command -----------------------------------------------------------------------------------
