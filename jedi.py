@@ -24,10 +24,10 @@ Run (extraction on 8 GPUs, training on one; then all of it on the embedded data 
 
     torchrun --nproc_per_node 8 jedi.py --stage extract --half \\
         --data activitynet:whole,hmdb51,k400,ucf101 \\
-        --expert tsn50:AN.pth:8 tsm50:HMDB.pth:16 swin3d_b:kinetics tsm50:UCF.pth:16 --out RUN
+        --expert tsn50:AN.pth:8 tsm50:HMDB.pth:16 swin3d_b:kinetics_imagenet22k tsm50:UCF.pth:16 --out RUN
     python jedi.py --half \\
         --data activitynet:whole,hmdb51,k400,ucf101 \\
-        --expert tsn50:AN.pth:8 tsm50:HMDB.pth:16 swin3d_b:kinetics tsm50:UCF.pth:16 --out RUN
+        --expert tsn50:AN.pth:8 tsm50:HMDB.pth:16 swin3d_b:kinetics_imagenet22k tsm50:UCF.pth:16 --out RUN
     python jedi.py --data toy:a,toy:b,toy:c
 
 The stages are runs of their own in folders of `--out`, the last in `--out` itself; the same command goes on
@@ -39,8 +39,9 @@ D1  An epoch is one pass over the training videos of all data sets, shuffled tog
     them per GPU, and Eq. 1 is averaged over these. So a large data set has more of each step, as in the sum
     over all samples of which the paper speaks. Its learning rate, 1e-5, is here for 512 videos a step (the
     paper has no number) and scales linearly with the videos of a step over all GPUs (`--lr_batch`).
-D2  The teachers' hinge loss is torch's multi-margin loss (Crammer and Singer), divided by the number of
-    classes; `ovr` is the sum of one against the rest. Students learn labels by cross-entropy, as experts do.
+D2  The teachers' hinge loss is torch's multi-margin loss: the sum over the wrong classes of Weston and
+    Watkins (not the maximum of Crammer and Singer), divided by the number of classes. `ovr` is the sum of
+    one against the rest. Students learn labels by cross-entropy, as experts do.
 D3  A teacher's labels are constants for the student, and given without dropout, neither the teacher's nor the
     adjustment's. Its hinge logits go into the softmax as they are.
 D4  The teachers' loss does reach the adjustment (Table 3 calls the dependence bidirectional), and with
@@ -52,17 +53,21 @@ D6  An embedding is the mean over the expert's own test views of a video, of tra
 D7  |D_j| counts the training videos of data set j, with or without a label. (The total of Table 1 is 3,783
     above the sum of its rows; the weights here are those of the rows.)
 D8  All training videos have their labels; `--ratio`, `--per_class` and `--labelled_list` leave some without.
-    Those of `--extra`, data sets without an expert, never have any; their w_ij is |D_j| / sum_k |D_k|.
+    `--labelled_list ,,FILE` has a list for the third data set, and all labels of the others. Videos of
+    `--extra`, data sets without an expert, never have labels; their w_ij is |D_j| / sum_k |D_k|.
 D9  mAP is the mean over the classes of the average precision of their probabilities, the softmax of logits.
     An expert's own score averages its views as its file says.
 D10 The hold-out (15 % in Sec. 4.4) is of whole groups where a data set has them (UCF-101: gXX). All stages
-    are then tested on it and learn from the rest.
+    are then tested on it and learn from the rest. A given expert may have learned it, as those of the paper
+    have: then scores are too high, and RESULT names its data set (`held_out_known_to`).
 D11 `--alternate R` makes R rounds, each in the same number of steps first teachers, then students, from where
     they began ("from scratch"), without a burn-in.
 D12 `--finetune` trains the encoders, too: embeddings come from random clips, one for each expert, with random
     crops (short side up to 5/4 of the test's) and batch norms at rest. The adjustment stays. Tests between
     steps are of one view, but the expert's of all.
 D13 What one of the experts cannot read is left out of the training, and wrong in the test.
+D14 Sec. 5 excludes Kinetics-400 from Table 3, yet its row of adjusted features and all data sets has the six
+    numbers of Table 2, which are of four experts. README's command for that table has three.
 """
 
 import argparse
@@ -81,7 +86,7 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from common import UserError, augment, backbones, datasets, evaluate, features, files, modality, optim, video
-from common.flags import FREE, Parser, wanted
+from common.flags import FREE, LABELS, Parser, wanted
 from common.run import Run, leave
 
 STAGES = "experts", "extract", "train"
@@ -118,13 +123,14 @@ def parse_args(argv=None):
     g = p.data(unlabelled=None, ratio=1.0)
     g.add_argument("--extra", help="data sets without an expert, whose training videos have no labels, D8")
     g.add_argument("--extra_root", help="where they are; data/<name> if not given")
-    g.add_argument("--extra_videos", type=int, help="that many of each, drawn at random; Sec. 5.2 has 20000")
+    g.add_argument("--extra_videos", type=int, help="learn from that many of each; 20000 in Sec. 5.2")
     g.add_argument("--holdout", type=float, default=0.0, help="share of videos for validation, Sec. 4.4, D10")
     g.add_argument("--jitter", type=int, nargs=2, default=[256, 320], help="short side, supervised training")
     g = p.add_argument_group("experts (of --expert and --net one, or one for each data set)")
     g.add_argument("--expert", nargs="+", default=["supervised"], metavar="EXPERT",
-                   help="supervised: trained here; MODEL.PT; NET:kinetics, torchvision's; NET:FILE:SEGMENTS "
-                        "or NET:FILE:FRAMESxSTRIDE; or the folder experts of another run")  # fmt: skip
+                   help="supervised: trained here; MODEL.PT; torchvision's NET:kinetics or "
+                        "NET:kinetics_imagenet22k; NET:FILE:SEGMENTS or NET:FILE:FRAMESxSTRIDE; or the "
+                        "folder experts of another run")  # fmt: skip
     g.add_argument("--net", nargs="+", default=["tsm50"], help="backbones of supervised experts")
     g.add_argument("--width", type=float, default=1.0, help="of these")
     g.add_argument("--dropout", type=float, default=0.5, help="before their classifier")
@@ -147,7 +153,7 @@ def parse_args(argv=None):
     g.add_argument("--distill", default="all",
                    help="what teaches: all, none, own, or the name of a data set; Sec. 5.2")
     g.add_argument("--teacher_input", choices=["adjusted", "base", "predictions", "adjusted+predictions"],
-                   default="adjusted", help="what teachers see, Sec. 5.1")  # fmt: skip
+                   default="adjusted", help="what teachers see, Sec. 5.1, D14")  # fmt: skip
     g.add_argument("--temperature", type=float, default=1.0, help="T of the distillation, Sec. 4.4")
     g.add_argument("--student_loss", choices=LOSSES, default="ce", help="L_cls of students, D2")
     g.add_argument("--teacher_loss", choices=LOSSES, default="hinge", help="L_cls of teachers, D2")
@@ -168,6 +174,7 @@ def parse_args(argv=None):
     g.add_argument("--memory", type=float, help="GB of the device for embeddings; half of what is free")
     p.set_defaults(data="toy:a,toy:b,toy:c", clips=None, crops=None)
     args = p.parse(argv, also=TEST)
+    args.recipe = p.recipe
     p.at_least(1, args, "batch", "lr_batch", "expert_batch", "hidden", "frames", "stride", "extra_videos")
     p.at_least(0, args, "alpha", "beta", "gamma", "neurons", "alternate", "epochs", "burn_in", "lr",
                "weight_decay", "expert_epochs", "expert_lr", "expert_weight_decay", "memory")  # fmt: skip
@@ -366,9 +373,10 @@ class EndToEnd(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A data set. labelled, held (N,) bool: which training videos have a label, and are held out (D10).
+    """A data set. labelled, held (N,) bool: which training videos have a label, and which are not learned.
 
-    name, root: as --data and --root have them; number: of its expert, None without one (D8).
+    Those are held out for the test (D10) or, of --extra, not drawn. name, root: as --data and --root have
+    them; number: of its expert, None without one (D8).
     """
 
     name: str
@@ -408,9 +416,16 @@ def slug(name):
     return os.path.basename(os.path.abspath(name)).replace(":", "-")
 
 
+def labels_of(args, k):
+    """(ratio, per_class, labelled_list) of the k-th data set: all labels if only others have a list (D8)."""
+    listfile = one_of(args.labelled_list, k)
+    return 1.0 if args.labelled_list and not listfile else args.ratio, args.per_class, listfile
+
+
 def load_sources(args, run):
     """The Sources of --data, and of --extra behind them."""
     found = []
+    run.say(f"recipe: {args.recipe or 'none, the defaults of the flags'}")
     for kind, names, roots in (("data", args.data, args.root), ("extra", args.extra, args.extra_root)):
         for k, name in enumerate(names.split(",") if names else []):
             root = one_of(roots, k)
@@ -419,23 +434,20 @@ def load_sources(args, run):
                 raise UserError(f"{data.name} has several labels per video, which JEDI does not know")
             labelled, held = (np.zeros(len(data.train), bool) for _ in range(2))
             if kind == "data":
-                few = args.ratio, args.per_class, args.seed, one_of(args.labelled_list, k)
-                labelled[datasets.labelled(data, *few)] = True
+                ratio, per_class, listfile = labels_of(args, k)
+                labelled[datasets.labelled(data, ratio, per_class, args.seed, listfile)] = True
                 held = datasets.held_out(data.train, args.holdout, args.seed)
                 if not (labelled & ~held).any():
                     raise UserError(f"{data.name} has no video with a label beside the held-out ones")
-            elif args.extra_videos and args.extra_videos < len(data.train):
-                rng = np.random.default_rng(args.seed)
-                chosen = np.sort(rng.permutation(len(data.train))[: args.extra_videos])
-                data = replace(data, train=data.train.subset(chosen))
-                labelled, held = labelled[chosen], held[chosen]
+            elif args.extra_videos:  # the whole list is embedded, for every number of videos
+                held[np.random.default_rng(args.seed).permutation(len(held))[args.extra_videos :]] = True
             found.append(Source(name, root, data, k if kind == "data" else None, labelled, held))
     for source in found:
         data, kind = source.data, "no expert"
         if source.number is not None:
             kind = f"{len(data.classes)} classes, {len(data.test)} test videos"
         run.say(f"{data.name}: {kind}, {len(data.train)} training videos, {source.labelled.sum()} of them "
-                f"labelled, {source.held.sum()} held out")  # fmt: skip
+                f"labelled, {source.held.sum()} left out")  # fmt: skip
         for note in data.notes:
             run.say(note)
     return found
@@ -448,7 +460,10 @@ def one_of(values, k):
 
 @dataclass(frozen=True, eq=False)
 class Expert:
-    """net: in eval mode; made: what builds it; recipe: how it sees a video; digest: of its weights."""
+    """net: in eval mode; made: what builds it; recipe: how it sees a video; digest: of its weights.
+
+    knows_held_out: whether it has learned, or may have, from videos that are held out (D10).
+    """
 
     slug: str
     path: str
@@ -456,6 +471,7 @@ class Expert:
     made: dict
     recipe: evaluate.Recipe
     digest: str
+    knows_held_out: bool = False
 
 
 def weights_of(args, k):
@@ -473,6 +489,7 @@ def load_expert(args, run, source):
     """The Expert that --expert names for a data set."""
     spec, data, path = args.expert[source.number], source.data, weights_of(args, source.number)
     name, _, clip = spec.partition(":")
+    own_list = None  # of the videos that a supervised expert has learned from
     if name in backbones.NAMES:
         weights, clip = path, clip.partition(":")[2]
         made = dict(name=name, classes=len(data.classes))
@@ -488,15 +505,20 @@ def load_expert(args, run, source):
         net, made, recipe = evaluate.load_known(path, data)
         if recipe.multilabel:
             raise UserError(f"{path} has learned several labels per video, {data.name} has one")
-        beside = Path(path).with_name("labelled.txt")  # of a supervised expert
-        if beside.exists() and beside.read_text() != datasets.as_list(data.train.subset(source.supervised)):
+        beside = Path(path).with_name("labelled.txt")
+        own_list = beside.read_text("utf-8", "surrogateescape") if beside.exists() else None
+        if own_list not in (None, datasets.as_list(data.train.subset(source.supervised))):
             sentence = f"{path} has learned from other videos than those with a label here"
             if spec == "supervised":
                 raise UserError(f"{sentence}: choose another --out")
             run.say(f"{sentence}: {beside}")
     if made.get("adapter", args.hidden) != args.hidden:
         raise UserError(f"{path} has an adjustment of {made['adapter']} units, not of --hidden {args.hidden}")
-    return Expert(source.slug, path, net, made, recipe, evaluate.digest_of(net))
+    others = datasets.as_list(data.train.subset(np.flatnonzero(~source.held))).splitlines()
+    knows = source.held.any() and (own_list is None or not set(own_list.splitlines()) <= set(others))
+    if knows:
+        run.say(f"--holdout: the expert of {data.name} may have learned the held-out videos (D10)")
+    return Expert(source.slug, path, net, made, recipe, evaluate.digest_of(net), bool(knows))
 
 
 def published_recipe(name, weights, clip):
@@ -1002,7 +1024,9 @@ def write_results(args, run, joint, taught, feed, experts, tests):
     show_table(run, names, table)
     means = {who: {key: float(np.mean([one[key] for one in found])) for key in found[0]}
              for who, found in table.items()}  # fmt: skip
-    return {"data": ",".join(names), **wanted(args), **means["student"],
+    known = ",".join(expert.slug for expert in experts if expert.knows_held_out)
+    return {"data": ",".join(names), **wanted(args), **({"held_out_known_to": known} if known else {}),
+            **means["student"],
             "expert_top1": means["expert"]["top1"], "teacher_top1": means["teacher"]["top1"],
             "videos": sum(len(mine.videos) for mine, _ in tests),
             "unreadable": sum(len(mine.bad) for mine, _ in tests)}  # fmt: skip
@@ -1046,7 +1070,7 @@ def test_only(args, run):
 def of_source(args, k):
     """The flags of the k-th data set alone, for its supervised expert."""
     names = args.data.split(",")
-    each = dict(root=one_of(args.root, k), labelled_list=one_of(args.labelled_list, k))
+    each = dict(zip(LABELS, labels_of(args, k), strict=True), root=one_of(args.root, k))
     one = each | dict(data=names[k], extra=None, expert=[args.expert[k]], net=[args.net[k]])
     return argparse.Namespace(**vars(args) | one)
 
@@ -1067,7 +1091,7 @@ def runs_of(args):
 
 def one_run(stage, args, out):
     """A stage, or a test, in its folder; False if a signal has stopped it."""
-    config, free = vars(args), (*FREE, "stage", "cache", "memory", "extra_root")
+    config, free = vars(args), (*FREE, "stage", "cache", "memory", "extra_root", "recipe")
     free += UNUSED * (stage == "experts")
     with Run("jedi", out, config, config if args.eval else free, args.log_every, args.max_bad) as run:
         if stage == "extract":

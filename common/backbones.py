@@ -119,6 +119,7 @@ PUBLISHED = {
         "swin3d_s": Swin3D_S_Weights.KINETICS400_V1,
         "swin3d_b": Swin3D_B_Weights.KINETICS400_V1,
     },
+    "kinetics_imagenet22k": {"swin3d_b": Swin3D_B_Weights.KINETICS400_IMAGENET22K_V1},
 }
 # Frames of a clip and clips of a video in torchvision's tests on Kinetics, by the family.
 CLIPS = {"r3d": (16, 5), "r2plus1d": (16, 5), "s3dg": (128, 1), "swin3d": (32, 12)}
@@ -143,7 +144,7 @@ def build(
         width: factor on the channels of every layer, the stem included (1/4 has about 1/16 of the
             parameters). It must leave swin3d whole heads, of which t and s have 3 in the first stage and b 4.
         dropout: probability before the last layer, in training only (SlowFast trains with 0.5).
-        weights: what to start from, a file, "imagenet" or "kinetics", see `load_weights`.
+        weights: what to start from, a file or a word of PUBLISHED, see `load_weights`.
         bn_eps: epsilon of every batch norm (the code of Learning from Temporal Gradient has 1e-3); None is
             the network's own, 1e-3 for s3dg and 1e-5 for all others. swin3d has no batch norm.
         adapter: hidden units of an `Adapter` between the embedding and the last layer; 0 for none.
@@ -723,8 +724,9 @@ def published_input(name: str, weights: str = "kinetics") -> dict:
     Raises:
         UserError: nothing is published for this network, or weights of pictures, which have no clips.
     """
-    if weights != "kinetics":
-        raise UserError(f"torchvision has no clips for {weights} weights, only for kinetics")
+    words = [word for word in PUBLISHED if word != "imagenet"]
+    if weights not in words:
+        raise UserError(f"torchvision has no clips for {weights} weights, only for {', '.join(words)}")
     view = _published(name, weights).transforms()
     frames, clips = CLIPS[name.partition("_")[0]]
     return dict(
@@ -753,8 +755,9 @@ def load_weights(net: Backbone, source: str, names: Sequence[str] | None = None)
     """Fill a network of `build` with weights from `source`; whether its last layer is from there, too.
 
     source: a file, which is a model.pt of a run, a bare state_dict saved by torch.save or a checkpoint that
-    has one as "state_dict"; or what torchvision publishes, "imagenet" (the ResNets' IMAGENET1K_V1) or
-    "kinetics", see `PUBLISHED` and `fetch`. names: of the network's classes, in their order.
+    has one as "state_dict"; or what torchvision publishes, "imagenet" (the ResNets' IMAGENET1K_V1),
+    "kinetics" (trained on Kinetics-400) or "kinetics_imagenet22k" (the same after ImageNet-22K), see
+    `PUBLISHED` and `fetch`. names: of the network's classes, in their order.
 
     - Prefixes of DistributedDataParallel and torch.compile are taken off the names.
     - A 2D ResNet's tensors are inflated for resnet3d and i3d: every kernel is repeated along time and
@@ -768,7 +771,7 @@ def load_weights(net: Backbone, source: str, names: Sequence[str] | None = None)
     - A first convolution for another number of input channels is averaged over its channels and
       repeated (Mutual Modality Learning, section 2.1).
     - A last layer for another number of classes, or none, leaves the network's own, and says so; so does
-      one of "imagenet" or "kinetics", whose classes are others even where their number is the same, unless
+      one of a word of PUBLISHED, whose classes are others even where their number is the same, unless
       `names` are its classes: then its rows are put in their order.
 
     Everything else must fit name by name and shape by shape. Nothing in the file is executed.

@@ -91,9 +91,9 @@ class Parser(argparse.ArgumentParser):
         for name in LABELS:
             first.add_argument(f"--{name}")
         known, _ = first.parse_known_args(argv)
-        variant = Path(known.data).name
-        name = variant.split(":")[0]
-        recipe = self.recipes.get(variant, self.recipes.get(name, {}))
+        name = Path(known.data).name.split(":")[0]
+        self.recipe = self.recipe_of(known.data)
+        recipe = self.recipes.get(self.recipe, {})
         if any(getattr(known, label) is not None for label in LABELS):
             recipe = {flag: value for flag, value in recipe.items() if flag not in LABELS}
         self.set_defaults(**recipe)
@@ -132,6 +132,15 @@ class Parser(argparse.ArgumentParser):
         if args.eval and Path(args.out, "last.pt").exists():
             self.error(f"--out {args.out} is the folder of a training run: choose another for --eval")
         return args
+
+    def recipe_of(self, data):
+        """The name of the recipe of a data set, or None. Of several, "a,b", all must have one: then it is the
+        one that comes last in the order of `recipes`, so that the order of the data sets does not matter.
+        """
+        keys, found = list(self.recipes), []
+        for name in (Path(name).name for name in data.split(",")):
+            found.append(next((key for key in (name, name.split(":")[0]) if key in keys), None))
+        return max(found, key=keys.index) if all(found) else None
 
     def labelled_share(self, args):
         """The share of the training videos that `datasets.labelled` chooses.

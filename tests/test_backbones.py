@@ -929,10 +929,19 @@ def spelt(name):
     return "".join(word.capitalize() for word in re.split("[^A-Za-z0-9]+", name))
 
 
-@pytest.mark.parametrize("name", ["r3d_18", "s3dg"])
-def test_published_last_layer_in_the_order_of_the_classes(hub, name, capsys):
+@pytest.mark.parametrize(
+    "name, weights",
+    [
+        ("r3d_18", "kinetics"),
+        ("s3dg", "kinetics"),
+        ("swin3d_b", "kinetics"),
+        ("swin3d_b", "kinetics_imagenet22k"),
+    ],
+)
+def test_published_last_layer_in_the_order_of_the_classes(hub, name, weights, capsys):
     """The file of a thin network stands in for the published one, which has a kernel in s3d's last layer."""
-    source, names = tiny(name, 400, seed=1), [spelt(KINETICS[(7 * i + 3) % 400]) for i in range(400)]
+    width = 1 / 4 if name == "swin3d_b" else 1 / 16
+    source, names = tiny(name, 400, width, seed=1), [spelt(KINETICS[(7 * i + 3) % 400]) for i in range(400)]
     nn.init.normal_(source.fc.bias)
     state = source.state_dict()
     if name == "s3dg":
@@ -940,23 +949,37 @@ def test_published_last_layer_in_the_order_of_the_classes(hub, name, capsys):
         for kind in ("weight", "bias"):
             state[f"classifier.1.{kind}"] = state.pop(f"fc.{kind}")
         state["classifier.1.weight"] = state["classifier.1.weight"][..., None, None, None]
-    torch.save(state, hub[0] / PUBLISHED["kinetics"][name].url.rpartition("/")[2])
-    net = tiny(name, 400, seed=2, weights="kinetics", names=names)
+    if name == "swin3d_b":
+        state = {re.sub(r"^layer\d", "features", k).replace("fc.", "head."): v for k, v in state.items()}
+    torch.save(state, hub[0] / PUBLISHED[weights][name].url.rpartition("/")[2])
+    net = tiny(name, 400, width, seed=2, weights=weights, names=names)
     assert not hub[1] and not net.new_fc and capsys.readouterr().out == "" and same(net, source, skip=["fc."])
     for i in range(400):
         assert torch.equal(net.fc.weight[i], source.fc.weight[(7 * i + 3) % 400])
         assert net.fc.bias[i] == source.fc.bias[(7 * i + 3) % 400]
     for others in (None, [*names[:-1], "juggling chainsaws"], [*names[:-1], names[0]], names[:-1]):
         classes = len(others or names)
-        net = tiny(name, classes, seed=2, weights="kinetics", names=others)
+        net = tiny(name, classes, width, seed=2, weights=weights, names=others)
         assert net.new_fc and same(net, source, skip=["fc."]) and "last layer" in capsys.readouterr().out
-        assert torch.equal(net.fc.weight, tiny(name, classes, seed=2).fc.weight)
+        assert torch.equal(net.fc.weight, tiny(name, classes, width, seed=2).fc.weight)
 
 
-@pytest.mark.parametrize("name", PUBLISHED["kinetics"])
-def test_input_of_published_networks(name):
+@pytest.mark.parametrize("word", ["kinetics", "kinetics_imagenet22k"])
+def test_input_of_published_networks(word):
     """From torchvision's own preset and the sentence in its documentation."""
-    weights, found = PUBLISHED["kinetics"][name], evaluate.Recipe(**published_input(name))
+    for name in PUBLISHED[word]:
+        check_input(name, word)
+
+
+def test_swin_of_the_paper_starts_from_imagenet22k():
+    """JEDI's expert of Kinetics-400 has 81.80 % there."""
+    found = [PUBLISHED[word]["swin3d_b"].meta["_metrics"]["Kinetics-400"]["acc@1"]
+             for word in ("kinetics", "kinetics_imagenet22k")]  # fmt: skip
+    assert found == pytest.approx([79.4, 81.6], abs=0.05)
+
+
+def check_input(name, word):
+    weights, found = PUBLISHED[word][name], evaluate.Recipe(**published_input(name, word))
     view, docs = weights.transforms(), dict(re.findall(r"`(\w+)=(\d+)`", weights.meta["_docs"]))
     assert [found.size] * 2 == view.crop_size and found.crops == 1
     assert view.resize_size == [*(found.stretch or [found.short_side])]
@@ -970,7 +993,8 @@ def test_input_where_nothing_is_published():
     for name, weights, words in (
         ("tsm50", "kinetics", "no kinetics weights for tsm50, only for r3d_18, .*swin3d_b"),
         ("r3d_34", "kinetics", "no kinetics weights for r3d_34"),
-        ("tsm50", "imagenet", "no clips for imagenet weights, only for kinetics$"),
+        ("tsm50", "imagenet", "no clips for imagenet weights, only for kinetics, kinetics_imagenet22k$"),
+        ("swin3d_s", "kinetics_imagenet22k", "no kinetics_imagenet22k weights for swin3d_s, only for swin"),
         ("r3d_18", "runs/a/model.pt", "no clips for runs/a/model.pt weights"),
     ):
         with pytest.raises(UserError, match=words):
@@ -1161,6 +1185,7 @@ def test_imagenet(hub, name, capsys):
         ("tsm50", "kinetics"),
         ("r3d_34-pool", "kinetics"),
         ("r2plus1d_10", "kinetics"),
+        ("swin3d_t", "kinetics_imagenet22k"),
     ],
 )
 def test_weights_that_nobody_publishes(hub, name, weights):

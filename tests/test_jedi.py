@@ -5,13 +5,13 @@ import csv
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
 from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -715,11 +715,33 @@ def test_sources_of_the_command_line(library, tmp_path):
     assert [source.number for source in (one, two, more, less)] == [0, 1, None, None]
     assert one.supervised.tolist() == [1] and two.supervised.tolist() == [3, 5]
     assert len(one.learned) == 12 and len(more.learned) == len(less.learned) == 5
-    assert not any(source.held.any() for source in (one, two, more, less))
+    assert not one.held.any() and not two.held.any()
     assert not more.labelled.any() and not len(less.supervised)
-    names = [less.data.train.name(i) for i in range(5)]
-    assert len(set(names)) == 5 and names == sorted(names, key=lambda name: int(re.findall(r"\d+", name)[0]))
-    assert names != [f"less{i}.mp4" for i in range(5)]  # drawn at random
+    assert len(less.data.train) == 12 and jedi.parts_of(less) == ["train"]  # the whole list is embedded
+    chosen = less.learned.tolist()
+    assert chosen == sorted(set(chosen)) and chosen != [0, 1, 2, 3, 4]  # drawn at random
+    (*_, everything) = jedi.load_sources(parsed("--data one --extra less --extra_videos 20 --seed 3"), SAID)
+    assert len(everything.learned) == 12
+
+
+@pytest.mark.parametrize("line, counts", [
+    ("--labelled_list ,,LIST", (12, 12, 2)), ("--labelled_list LIST,,", (2, 12, 12)),
+    ("--labelled_list LIST,,LIST", (2, 12, 2)), ("--labelled_list ,LIST, --holdout 0.3", (12, 2, 12)),
+])  # fmt: skip
+def test_few_labels_for_some_data_sets(library, tmp_path, line, counts):
+    """The others have all; in the run of an expert of its own as well."""
+    names = "one", "two", "six"
+    for name in names:
+        (tmp_path / f"{name}.txt").write_text(f"{name}3.mp4\n{name}5.mp4\n")
+    lists = line.split()[1].split(",")
+    lists = ",".join(f"{tmp_path}/{name}.txt" * bool(x) for name, x in zip(names, lists, strict=True))
+    more = line.split()[2:]
+    args = jedi.parse_args(["--data", ",".join(names), "--labelled_list", lists, *more])
+    sources = jedi.load_sources(args, SAID)
+    assert tuple(int(source.labelled.sum()) for source in sources) == counts
+    for k, source in enumerate(sources):
+        (alone,) = jedi.load_sources(jedi.of_source(args, k), SAID)
+        assert np.array_equal(alone.supervised, source.supervised) and alone.name == names[k]
 
 
 def test_labels_and_hold_outs_of_the_command_line(library):
@@ -962,6 +984,20 @@ def test_defaults_are_the_papers():
     assert (args.hidden, args.adjust_dropout, args.neurons) == (256, 0.75, 10)
     assert (args.student_loss, args.teacher_loss, args.teacher_input) == ("ce", "hinge", "adjusted")
     assert (args.distill, args.ratio, args.holdout, args.alternate) == ("all", 1.0, 0.0, 0)
+
+
+@pytest.mark.parametrize("names, recipe", [
+    (["toy:a", "toy:b"], "toy"), (["toy:a", "/x/weizmann"], "weizmann"),
+    (["toy:a", "toy:b", "toy:c", "weizmann/"], "weizmann"), (["toy:a", "ucf101"], None),
+    (["ucf101", "/x/weizmann", "toy"], None), (["hmdb51", "ucf101"], None),
+])  # fmt: skip
+def test_the_recipe_does_not_depend_on_the_order_of_the_data_sets(names, recipe, library, capsys):
+    epochs, sizes = (100, {"toy": 40, "weizmann": 64}[recipe]) if recipe else (500, 224)
+    for order in permutations(names):
+        args = parsed(f"--data {','.join(order)}")
+        assert (args.recipe, args.epochs, args.size) == (recipe, epochs, sizes)
+        jedi.load_sources(args, SAID)
+        assert f"recipe: {recipe or 'none'}" in capsys.readouterr().out
 
 
 def test_one_expert_and_one_network_for_all_or_for_each():
@@ -1264,6 +1300,22 @@ def test_a_cache_of_the_same_is_shared(world, whole, tmp_path):
     assert (tmp_path / "out/one/predictions.csv").read_text() == (whole / "one/predictions.csv").read_text()
 
 
+def test_a_sample_of_an_extra_data_set_on_a_shared_cache(world, whole, tmp_path):
+    """The cache has the whole list, which serves every number of videos; none is embedded again."""
+    before, learned = times(whole / "cache"), []
+    more = f"--data {world}/one --extra {world}/two --distill two --stage {{}} --cache {whole}/cache"
+    for n in (1, 2, 4):
+        start(world, tmp_path / f"{n}", f"{more.format('all')} --extra_videos {n}")
+        state = torch.load(tmp_path / f"{n}" / "last.pt", weights_only=True)
+        learned.append(state["identity"]["list of two"])
+        assert result_of(tmp_path / f"{n}")["videos"] == 4
+    assert times(whole / "cache") == before and len(set(map(str, learned))) == 3
+    start(world, tmp_path / "own", f"{more.format('extract')} --extra_videos 1 --cache {tmp_path}/cache")
+    for name in ("index.npz", "features.npy", "videos.txt"):
+        folder = Path("one", "two_train", name)
+        assert (tmp_path / "cache" / folder).read_bytes() == (whole / "cache" / folder).read_bytes()
+
+
 def test_experts_of_other_videos(world, whole, tmp_path, capfd):
     """A supervised expert of this run is refused; one of another run may know others, and it is said."""
     for name in ("one", "two"):
@@ -1368,6 +1420,25 @@ def test_held_out_videos_are_tested_and_not_learned(world, tmp_path):
         assert len(tested) == 2 and sorted([*tested, *learned]) == [f"train{i}.mp4" for i in range(n)]
     caches = {path.parent.name for path in (tmp_path / "out").glob("cache/*/*/index.npz")}
     assert caches == {"one_train", "two_train"}
+
+
+def test_given_experts_that_know_the_held_out_videos_are_named(world, tmp_path, capfd):
+    """An expert without a list of what it has learned may know them; one whose list has none does not."""
+    more = "--holdout 0.4 --epochs 0.5"
+    start(world, tmp_path / "a", more)
+    assert result_of(tmp_path / "a")["held_out_known_to"] == "one,two"
+    assert "the expert of two may have learned the held-out videos" in capfd.readouterr().out
+    for name in ("one", "two"):
+        shutil.copytree(world / "experts" / name, tmp_path / "experts" / name)
+        shutil.copy(tmp_path / "a" / name / "labelled.txt", tmp_path / "experts" / name)
+    start(world, tmp_path / "b", f"{more} --cache {tmp_path}/a/cache --expert {tmp_path}/experts")
+    assert "held_out_known_to" not in result_of(tmp_path / "b")
+    lines = "".join(f"train{i}.mp4 {i % 2}\n" for i in range(4))
+    (tmp_path / "experts/two/labelled.txt").write_text(lines)
+    start(world, tmp_path / "c", f"{more} --cache {tmp_path}/a/cache --expert {tmp_path}/experts")
+    assert result_of(tmp_path / "c")["held_out_known_to"] == "two"
+    start(world, tmp_path / "d", f"--epochs 0.5 --expert {tmp_path}/experts")
+    assert "held_out_known_to" not in result_of(tmp_path / "d")
 
 
 def test_students_and_teachers_by_turns(world, whole, tmp_path, monkeypatch):
