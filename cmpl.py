@@ -317,7 +317,7 @@ def train(args, run):
     if args.lam:
         sources.append((video.Clips(videos_u, sample, view_u, 2 * args.seed + 1), args.batch * args.mu))
     epoch = math.ceil(len(videos_u) / (args.batch * args.mu * run.world))  # D1
-    total, every = max(1, round(args.epochs * epoch)), max(1, round(args.eval_every * epoch))
+    total, every = (optim.steps_of(epochs, epoch) for epochs in (args.epochs, args.eval_every))
 
     torch.manual_seed(args.seed)
     nets, builds = build_networks(args, len(data.classes), run)
@@ -335,11 +335,8 @@ def train(args, run):
     clips = " + ".join(f"{batch * run.world}" for _, batch in sources)
     run.say(f"{total} steps, {epoch} an epoch, of {clips} clips; {rule}; {run.device.type}")
     loader = video.train_loader(sources, start, total, run.rank, run.world, args.workers)
-    lists = [clips.videos for clips, _ in sources]
-    for step, (batch_l, *batch_u) in run.steps(loader, start, total, args.seed, lists, epoch):
-        if step % every == 0 and step:
-            with run.untimed():
-                quick_test(args, run, data, pri, aux, step)
+    lists, test = [clips.videos for clips, _ in sources], partial(quick_test, args, run, data, pri, aux)
+    for step, (batch_l, *batch_u) in run.steps(loader, start, total, args.seed, lists, epoch, test, every):
         views_l = [recipe.to_input(x, run.device) for x in batch_l["views"]]
         views_u = [recipe.to_input(x, run.device) for part in batch_u for x in part["views"]]
         x_pri, x_aux = clips_of_networks(views_l, views_u)
@@ -361,7 +358,8 @@ def train(args, run):
         for name, net in nets.items():
             path = run.out / {"pri": "model.pt", "aux": "model_aux.pt"}[name]
             evaluate.save_model(path, net.module, builds[name], data.classes, recipes[name])
-    quick_test(args, run, data, pri, aux, total)
+    if every:
+        test(total)
     evaluate.report(pri.module, data, recipe, run, args.workers, **wanted(args))
 
 

@@ -545,7 +545,7 @@ def supervised(args, run):
     view = partial(random_crops, sizes=[args.size], jitters=[args.jitter], flip=flip)
     clips = video.Clips(videos, partial(random_windows, recipes=[recipe]), view, args.seed)
     epoch = math.ceil(len(videos) / (args.expert_batch * run.world))
-    total, every = max(1, round(args.expert_epochs * epoch)), max(1, round(args.eval_every * epoch))
+    total, every = (optim.steps_of(epochs, epoch) for epochs in (args.expert_epochs, args.eval_every))
 
     torch.manual_seed(args.seed)
     made = dict(name=name, classes=len(data.classes), width=args.width, dropout=args.dropout)
@@ -560,7 +560,7 @@ def supervised(args, run):
     run.say(f"{total} steps, {epoch} an epoch, of {args.expert_batch * run.world} clips; {rule}; "
             f"{run.device.type}")  # fmt: skip
     loader = video.train_loader([(clips, args.expert_batch)], start, total, run.rank, run.world, args.workers)
-    for step, (batch,) in run.steps(loader, start, total, args.seed, [videos], every):
+    for step, (batch,) in run.steps(loader, start, total, args.seed, [videos], every or total):
         with run.autocast():
             logits = net(recipe.to_input(batch["views"][0], run.device))
             loss = F.cross_entropy(logits, batch["label"].to(run.device))
@@ -880,7 +880,7 @@ def train(args, run):
     w = teaching(w, args.distill, sources).to(run.device)
     y, origin = feed.learned.y.to(run.device), feed.learned.source.to(run.device)
     epoch = math.ceil(len(y) / (args.batch * run.world))  # D1
-    total, every = max(1, round(args.epochs * epoch)), max(1, round(args.eval_every * epoch))
+    total, every = (optim.steps_of(epochs, epoch) for epochs in (args.epochs, args.eval_every))
     if total < 2 * args.alternate:
         raise UserError(f"--alternate {args.alternate} needs {2 * args.alternate} steps, not {total}")
 
@@ -901,11 +901,11 @@ def train(args, run):
     run.on_main(write_lists, run.out, mine)
     run.say(f"{total} steps, {epoch} an epoch, of {args.batch * run.world} videos; {rule}; {run.device.type}")
 
-    loader = feed.loader(start, total)
-    for step, (batch,) in run.steps(loader, start, total, args.seed, [feed.learned.videos], every):
-        if step % every == 0:
-            with run.untimed():
-                quick_test(run, joint, taught(), feed, step)
+    def test(step):
+        quick_test(run, joint, taught(), feed, step)
+
+    loader, lists = feed.loader(start, total), [feed.learned.videos]
+    for step, (batch,) in run.steps(loader, start, total, args.seed, lists, every or total, test, every, 0):
         weights = weights_at(step, total, epoch, args)
         if elder and half_round(step, total, args.alternate) != optimizer.param_groups[0].get("half"):
             begin_half(joint, elder, optimizer, half_round(step, total, args.alternate))
@@ -922,7 +922,8 @@ def train(args, run):
         optimizer.step()
         run.track(step, lr, loss=loss, **terms)
     if not run.stopped:
-        quick_test(run, joint, taught(), feed, total)
+        if every:
+            test(total)
         finish(args, run, joint, taught(), feed, experts)
 
 

@@ -406,7 +406,7 @@ def train(args, run):
     streams = partial(modality.Streams, modalities=kinds, bound=scale[0], flow_side=scale[1])
     clips = video.Clips(videos, sample, view, args.seed, open=streams)
     epoch = ceil(len(videos) / (args.batch * run.world))
-    total, every = max(1, round(args.epochs * epoch)), max(1, round(args.eval_every * epoch))
+    total, every = (optim.steps_of(epochs, epoch) for epochs in (args.epochs, args.eval_every))
 
     torch.manual_seed(args.seed)
     nets, builds, groups = build_networks(args, len(data.classes), run)
@@ -423,10 +423,8 @@ def train(args, run):
     run.write("labelled.txt", datasets.as_list(videos))
     run.say(f"{total} steps, {epoch} an epoch, of {args.batch * run.world} clips; {rule}; {run.device.type}")
     loader = video.train_loader([(clips, args.batch)], start, total, run.rank, run.world, args.workers)
-    for step, (batch,) in run.steps(loader, start, total, args.seed, [videos], epoch):
-        if step % every == 0 and step:
-            with run.untimed():
-                quick_test(args, run, data, nets, recipes, step)
+    test = partial(quick_test, args, run, data, nets, recipes)
+    for step, (batch,) in run.steps(loader, start, total, args.seed, [videos], epoch, test, every):
         x = {kind: recipes[kind].to_input(views, run.device)
              for kind, views in zip(kinds, batch["views"], strict=True)}  # D7  # fmt: skip
         y = batch["label"].to(run.device)  # D14
@@ -444,7 +442,8 @@ def train(args, run):
         run.track(step, optimizer.param_groups[0]["lr"], loss=loss, **terms)
     if run.stopped:
         return
-    quick_test(args, run, data, nets, recipes, total)
+    if every:
+        test(total)
     final_test(args, run, data, nets, builds, recipes)
 
 

@@ -877,7 +877,7 @@ def fit(args, run, net, clips, recipes, held, learn="labels", teacher=None, **id
     """
     videos, backbone = clips.videos, net.backbone
     epoch = ceil(len(videos) / (args.batch * run.world))
-    total, every = max(1, round(args.epochs * epoch)), max(1, round(args.eval_every * epoch))
+    total, every = (optim.steps_of(epochs, epoch) for epochs in (args.epochs, args.eval_every))
     milestones = [] if args.lr_steps == "cosine" else [float(e) for e in args.lr_steps.split(",")]
     net = run.distribute(net, args.channels_last, args.compile)
     lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, args.lr_batch, "videos")  # D1
@@ -890,10 +890,8 @@ def fit(args, run, net, clips, recipes, held, learn="labels", teacher=None, **id
     run.say(f"{total} steps, {epoch} an epoch, of {args.batch * run.world} x {args.multi_clips} clips; "
             f"{rule}; {run.device.type}")  # fmt: skip
     loader = train_loader([(clips, args.batch)], start, total, run.rank, run.world, args.workers)
-    for step, (batch,) in run.steps(loader, start, total, args.seed, [videos], epoch):
-        if step % every == 0 and step:
-            with run.untimed():
-                validate(args, run, backbone, held, recipes[0], step)
+    test = partial(validate, args, run, backbone, held, recipes[0])
+    for step, (batch,) in run.steps(loader, start, total, args.seed, [videos], epoch, test, every):
         pairs = zip(recipes, batch["views"], strict=False)  # pseudo-labels may be the last view
         x, *x_teacher = (recipe.to_input(views.flatten(0, 1), run.device) for recipe, views in pairs)
         if learn == "labels":
@@ -909,8 +907,8 @@ def fit(args, run, net, clips, recipes, held, learn="labels", teacher=None, **id
         loss.backward()
         optimizer.step()
         run.track(step, optimizer.param_groups[0]["lr"], loss=loss, **terms)
-    if not run.stopped:
-        validate(args, run, backbone, held, recipes[0], total)
+    if every and not run.stopped:
+        test(total)
     return not run.stopped
 
 

@@ -530,7 +530,7 @@ def train(args, run):
     sources = [(video.Clips(videos_l, sample, view_l, 2 * args.seed), args.batch),
                (video.Clips(videos_u, sample, view_u, 2 * args.seed + 1), args.batch * args.mu)]  # fmt: skip
     epoch = math.ceil(len(videos_u) / (args.batch * args.mu * run.world))  # D1
-    total, every = max(1, round(args.epochs * epoch)), max(1, round(args.eval_every * epoch))
+    total, every = (optim.steps_of(epochs, epoch) for epochs in (args.epochs, args.eval_every))
 
     torch.manual_seed(args.seed)
     nets, build = build_networks(args, len(data.classes), run)
@@ -546,11 +546,8 @@ def train(args, run):
     clips = " + ".join(f"{batch * run.world}" for _, batch in sources)
     run.say(f"{total} steps, {epoch} an epoch, of {clips} clips; {rule}; {run.device.type}")
     loader = video.train_loader(sources, start, total, run.rank, run.world, args.workers)
-    lists = [videos_l, videos_u]
-    for step, (batch_l, batch_u) in run.steps(loader, start, total, args.seed, lists, epoch):
-        if step % every == 0 and step:
-            with run.untimed():
-                quick_test(args, run, data, nets, build, recipes, step)
+    lists, test = [videos_l, videos_u], partial(quick_test, args, run, data, nets, build, recipes)
+    for step, (batch_l, batch_u) in run.steps(loader, start, total, args.seed, lists, epoch, test, every):
         views_l, views_u = ([recipes["rgb"].to_input(x, run.device) for x in batch["views"]]
                             for batch in (batch_l, batch_u))  # fmt: skip
         x, y_l = clips_of_networks(nets, views_l, views_u), batch_l["label"].to(run.device)
@@ -567,7 +564,7 @@ def train(args, run):
         run.track(step, optimizer.param_groups[0]["lr"], loss=loss, **terms)
     if run.stopped:
         return
-    tested = quick_test(args, run, data, nets, build, recipes, total)
+    tested = test(total)
     if tested is None:
         run.say("stopped by a signal before the test; the same command goes on with it")
         return
@@ -580,20 +577,25 @@ def train(args, run):
 
 
 def quick_test(args, run, data, nets, build, recipes, step):
-    """One view per test video for each network into the log.
+    """One view per test video for each network into the log, unless --eval_every is 0.
 
-    Returns the copies that were tested, {net: backbone}, or None if a signal has stopped a rank.
+    Returns the copies that are tested, {net: backbone}, or None if a signal has stopped a rank.
     """
     row, tested = {"step": step, "eval": "quick"}, {}
     for name, net in nets.items():
         tested[name] = for_test(net, build, args, data, recipes[name], run)
+        if not args.eval_every:
+            continue
         recipe = replace(recipes[name], clips=1, crops=1)
         scores = evaluate.score(tested[name], data.test, recipe, run, args.workers)
         if scores is None:
             return None
         found = evaluate.metrics(scores)
         row |= {f"{name}_{key}": round(found[key], 4) for key in ("top1", "top5", "mean_class")}
-    run.log(row)
+    if run.told_to_stop():  # perhaps before the statistics of the copies were complete
+        return None
+    if args.eval_every:
+        run.log(row)
     return tested
 
 

@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
         g.add_argument("--seed", type=int, default=0, help="of the labelled subset, networks and every draw")
         g.add_argument("--workers", type=int, default=8, help="loader processes per GPU")
         g.add_argument("--log_every", type=int, default=10, help="steps between rows of log.jsonl")
-        g.add_argument("--eval_every", type=float, default=10.0, help="epochs between quick tests")
+        g.add_argument("--eval_every", type=float, default=10.0, help="epochs between quick tests; 0: none")
         g.add_argument("--max_bad", type=float, default=0.05, help="unreadable share that stops")
         g.add_argument("--clips", type=int, default=10, help="test clips per video")
         g.add_argument("--crops", type=int, choices=[1, 3], default=3, help="test crops per clip")

@@ -15,6 +15,11 @@ def build(name, parameters, lr, weight_decay, fused=None):
     return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=fused)
 
 
+def steps_of(epochs, epoch):
+    """How many steps `epochs` are, of `epoch` steps each: none for 0, otherwise at least one."""
+    return max(1, round(epochs * epoch)) if epochs else 0
+
+
 def scaled_lr(lr, batch, reference, clips="clips"):
     """The learning rate of a step by the linear rule (Goyal et al. 2017, Sec. 2.1), and words that say both.
 

@@ -86,7 +86,7 @@ class Run:
         self.main = self.rank == 0
         self.stop = False  # this rank has got a signal
         self.stopped = False  # all ranks have agreed to stop
-        self.sums, self.count, self.wait, self.mark = {}, 0, 0.0, 0.0
+        self.sums, self.count, self.wait, self.elapsed, self.mark = {}, 0, 0.0, 0.0, 0.0
         self.bad, self.new_bad, self.videos, self.total = set(), {}, 0, None
         self.ended = False  # there is a result
         self.kept = {}, {}  # what checkpoints are of: identity, parts
@@ -260,7 +260,7 @@ class Run:
 
     # ---------------------------------------------------------------------------- steps and log
 
-    def steps(self, loader, start, total, seed, videos, save_every=None):
+    def steps(self, loader, start, total, seed, videos, save_every=None, test=None, test_every=0, first=1):
         """Yield (step, batch) for the steps start..total-1; a batch has one dict per list in `videos`.
 
         Before each step torch's generators are seeded from (seed, step, rank); after it the ranks
@@ -268,14 +268,22 @@ class Run:
         given is saved every `save_every` steps, after the last and when the loop is stopped. Waiting
         for the loader and computing are timed apart. Unreadable videos, (index, reason) in the "bad" of
         each dict, are named in bad_videos.txt at the next logged step.
+
+        test(n) is called after n steps, n a multiple of `test_every` (0: never), not below `first` and not
+        `total`. A signal during a test ends the loop there, and a resumption tests again.
         """
         self.total = total
         self.videos = len({source.name(i) for source in videos for i in range(len(source))})
         self.bar = tqdm(total=total, initial=start, dynamic_ncols=True, smoothing=0.05,
                         disable=not (self.main and sys.stderr.isatty()))  # fmt: skip
-        self.mark = time.perf_counter()
+        self.mark = time.perf_counter() - self.elapsed
         batches = video.watched(loader)
         for step in range(start, total):
+            if test_every and step % test_every == 0 and step >= first:
+                with self.untimed():
+                    test(step)
+                if self._ends(step, save_every, False):
+                    break
             asked = time.perf_counter()
             batch = next(batches)
             self.wait += time.perf_counter() - asked
@@ -284,16 +292,22 @@ class Run:
             torch.manual_seed(step_seed(seed, step, self.rank))
             yield step, batch
             self.bar.update()
-            self.stopped = self.told_to_stop()
-            if save_every and (self.stopped or (step + 1) % save_every == 0 or step + 1 == total):
-                identity, parts = self.kept
-                self.save(step + 1, identity, **parts)
-            if self.stopped:
-                self.say(f"stopped by a signal after step {step + 1}")
+            due = save_every and ((step + 1) % save_every == 0 or step + 1 == total)
+            if self._ends(step + 1, save_every, due):
                 break
         self._gather_bad()
         self.bar.close()
         self.bar = None
+
+    def _ends(self, step, save_every, due):
+        """Whether a signal has reached any rank; what `resume` was given is then saved, as when it is due."""
+        self.stopped = self.told_to_stop()
+        if due or save_every and self.stopped:
+            identity, parts = self.kept
+            self.save(step, identity, **parts)
+        if self.stopped:
+            self.say(f"stopped by a signal after step {step}")
+        return self.stopped
 
     @contextmanager
     def untimed(self):
@@ -397,11 +411,14 @@ class Run:
         nets = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
         if not all(torch.isfinite(p).all() for net in nets for p in net.parameters()):  # equal on all ranks
             raise UserError(f"weights not finite after step {step}: lower --lr, last.pt is from before")
+        since = [None] * self.world  # the last row of log.jsonl, so that the next one is of the same steps
+        sums = {name: value.item() for name, value in self.sums.items()}
+        dist.all_gather_object(since, (sums, self.count, self.wait, time.perf_counter() - self.mark))
         if not self.main:
             return
         state = {"script": self.script, "identity": identity, "step": step, "world": self.world,
                  "parts": {name: part.state_dict() for name, part in parts.items()},
-                 "seconds": self.seconds}  # fmt: skip
+                 "seconds": self.seconds, "since_row": since}  # fmt: skip
         last, previous = self.out / "last.pt", self.out / "last.prev.pt"
         try:
             with files.replacing(last, keep=previous) as file:
@@ -436,6 +453,9 @@ class Run:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{self.out} has a checkpoint of another {name}: {reason}") from None
         self.seconds_before = state["seconds"]
+        if state["world"] == self.world:
+            sums, self.count, self.wait, self.elapsed = state["since_row"][self.rank]
+            self.sums = {name: torch.tensor(value, device=self.device) for name, value in sums.items()}
         self.say(f"resumed from {state['path']} after step {state['step']}")
         step = state["step"] * state["world"] // self.world if samples else state["step"]
         if samples and state["world"] != self.world:

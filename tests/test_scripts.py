@@ -115,8 +115,18 @@ def made(script, out):
     return out / "toy" if script == "jedi" else out
 
 
+def tested(script, out):
+    """Whose log has quick tests: motionfit.py's last stage learns from all labels and has none."""
+    return out / "generator" if script == "motionfit" else out
+
+
 def rows(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def untimed(out):
+    """The rows of the log without what they say of time."""
+    return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows(out)]
 
 
 def wait_for_rows(out, n, process):
@@ -203,8 +213,8 @@ def test_run_folder_is_complete(finished, toy_root):
     line = [line for line in printed.splitlines() if line.startswith("RESULT ")][-1]  # of the last stage
     assert line.startswith(f"RESULT script={script} data=toy ") and f"top1={result['top1']:.2f}" in line
     assert re.search(r"videos=20 unreadable=0 seconds=\d+$", line)
-    log = rows(out)
-    assert log[-1]["eval"] == "quick" and LOGGED[script] <= log[-1].keys()
+    test, log = rows(tested(script, out))[-1], rows(out)
+    assert test["eval"] == "quick" and LOGGED[script] <= test.keys()
     steps = [row["step"] for row in log if "eval" not in row]
     assert steps == list(range(2, steps[-1] + 1, 2))
     first = next(row for row in log if "eval" not in row)
@@ -294,7 +304,7 @@ def test_scores_do_not_depend_on_ranks_or_workers(finished, toy_root, tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_resumed_run_is_the_uninterrupted_one(finished, toy_root, tmp_path, ranks, number):
-    """Bit for bit: weights, optimiser, and the log's losses after the resumption."""
+    """Bit for bit: weights, optimiser, and the rows of the log but for their seconds."""
     script, whole, _ = finished
     pairs = [(2, signal.SIGTERM), (1, signal.SIGKILL)]
     if (ranks, number) not in pairs[: 2 if script == FIRST else 1]:
@@ -324,10 +334,49 @@ def test_resumed_run_is_the_uninterrupted_one(finished, toy_root, tmp_path, rank
     assert a["step"] == b["step"] and equal(a["parts"], b["parts"])
     a, b = ((made(script, folder) / "predictions.csv").read_text() for folder in (whole, out))
     assert a == b
-    # The first row after a resumption is a mean over fewer steps.
-    losses = [{r["step"]: r.get("loss") for r in rows(folder) if "eval" not in r} for folder in (whole, out)]
-    later = [step for step in losses[0] if step > stopped_at + 2]
-    assert later and all(losses[0][step] == losses[1][step] for step in later)
+    a, b = ([row for row in untimed(folder) if "eval" not in row] for folder in (whole, out))
+    assert a == b and a[-1]["step"] > stopped_at
+
+
+SIGNAL_IN_A_TEST = """
+import os, runpy, signal, sys
+from common.run import Run
+untimed, tests = Run.untimed, []
+def signalled(self):
+    tests.append(1)
+    if len(tests) == 1:  # the first
+        os.kill(os.getpid(), signal.SIGTERM)
+    return untimed(self)
+Run.untimed = signalled
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_signal_during_a_quick_test_loses_no_row(finished, toy_root, tmp_path):
+    script, whole, _ = finished
+    (tmp_path / "signalled.py").write_text(SIGNAL_IN_A_TEST)
+    call, out = command(script, toy_root, tmp_path / "out"), tmp_path / "out"
+    process = start([call[0], str(tmp_path / "signalled.py"), *call[1:]])
+    printed, err = process.communicate(timeout=240)
+    assert process.returncode == 0 and "stopped by a signal" in printed, err
+    tests = [row["step"] for row in rows(whole) if "eval" in row]
+    assert script == "motionfit" or checkpoint(out)["step"] == tests[0]
+    run(script, toy_root, out)
+    assert untimed(out) == untimed(whole)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_quick_tests_and_no_training(script, toy_root, tmp_path):
+    """--eval_every 0 and --epochs 0."""
+    run(script, toy_root, tmp_path / "untested", "--eval_every", "0", "--epochs", "1")
+    log = rows(tested(script, tmp_path / "untested"))
+    assert log and not [row for row in log if "eval" in row] and checkpoint(tmp_path / "untested")["step"] > 0
+    out = tmp_path / "untrained"
+    printed, _ = run(script, toy_root, out, "--epochs", "0", *["--expert_epochs", "0"] * (script == "jedi"))
+    assert "0 steps" in printed and "RESULT" in printed and (made(script, out) / "model.pt").exists()
+    assert not (out / "last.pt").exists()
+    assert [(row["step"], row["eval"]) for row in rows(tested(script, out))] == [(0, "quick")]
 
 
 def test_two_ranks_finish_with_status_0(toy_root, tmp_path):
@@ -484,7 +533,7 @@ def test_baselines_and_ablations_run(script, toy_root, tmp_path):
     def one(i):
         out = tmp_path / f"{i}"
         printed, _ = run(script, toy_root, out, "--epochs", "0.8", *VARIANTS[script][i].split())
-        assert "RESULT" in printed and rows(out)[-1]["eval"] == "quick", VARIANTS[script][i]
+        assert "RESULT" in printed and rows(tested(script, out))[-1]["eval"] == "quick", VARIANTS[script][i]
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(one, range(len(VARIANTS[script]))))
