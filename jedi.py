@@ -560,7 +560,7 @@ def supervised(args, run):
     run.say(f"{total} steps, {epoch} an epoch, of {args.expert_batch * run.world} clips; {rule}; "
             f"{run.device.type}")  # fmt: skip
     loader = video.train_loader([(clips, args.expert_batch)], start, total, run.rank, run.world, args.workers)
-    for step, (batch,) in run.steps(loader, start, total, args.seed, [videos], every or total):
+    for step, (batch,) in run.steps(loader, start, total, args.seed, [videos], every or total or 1):
         with run.autocast():
             logits = net(recipe.to_input(batch["views"][0], run.device))
             loss = F.cross_entropy(logits, batch["label"].to(run.device))
@@ -905,7 +905,8 @@ def train(args, run):
         quick_test(run, joint, taught(), feed, step)
 
     loader, lists = feed.loader(start, total), [feed.learned.videos]
-    for step, (batch,) in run.steps(loader, start, total, args.seed, lists, every or total, test, every, 0):
+    saves = every or total or 1
+    for step, (batch,) in run.steps(loader, start, total, args.seed, lists, saves, test, every, 0):
         weights = weights_at(step, total, epoch, args)
         if elder and half_round(step, total, args.alternate) != optimizer.param_groups[0].get("half"):
             begin_half(joint, elder, optimizer, half_round(step, total, args.alternate))

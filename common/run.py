@@ -295,6 +295,8 @@ class Run:
             due = save_every and ((step + 1) % save_every == 0 or step + 1 == total)
             if self._ends(step + 1, save_every, due):
                 break
+        if save_every and total == 0:  # nothing is trained, and the start is kept
+            self.save(0, self.kept[0], **self.kept[1])
         self._gather_bad()
         self.bar.close()
         self.bar = None
@@ -303,8 +305,7 @@ class Run:
         """Whether a signal has reached any rank; what `resume` was given is then saved, as when it is due."""
         self.stopped = self.told_to_stop()
         if due or save_every and self.stopped:
-            identity, parts = self.kept
-            self.save(step, identity, **parts)
+            self.save(step, self.kept[0], **self.kept[1])
         if self.stopped:
             self.say(f"stopped by a signal after step {step}")
         return self.stopped

@@ -375,7 +375,7 @@ def test_no_quick_tests_and_no_training(script, toy_root, tmp_path):
     out = tmp_path / "untrained"
     printed, _ = run(script, toy_root, out, "--epochs", "0", *["--expert_epochs", "0"] * (script == "jedi"))
     assert "0 steps" in printed and "RESULT" in printed and (made(script, out) / "model.pt").exists()
-    assert not (out / "last.pt").exists()
+    assert checkpoint(out)["step"] == 0
     assert [(row["step"], row["eval"]) for row in rows(tested(script, out))] == [(0, "quick")]
 
 
