@@ -872,6 +872,9 @@ def test_step_1_is_two_independent_trainings_that_resume(folder, tmp_path, monke
     lists = {(tmp_path / "a" / step / "labelled.txt").read_text() for step in ("1_ce", "1_ce2", "2_ml")}
     chosen = [list(datasets.labelled(data, None, 1, seed, None)) for seed in (0, 1000)]
     assert len(lists) == 1 and chosen[0] != chosen[1]
+    paths = [tmp_path / "a" / step / "result.json" for step in ("1_ce", "1_ce2")]
+    first, second = (json.loads(path.read_text()) for path in paths)
+    assert (first["seed"], second["seed"], second["label_seed"]) == (0, 1000, 0) and "label_seed" not in first
 
     seen.clear()
     stop = 4 + 2
