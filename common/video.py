@@ -9,10 +9,14 @@ and the test set over such files; `train_loader` and `test_loader` make batches 
 number of workers, restart or number of ranks changes.
 """
 
+import atexit
 import multiprocessing
+import multiprocessing.queues
 import os
 import re
 import signal
+import sys
+import tempfile
 import threading
 from bisect import bisect_right
 from contextlib import ExitStack, contextmanager
@@ -32,7 +36,8 @@ MAX_PIXELS = 2**26  # a picture of 8192 x 8192; a larger one is damage, or an at
 MAX_TICKS = 2 * 10**9  # from one frame of an mp4 file to the next; the file allows 2^31, B-frames included
 JUMP = 2  # a seek costs about as much as decoding this many packets
 STAND_INS = 10  # unreadable videos in a row after which training gives up
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # those that stop a run
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # those that stop a run
+LONGEST_TMPDIR = 75  # bytes: multiprocessing adds 32 to name a socket, which may have 107
 TIMEOUT = 600  # seconds to wait for one batch: a hung disk ends the run with an error
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 PLAYLISTS = {"concat", "dash", "hls", "imf"}  # formats that open other files
@@ -699,17 +704,38 @@ def watched(loader):
 
 def _start_forkserver():
     """Start it deaf to the signals that stop a run: it and its workers must outlive the last step."""
-    before = [(number, signal.signal(number, signal.SIG_IGN)) for number in SIGNALS]
-    forkserver.ensure_running()
-    for number, handler in before:
-        signal.signal(number, handler)
+    handlers = [(number, signal.signal(number, signal.SIG_IGN)) for number in SIGNALS]
+    folder = tempfile.tempdir
+    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TMPDIR:
+        tempfile.tempdir = "/tmp"
+    try:
+        forkserver.ensure_running()
+    finally:
+        tempfile.tempdir = folder
+        for number, handler in handlers:
+            signal.signal(number, handler)
 
 
 def _begin_worker(worker):
     """The main process decides when to stop: Ctrl-C and batch systems signal its workers as well."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_unsendable)
     end_with_parent()
+
+
+def _unsendable(error, item):
+    """End the worker: multiprocessing would drop what it cannot send, and the main process wait for it."""
+    print(getattr(item[1], "exc_msg", ""), f"a loader worker cannot send a batch: {error!r}", file=sys.stderr)
+    os._exit(1)
+
+
+@atexit.register
+def _kill_workers():
+    """As multiprocessing is about to end them by SIGTERM, which they ignore, and to wait for them."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def end_with_parent():

@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import struct
+import subprocess
 import sys
 import time
 import zipfile
@@ -32,10 +33,10 @@ HERE = Path(__file__).resolve().parent.parent
 IDENTITY = {"labelled": "abc", "classes": 3}
 
 
-def start(path, code, *words):
-    """A script of this code at this path, in a process of its own."""
+def start(path, code, *words, ranks=None):
+    """A script of this code at this path, in a process of its own or one for each rank."""
     path.write_text(code)
-    return forks.start([sys.executable, path, *words], HERE, os.environ | {"PYTHONPATH": str(HERE)})
+    return forks.start([sys.executable, path, *words], HERE, os.environ | {"PYTHONPATH": str(HERE)}, ranks)
 
 
 def small_net(value=0.0):
@@ -347,6 +348,93 @@ def test_signal_ends_after_the_step(tmp_path):
                 if step == 2:
                     os.kill(os.getpid(), number)
             assert run.stopped and step == 2
+
+
+FAILS = """
+import itertools, sys, time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import video
+from common.datasets import Videos
+from common.run import Run
+
+out, root, where = Path(sys.argv[1]), *sys.argv[2:]
+SIZES = itertools.count(1)
+
+
+def fail(place):
+    class Local(Exception):  # cannot be sent to another process
+        pass
+
+    if place in where.split():
+        (out / f"failed{time.time_ns()}").touch()
+        raise (Local if "local" in where else TypeError)("a bug in " + place)
+
+
+def sample(source, rng):
+    fail("sample")
+    return [np.arange(2)]
+
+
+def view(clips):
+    fail("view")
+    if where == "batch":  # a result that cannot be sent
+        return (type("Word", (str,), {})(),)
+    return clips if where != "collate" else (torch.zeros(next(SIZES)),)
+
+
+if __name__ == "__main__":
+    with Run("cmpl", out, {}) as run:
+        net = run.distribute(torch.nn.Linear(3, 2))
+        videos = Videos.make(root, ["a.mp4"] * 8, np.zeros(8, np.int64))
+        loader = video.train_loader([(video.Clips(videos, sample, view, 0), 4)], 0, 9, run.rank, run.world, 2)
+        for step, (batch,) in run.steps(loader, 0, 9, 0, [videos]):
+            net(batch["views"][0].float().mean((1, 3, 4))).sum().backward()
+            fail("main")
+"""
+
+
+FAILURES = {  # where -> what standard error has
+    "sample": "TypeError: a bug in sample",
+    "view": "TypeError: a bug in view",
+    "collate": "RuntimeError: stack expects",
+    "main": "TypeError: a bug in main",
+    "view local": "Local: a bug in view",
+    "batch": "a loader worker cannot send a batch: PicklingError",
+}
+CASES = [(where, None) for where in FAILURES] + [(where, 2) for where in ("sample", "view", "collate")]
+
+
+@pytest.mark.parametrize("where, ranks", CASES)
+def test_an_exception_ends_the_run(tmp_path, make, where, ranks):
+    """Status 1, the traceback of the worker that raised, and no process is left behind."""
+    make.write(tmp_path / "a.mp4", 4)
+    process = start(tmp_path / "fails.py", FAILS, tmp_path / "out", tmp_path, where, ranks=ranks)
+    _, err = process.communicate(timeout=120)
+    ended = time.time_ns()
+    assert set(process.codes.values()) == {1} and FAILURES[where] in err, err
+    assert ("Traceback" in err) == (where != "batch")
+    failed = [int(path.name[6:]) for path in (tmp_path / "out").glob("failed*")]
+    assert ended - min(failed, default=ended) < 40e9  # ns
+    until = time.monotonic() + 20
+    for pid in process.pids:  # each leads a session
+        while subprocess.run(["pgrep", "-s", str(pid)], capture_output=True).stdout:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+
+
+def test_workers_start_under_a_long_tmpdir(tmp_path, make, monkeypatch):
+    """The path of a socket has at most 107 characters; batch systems have temporary folders of more."""
+    folder = tmp_path / ("x" * 120)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    make.write(tmp_path / "a.mp4", 4)
+    process = start(tmp_path / "fails.py", FAILS, tmp_path / "out", tmp_path, "main")
+    _, err = process.communicate(timeout=120)
+    assert "a bug in main" in err  # which is after the first batch
 
 
 def test_step_randomness_depends_on_all_three():
