@@ -184,7 +184,7 @@ def _short(value):
 def _lock(folder):
     """A lock on a folder, held until it is closed; UserError if another process has it."""
     lock = os.open(folder, os.O_RDONLY)
-    if not files.lock(lock, wait=False):
+    if files.lock(lock, wait=False) is False:
         os.close(lock)
         raise UserError(f"another run is computing the features in {folder}")
     return lock

@@ -24,15 +24,18 @@ def free_bytes(folder):
 
 
 def lock(file, wait=True):
-    """Lock an open file (or descriptor) for this process; False if another has it and `wait` is False."""
+    """Lock an open file (or descriptor) for this process; whether that is done.
+
+    False if another process has it and `wait` is False; None on a file system without locks.
+    """
     import fcntl  # POSIX alone has it
 
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
-        pass
+    except OSError:
+        return None
     return True
 
 

@@ -15,30 +15,56 @@ and its key frames are fixed: motion changes the size of a file, not the quality
 
 The fastest shapes cross a quarter of the picture in 4 frames, the slowest a tenth, so the motion of
 neighbouring frames of a clip is coarse at a stride of 4 and finer at 2.
+
+The files are the same, byte for byte, on every processor. numpy's sin, exp and tanh are not: their last bits
+differ between instruction sets. So pictures are made of random bits, of tables of rounded values, and of
+sums, products, quotients and square roots, each of which IEEE 754 rounds in one way. Colours are converted in
+whole numbers, and x264 is told to compute alike everywhere.
 """
 
-import fcntl
 import json
 import os
 import shutil
+import uuid
+from glob import escape, glob
 from typing import NamedTuple
 
 import av
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError
+from common import UserError, files
 
-VERSION = 1  # of the contents: a change that alters a video needs another number
+VERSION = 2  # of the contents: a change that alters a video needs another number
 SIZE, FRAMES, FPS = 48, 48, 25
 SHAPES = 3
-HALF_SIZE = (5.0, 10.0)  # of a shape, in pixels; log-uniform
-PERIOD = (16.0, 40.0)  # frames that one cycle of a motion takes; log-uniform
 DRIFT = 1 / 400  # cycles per frame, at most, by which anything strays besides its motion
 SWING = 0.2  # radius of circles and half the way of swings, as a share of the picture's side
 BUMPS = (0.3, 0.5)  # how far an outline departs from a circle of radius 1
 WAVES = {"stripes": 1, "checks": 2, "waves": 3}  # textures, and how many plane waves make one
-TURN = 2 * np.pi
+
+X264 = "cpu-independent=1"  # else it has faster ways for some processors, with other results
+STEPS = 4096  # of a table of what a function gives from 0 to 1
+
+
+def table(function):
+    """(STEPS,) float32 values of a function of [0, 1), in whole 2**-16: the last bits of numpy's are gone."""
+    return (np.rint(2**16 * function(np.arange(STEPS) / STEPS)) / 2**16).astype(np.float32)
+
+
+COSINE = table(lambda circles: np.cos(2 * np.pi * circles))
+HALF_SIZE = table(lambda x: 5 * 2**x)  # pixels, of a shape; log-uniform
+PERIOD = table(lambda x: 16 * 2.5**x)  # frames that one cycle of a motion takes; log-uniform
+
+
+def cosine(circles):
+    """The cosine of angles in circles, float32."""
+    return COSINE[(circles * STEPS).astype(np.int64) & (STEPS - 1)]
+
+
+def sine(circles):
+    return cosine(circles - 0.25)
+
 
 # What p cycles of a motion, p (T,), add to the place (in pictures), the angle and the size (in circles).
 MOTIONS = {
@@ -50,10 +76,10 @@ MOTIONS = {
     "turn_counterclockwise": lambda p: dict(angle=-p / 3),
     "grow": lambda p: dict(size=p / 2),
     "shrink": lambda p: dict(size=-p / 2),
-    "circle_clockwise": lambda p: dict(x=SWING * np.cos(TURN * p), y=SWING * np.sin(TURN * p)),
-    "circle_counterclockwise": lambda p: dict(x=SWING * np.cos(TURN * p), y=-SWING * np.sin(TURN * p)),
-    "swing_sideways": lambda p: dict(x=SWING * np.sin(TURN * p)),
-    "swing_upright": lambda p: dict(y=SWING * np.sin(TURN * p)),
+    "circle_clockwise": lambda p: dict(x=SWING * cosine(p), y=SWING * sine(p)),
+    "circle_counterclockwise": lambda p: dict(x=SWING * cosine(p), y=-SWING * sine(p)),
+    "swing_sideways": lambda p: dict(x=SWING * sine(p)),
+    "swing_upright": lambda p: dict(y=SWING * sine(p)),
 }
 
 
@@ -91,7 +117,7 @@ def make(root, variant="", train_per_class=None, val_per_class=20, test_per_clas
     It holds train/, val/, test/, the lists train.txt, val.txt, test.txt ("path label"), classes.txt,
     and toy.json, which says what it is. The counts are for a set that is yet to be made; train_per_class
     None: as in VARIANTS. val is for tuning. Of several processes one makes the set, the others wait.
-    The files are a pure function of the arguments and the versions of numpy and x264.
+    The files are a pure function of the arguments and the version of x264.
     Raises UserError if something else is in `root` or it cannot be written.
     """
     root = os.path.realpath(root)
@@ -101,15 +127,23 @@ def make(root, variant="", train_per_class=None, val_per_class=20, test_per_clas
     train_per_class = train_per_class or VARIANTS[variant].train_per_class
     counts = dict(zip(PARTS, (train_per_class, val_per_class, test_per_class), strict=True))
     folder, name = os.path.split(root)
-    unfinished = os.path.join(folder, f".{name}.unfinished")
+    unfinished = os.path.join(folder, f".{name}.unfinished-")
+    own = unfinished + uuid.uuid4().hex
     try:
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, f".{name}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lifts it when this process ends, however it ends
-            if not _there(root, stamp):
-                shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-                _write_set(unfinished, stamp, counts)
-                os.rename(unfinished, root)
+            locked = files.lock(lock)  # the system lifts it when this process ends, however it ends
+            if _there(root, stamp):
+                return
+            for left in glob(escape(unfinished) + "*") if locked else ():  # of processes that were killed
+                shutil.rmtree(left, ignore_errors=True)
+            _write_set(own, stamp, counts)
+            try:
+                os.rename(own, root)
+            except OSError:  # without locks, another process may have been faster
+                if not _there(root, stamp):
+                    raise
+                shutil.rmtree(own)
     except (OSError, av.FFmpegError) as error:
         raise UserError(f"cannot make the toy videos in {root}: {error.strerror or error}") from None
 
@@ -163,84 +197,111 @@ def labels(variant, i):
     return [first, (first + 1 + i // K % (K - 1)) % K] if look.several else [first]
 
 
+class Draws:
+    """Random numbers that follow from a seed, a tuple of ints, on every processor and in every numpy."""
+
+    def __init__(self, seed):
+        self._bits = np.random.PCG64(seed)  # numpy may change what its distributions make of the bits
+
+    def uniform(self, low=0.0, high=1.0, size=1):
+        """(size,) float64 in [low, high); rows and columns for a tuple."""
+        return low + (high - low) * ((self._bits.random_raw(size) >> 11) / 2**53)
+
+    def number(self, below):
+        """An int, 0 or more."""
+        return int(below * self.uniform()[0])
+
+    def choice(self, options):
+        return options[self.number(len(options))]
+
+
 def render(variant, part, i, seed=0):
     """The pictures of video i of a part, uint8 (T, H, W, 3); see `labels`."""
     look = VARIANTS[variant]
     motions = [MOTIONS[look.classes[k]] for k in labels(variant, i)]
     motions *= 1 if look.several else SHAPES  # one for each shape
-    rng = np.random.default_rng((seed, list(VARIANTS).index(variant), PARTS.index(part), i))
+    draws = Draws((seed, list(VARIANTS).index(variant), PARTS.index(part), i))
+    uniform = draws.uniform
     t = np.arange(FRAMES)
 
     def drifting():  # (4, T): x, y, angle, size
-        return rng.uniform(size=(4, 1)) + rng.uniform(-DRIFT, DRIFT, (4, 1)) * t
+        return uniform(size=(4, 1)) + uniform(-DRIFT, DRIFT, (4, 1)) * t
 
     x, y, *_ = drifting().astype(np.float32)[..., None, None]
     grid = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE
     if look.busy:  # at rest: one picture for all times
-        ground = _texture(grid - x[:1], grid[:, None] - y[:1], rng, look, cycles=4, sharpness=3)
-        pictures = _between(rng.uniform(0, 160, 3), rng.uniform(120, 255, 3), ground).repeat(FRAMES, 1)
+        ground = _texture(grid - x[:1], grid[:, None] - y[:1], draws, look, cycles=4, sharpness=3)
+        pictures = _between(uniform(0, 160, 3), uniform(120, 255, 3), ground).repeat(FRAMES, 1)
     else:
-        ground = _texture(grid - x, grid[:, None] - y, rng, look, cycles=2, sharpness=1)
-        pictures = _between(rng.uniform(0, 10, 3), rng.uniform(10, 30, 3), ground)  # (3, T, H, W)
+        ground = _texture(grid - x, grid[:, None] - y, draws, look, cycles=2, sharpness=1)
+        pictures = _between(uniform(0, 10, 3), uniform(10, 30, 3), ground)  # (3, T, H, W)
 
-    for _ in range(rng.integers(look.clutter + 1)):
-        still = np.broadcast_to(rng.uniform(size=(4, 1)), (4, FRAMES))
-        _paint(pictures, *still, rng, look, scale=0.6)
+    for _ in range(draws.number(look.clutter + 1)):
+        still = np.broadcast_to(uniform(size=(4, 1)), (4, FRAMES))
+        _paint(pictures, *still, draws, look, scale=0.6)
     for motion in motions:
         state = dict(zip(("x", "y", "angle", "size"), drifting(), strict=True))
-        cycles = rng.uniform() + t * np.exp(-rng.uniform(*np.log(PERIOD)))
-        moved = motion(cycles)
+        moved = motion(uniform() + t / PERIOD[draws.number(STEPS)])
         for key, way in moved.items():
             state[key] = state[key] + way
         # A size that grows or shrinks starts over, one that drifts turns round: uniform, both.
         size = state["size"] % 1
         state["size"] = size if "size" in moved else 1 - abs(1 - 2 * size)
-        _paint(pictures, **state, rng=rng, look=look)
+        _paint(pictures, **state, draws=draws, look=look)
 
     pictures = np.rint(255 - pictures if look.inverted else pictures).astype(np.uint8)
     return np.ascontiguousarray(pictures.transpose(1, 2, 3, 0))
 
 
-def _paint(pictures, x, y, angle, size, rng, look, scale=1.0):
+def _paint(pictures, x, y, angle, size, draws, look, scale=1.0):
     """Put a random shape on pictures (3, T, H, W), in place; its state, (T,) each, counts in circles."""
-    x, y, angle, size = (np.asarray(a, dtype=np.float32)[:, None] for a in (x, y, angle, size))  # (T, 1)
+    half = HALF_SIZE.take((size * STEPS).astype(np.int64), mode="clip")[:, None] * (scale / SIZE)  # (T, 1)
+    cos, sin = cosine(angle)[:, None] / half, sine(angle)[:, None] / half
+    x, y = (np.asarray(a, dtype=np.float32)[:, None] for a in (x, y))
     grid = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE
     dx = (grid - x + 0.5) % 1 - 0.5  # (T, W), to the nearest of the shape's images on the torus
     dy = (grid - y + 0.5) % 1 - 0.5  # (T, H)
-    half = scale * HALF_SIZE[0] * (HALF_SIZE[1] / HALF_SIZE[0]) ** size / SIZE
     reach = half * (1 + BUMPS[1]) + 1 / SIZE
-    near = np.flatnonzero((dx**2)[:, None, :] + (dy**2)[:, :, None] < (reach**2)[:, None])
+    near = np.flatnonzero((dx * dx)[:, None, :] + (dy * dy)[:, :, None] < (reach * reach)[:, None])
     t, row, column = np.unravel_index(near, pictures.shape[1:])
 
-    cos, sin = np.cos(TURN * angle) / half, np.sin(TURN * angle) / half
     u = (dx * cos)[t, column] + (dy * sin)[t, row]  # turned with the shape, in half-sizes
     v = (dy * cos)[t, row] - (dx * sin)[t, column]
-    margin = (_outline(np.arctan2(v, u), rng, look) - np.hypot(u, v)) * (half * SIZE)[t, 0]  # in pixels
-    texture = _texture(u, v, rng, look, cycles=0.4, sharpness=3)
-    shape = _between(rng.uniform(120, 160, 3), rng.uniform(200, 255, 3), texture)  # (3, near)
+    margin = _margin(u, v, draws, look) * (half * SIZE)[t, 0]  # in pixels
+    texture = _texture(u, v, draws, look, cycles=0.4, sharpness=3)
+    shape = _between(draws.uniform(120, 160, 3), draws.uniform(200, 255, 3), texture)  # (3, near)
     flat = pictures.reshape(3, -1)  # a view
     under = flat[:, near]
     flat[:, near] = under + np.clip(margin + 0.5, 0, 1) * (shape - under)
 
 
-def _outline(angle, rng, look):
-    """Radius of a random shape, about 1, in the directions `angle`."""
-    bumps = np.arange(1, 5) if rng.choice(look.outlines) == "blob" else rng.integers(3, 6, 1)
-    heights = rng.uniform(*BUMPS) * rng.dirichlet(np.ones(len(bumps)))
-    phases = rng.uniform(0, TURN, len(bumps))
-    terms = zip(bumps.tolist(), heights.tolist(), phases.tolist(), strict=True)  # keep angle's float32
-    return 1 + sum(height * np.cos(n * angle + phase) for n, height, phase in terms)
+def _margin(u, v, draws, look):
+    """How far the points (u, v) are inside a random outline about (0, 0), of radius about 1."""
+    bumps = [1, 2, 3, 4] if draws.choice(look.outlines) == "blob" else [3 + draws.number(3)]
+    cuts = np.sort(draws.uniform(size=len(bumps) - 1))
+    heights = (draws.uniform(*BUMPS) * np.diff(cuts, prepend=0, append=1)).astype(np.float32)
+    phases = draws.uniform(size=len(bumps))
+    radius = np.sqrt(u * u + v * v)
+    cos, sin = (a / np.maximum(radius, np.float32(1e-6)) for a in (u, v))  # of the direction
+    outline, cos_n, sin_n = 1, 1, 0
+    for n in range(1, max(bumps) + 1):  # of n times the direction
+        cos_n, sin_n = cos_n * cos - sin_n * sin, sin_n * cos + cos_n * sin
+        if n in bumps:
+            i = bumps.index(n)
+            outline = outline + heights[i] * (cos_n * cosine(phases[i]) - sin_n * sine(phases[i]))
+    return outline - radius
 
 
-def _texture(u, v, rng, look, cycles, sharpness):
+def _texture(u, v, draws, look, cycles, sharpness):
     """A random pattern over the plane, in [0, 1], of about `cycles` waves per unit of u and v."""
-    kind = rng.choice(look.textures)
-    turn, phase = rng.uniform(0, TURN, 3), rng.uniform(0, TURN, 3)
-    turn[1] = turn[0] + TURN / 4
-    rate = TURN * cycles * rng.uniform(0.7, 1.4, 3)
-    parameters = np.stack([rate * np.cos(turn), rate * np.sin(turn), phase], 1)[: WAVES[kind]].tolist()
-    waves = [np.sin(a * u + (b * v + c)) for a, b, c in parameters]
-    return 0.5 + 0.5 * np.tanh(sharpness * (waves[0] * waves[1] if kind == "checks" else sum(waves)))
+    kind = draws.choice(look.textures)
+    turn, phase = draws.uniform(size=(2, 3))
+    turn[1] = turn[0] + 1 / 4
+    rate = cycles * draws.uniform(0.7, 1.4, 3)
+    parameters = np.stack([rate * cosine(turn), rate * sine(turn), phase], 1)[: WAVES[kind]].tolist()
+    waves = [cosine(a * u + (b * v + c)) for a, b, c in parameters]
+    x = sharpness * (waves[0] * waves[1] if kind == "checks" else sum(waves))
+    return 0.5 + 0.5 * x / np.sqrt(1 + x * x)
 
 
 def _between(low, high, share):
@@ -251,11 +312,21 @@ def _between(low, high, share):
 
 def write(path, pictures):
     """Encode uint8 (T, H, W, 3) as H.264 4:2:0 with B-frames and a key frame every 12 frames."""
-    options = {"preset": "fast", "qp": "26", "g": "12", "sc_threshold": "0"}
+    options = {"preset": "fast", "qp": "26", "g": "12", "sc_threshold": "0", "x264-params": X264}
     with av.open(path, "w") as file:
         stream = file.add_stream("libx264", rate=FPS, options=options)
         stream.height, stream.width = pictures.shape[1:3]
         stream.pix_fmt, stream.thread_count, stream.thread_type = "yuv420p", 1, "FRAME"
         for picture in pictures:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(_yuv420p(picture), format="yuv420p")))
         file.mux(stream.encode())
+
+
+def _yuv420p(picture):
+    """The planes of BT.601, in whole numbers, for uint8 (H, W, 3), below one another; swscale's vary."""
+    rgb = picture.astype(np.int32)
+    quarter = rgb[::2, ::2] + rgb[1::2, ::2] + rgb[::2, 1::2] + rgb[1::2, 1::2]
+    luma = 16 + ((66 * rgb[..., 0] + 129 * rgb[..., 1] + 25 * rgb[..., 2] + 128) >> 8)
+    chroma = [128 + ((r * quarter[..., 0] + g * quarter[..., 1] + b * quarter[..., 2] + 512) >> 10)
+              for r, g, b in ((-38, -74, 112), (112, -94, -18))]  # fmt: skip
+    return np.concatenate([plane.reshape(-1, picture.shape[1]) for plane in (luma, *chroma)]).astype(np.uint8)
