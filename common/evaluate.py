@@ -12,6 +12,7 @@ import argparse
 import csv
 import hashlib
 import io
+import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -272,27 +273,30 @@ def precise_bn(net, videos, recipe, run, workers=0, block=40):
     """Give every batch norm of `net` the mean and variance of its inputs over all clips of `videos`.
 
     But those of frozen stages, which stay in eval mode. PreciseBN (Wu and Johnson 2021, section 3). The
-    layers before it are normalised by the statistics of blocks of `block` videos, which do not depend on the
-    number of ranks; all clips of all ranks count alike. Left out are unreadable videos, and a block of a
-    single clip, which may have no variance; with nothing left the statistics stay. A signal ends it early:
-    the test that follows then stops as well.
+    layers before it are normalised by the statistics of blocks of `block` videos; all clips count alike. The
+    blocks' sums are added in the order of the blocks: any number of ranks gives the same bits. Left out are
+    unreadable videos, and a block of a single clip, which may have no variance; with nothing left the
+    statistics stay. A signal ends it early: the test that follows then stops as well.
     """
     net.train()
     norms = [module for module in net.modules()
              if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training]  # fmt: skip
-    sums = [torch.zeros(3, norm.num_features, dtype=torch.float64, device=run.device) for norm in norms]
+    n_blocks = math.ceil(len(videos) / block)
+    sums = [torch.zeros(n_blocks, 3, norm.num_features, dtype=torch.float64, device=run.device)
+            for norm in norms]  # fmt: skip
 
-    def add(total, module, inputs):  # numbers, sums and squares
+    def add(total, module, inputs):  # numbers, sums and squares of the block at hand
         x = inputs[0].float()
         count = x.numel() // x.shape[1]
         var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
         mean, var = mean.double(), var.double()
-        total += count * torch.stack([torch.ones_like(mean), mean, var + mean**2])
+        total[i] += count * torch.stack([torch.ones_like(mean), mean, var + mean**2])
 
     pairs = list(zip(norms, sums, strict=True))
     hooks = [norm.register_forward_pre_hook(partial(add, total)) for norm, total in pairs]
     views = video.Views(videos, recipe.sample, recipe.view, open=recipe.open)
     for batch in video.watched(video.test_loader(views, block, run.rank, run.world, workers)):
+        i = int(batch["index"][0]) // block
         if batch["views"] is not None and len(batch["views"]) > 1:
             with run.autocast():
                 net.embed(recipe.to_input(batch["views"], run.device))
@@ -301,7 +305,8 @@ def precise_bn(net, videos, recipe, run, workers=0, block=40):
     for hook in hooks:
         hook.remove()
     for norm, total in pairs:
-        dist.all_reduce(total)
+        dist.all_reduce(total)  # exact: each block is of one rank, and zero on the others
+        total = total.sum(0)
         if total.any():
             count, mean, square = total[0], total[1] / total[0], total[2] / total[0]
             norm.running_mean.copy_(mean)
@@ -410,7 +415,8 @@ def load_model(path, recipe=Recipe):
     model = files.load(path)
     try:
         net = backbones.build(**model["build"])
-        net.load_state_dict(model["net"])
+        # assign: in the memory format in which it was trained, whose kernels round alike.
+        net.load_state_dict(model["net"], assign=True)
         return net.eval(), model["build"], tuple(model["classes"]), recipe(**model["input"])
     except (KeyError, TypeError, RuntimeError):
         own = "" if recipe is not Recipe else ", or has an input that only its script makes"

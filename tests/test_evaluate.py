@@ -202,13 +202,16 @@ def test_files_name_every_video(tmp_path):
     assert rows[1:] == [["bend", "0", "0", ""], ["jack, jump", "1", "1", "100.00"], ["run", "1", "0", "0.00"]]
 
 
-def test_model_file_round_trip(tmp_path):
-    build = dict(name="resnet3d10-small", classes=3, width=0.125, dropout=0.5)
-    net = backbones.build(**build).eval()
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last_3d])
+def test_model_file_round_trip(memory, tmp_path):
+    """The memory format is that of the file: other kernels round otherwise."""
+    build = dict(name="r3d_10-pool", classes=3, width=0.25, dropout=0.5)
+    net = backbones.build(**build).to(memory_format=memory).eval()
     evaluate.save_model(tmp_path / "model.pt", net, build, ["a", "b", "c"], Recipe(8, 4, 2, 1, 32, 32))
     again, _, classes, recipe = evaluate.load_model(tmp_path / "model.pt")
     x = torch.randn(2, 3, 8, 32, 32)
     assert torch.equal(net(x), again(x)) and not again.training
+    assert [p.stride() for p in again.parameters()] == [p.stride() for p in net.parameters()]
     assert classes == ("a", "b", "c") and recipe == Recipe(8, 4, 2, 1, 32, 32)
 
 
