@@ -66,7 +66,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from common import UserError, augment, backbones, datasets, evaluate, optim, video
 from common.flags import FREE, Parser, wanted
-from common.run import Run
+from common.run import Run, agreed
 
 # Defaults per data set, and what the nearest labelled share adds to them (the flags' own defaults are
 # Kinetics-400 at 1 %). Sec. 4.1 unless said.
@@ -293,7 +293,7 @@ def clips_of_networks(views_l, views_u):
 
 def train(args, run):
     """One run: data, networks, steps, final test."""
-    data = datasets.load(args.data, args.root, args.split)
+    data = agreed(datasets.load, args.data, args.root, args.split)
     if data.multilabel:
         raise UserError(f"{data.name} has several labels per video; CMPL needs one (mml.py takes it)")
     args.flip = data.flip if args.flip is None else args.flip

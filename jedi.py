@@ -87,7 +87,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from common import UserError, augment, backbones, datasets, evaluate, features, files, modality, optim, video
 from common.flags import FREE, LABELS, Parser, wanted
-from common.run import Run, leave
+from common.run import Run, agreed, leave
 
 STAGES = "experts", "extract", "train"
 # Defaults per data set (the flags' own defaults are the paper's, Sec. 4.4).
@@ -429,13 +429,13 @@ def load_sources(args, run):
     for kind, names, roots in (("data", args.data, args.root), ("extra", args.extra, args.extra_root)):
         for k, name in enumerate(names.split(",") if names else []):
             root = one_of(roots, k)
-            data = datasets.load(name, root, args.split)
+            data = agreed(datasets.load, name, root, args.split)
             if data.multilabel and kind == "data":
                 raise UserError(f"{data.name} has several labels per video, which JEDI does not know")
             labelled, held = (np.zeros(len(data.train), bool) for _ in range(2))
             if kind == "data":
                 ratio, per_class, listfile = labels_of(args, k)
-                labelled[datasets.labelled(data, ratio, per_class, args.seed, listfile)] = True
+                labelled[agreed(datasets.labelled, data, ratio, per_class, args.seed, listfile)] = True
                 held = datasets.held_out(data.train, args.holdout, args.seed)
                 if not (labelled & ~held).any():
                     raise UserError(f"{data.name} has no video with a label beside the held-out ones")
@@ -1061,7 +1061,7 @@ def show_table(run, names, table):
 
 def test_only(args, run):
     """--eval: the test of one student on video, with its own views unless --clips or --crops."""
-    data = datasets.load(args.data, args.root, args.split)
+    data = agreed(datasets.load, args.data, args.root, args.split)
     changes = {name: getattr(args, name) for name in TEST if getattr(args, name) is not None}
     net, recipe = evaluate.load_for(args.eval, data, run.device, **changes)
     models = {args.eval: recipe}

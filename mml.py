@@ -85,7 +85,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from common import UserError, augment, backbones, datasets, evaluate, modality, optim, video
 from common.flags import FREE, Parser, wanted
 from common.modality import MODALITIES
-from common.run import Run
+from common.run import Run, agreed
 
 LAM = {"kl": 1.0, "mars": 50.0, "d3d": 1.0}  # weights of the second loss, Eq. 1, 2 and Appendix 2
 # Defaults per data set (the flags' own defaults are Something-Something's). Sec. 3.1.
@@ -388,11 +388,12 @@ def recipe_of(kind, args, scale, multilabel):
 
 def train(args, run):
     """One run: data, networks, steps, final test."""
-    data = datasets.load(args.data, args.root, args.split)
+    data = agreed(datasets.load, args.data, args.root, args.split)
     if args.eval:
         return test_only(args, data, run)
     args.flip = data.flip if args.flip is None else args.flip
-    chosen = datasets.labelled(data, args.ratio, args.per_class, args.label_seed, args.labelled_list)  # D1
+    few = args.ratio, args.per_class, args.label_seed, args.labelled_list
+    chosen = agreed(datasets.labelled, data, *few)  # D1
     run.say(f"{data.name}: {len(data.classes)} classes, {len(chosen)} of {len(data.train)} training videos, "
             f"{len(data.test)} test videos")  # fmt: skip
     for note in data.notes:

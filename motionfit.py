@@ -98,7 +98,7 @@ from tqdm import tqdm
 from common import UserError, augment, backbones, datasets, evaluate, features, files, modality, optim, show
 from common.flags import FREE, Parser, wanted
 from common.modality import MODALITIES
-from common.run import Run
+from common.run import Run, agreed
 from common.video import Clips, Views, train_loader
 
 STAGES = "generator", "pseudo", "selftrain", "finetune"
@@ -538,11 +538,11 @@ def build(args, net, classes, kind, run, init=None):
 
 def target(args, run, kinds, models, share=0.0):
     """(Data, labelled videos to learn from, `share` held out, (bound, short side) of the flow) of --data."""
-    data = datasets.load(args.data, args.root, args.split)
+    data = agreed(datasets.load, args.data, args.root, args.split)
     if data.multilabel:
         raise UserError(f"{data.name} has several labels per video, which this method does not know")
     data, scale = modality.with_flow(data, args.data, args.root, args.flow, run, kinds, models)
-    chosen = datasets.labelled(data, args.ratio, args.per_class, args.seed, args.labelled_list)
+    chosen = agreed(datasets.labelled, data, args.ratio, args.per_class, args.seed, args.labelled_list)
     videos = data.train.subset(chosen)
     learn, held = split(videos, args, share)
     run.say(f"{data.name}: {len(data.classes)} classes, {len(videos)} of {len(data.train)} training videos, "
@@ -560,16 +560,16 @@ def source(args, run, kinds, models):
     else:
         name, root, folder, split = args.source, args.source_root, args.source_flow, 1
     labels = args.source in ("all", "rest") or args.source_part == "test"
-    data = datasets.load(name, root, split, labels)
+    data = agreed(datasets.load, name, root, split, labels)
     data, scale = modality.with_flow(data, name, root, folder, run, kinds, models)
     if args.source_part == "test":
         data = replace(data, train=data.test)
     chosen = np.arange(len(data.train))
     if args.source == "rest":
-        few = datasets.labelled(data, args.ratio, args.per_class, args.seed, args.labelled_list)
+        few = agreed(datasets.labelled, data, args.ratio, args.per_class, args.seed, args.labelled_list)
         chosen = np.setdiff1d(chosen, few)
     if args.source_list:
-        chosen = np.intersect1d(chosen, datasets.labelled(data, listfile=args.source_list))
+        chosen = np.intersect1d(chosen, agreed(datasets.labelled, data, listfile=args.source_list))
     videos = data.train.subset(chosen)
     refuse_leak(args, f"--source {args.source}", {kind_of(data): stems(videos)})
     if not len(videos):
@@ -976,7 +976,7 @@ def start_of(args):
 
 def refuse_leak(args, path, learned):
     """Raise UserError if `path` has learned from test videos of --data, {data set: videos} (D16)."""
-    data = datasets.load(args.data, args.root, args.split)
+    data = agreed(datasets.load, args.data, args.root, args.split)
     both = sorted(set(stems(data.test)) & set(learned.get(kind_of(data), [])))
     if both and not args.allow_leak:
         raise UserError(f"{path} knows {len(both)} of the {len(data.test)} test videos of {data.name}, split "
@@ -1046,7 +1046,7 @@ def load_pseudo(args, run, videos):
 
 def retrieve(args, run):
     """Clip retrieval (Sec. 4.5, Table 7): clips of the test videos ask for those of the training videos."""
-    data = datasets.load(args.data, args.root, args.split)
+    data = agreed(datasets.load, args.data, args.root, args.split)
     if data.multilabel:
         raise UserError(f"{data.name} has several labels per video, which retrieval does not know")
     path = start_of(args)
@@ -1131,7 +1131,7 @@ def stages_of(args):
 
 def test_only(args, run):
     """--eval: the test of one model."""
-    data = datasets.load(args.data, args.root, args.split)
+    data = agreed(datasets.load, args.data, args.root, args.split)
     changes = dict(clips=args.clips, crops=args.crops, average=args.average)
     learned_by(args, args.eval, "finetune")
     net, recipe = evaluate.load_for(args.eval, data, run.device, **changes)

@@ -91,7 +91,7 @@ from torchvision.transforms.v2 import functional as V
 
 from common import UserError, augment, backbones, datasets, evaluate, optim, show, video
 from common.flags import FREE, Parser, wanted
-from common.run import Run
+from common.run import Run, agreed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # D6
 # Defaults per data set, and what the nearest labelled share adds to them (the flags' own defaults are
@@ -514,7 +514,7 @@ def recipes_of(args):
 
 def train(args, run):
     """One run: data, networks, steps, final test."""
-    data = datasets.load(args.data, args.root, args.split)
+    data = agreed(datasets.load, args.data, args.root, args.split)
     if data.multilabel:
         raise UserError(f"{data.name} has several labels per video; this method needs one (mml.py takes it)")
     if args.eval:
@@ -616,9 +616,10 @@ def test_only(args, data, run):
     changes = dict(clips=args.clips, crops=args.crops, average=args.average, corrupt=args.corrupt)
     net, recipe = evaluate.load_for(args.eval, data, run.device, TestRecipe, **changes)
     beside, videos_l = Path(args.eval).with_name("labelled.txt"), None
-    if args.train_accuracy and beside.exists() and not args.corrupt:
+    if args.train_accuracy and not args.corrupt and run.on_main(beside.exists):
         try:
-            videos_l = data.train.subset(datasets.labelled(data, listfile=str(beside)))
+            chosen = run.on_main(partial(datasets.labelled, data, listfile=str(beside)))
+            videos_l = data.train.subset(chosen)
         except UserError as error:  # trained on another data set
             run.say(f"no accuracy on labelled videos: {error}")
     if args.cam:

@@ -36,6 +36,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import UserError
+from common.run import agreed
 
 SUFFIXES = tuple(".avi .mp4 .webm .mkv .mov .m4v .mpg .mpeg .wmv .flv .3gp .ts .ogv".split())
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -89,6 +90,13 @@ class Videos:
         """(start, end) in seconds if only that part of the file counts, else None."""
         return None if self.spans is None else (float(self.spans[i, 0]), float(self.spans[i, 1]))
 
+    def lines(self, indices=None):
+        """What tells the videos `indices`, or all, from others: a list of "name label" and the span if any."""
+        which = range(len(self)) if indices is None else indices
+        spans = [""] * len(self) if self.spans is None else [f" {a} {b}" for a, b in self.spans.tolist()]
+        labels = self.labels.tolist()
+        return [f"{self.name(i)} {labels[i]}{spans[i]}" for i in which]
+
     def subset(self, indices):
         """The videos `indices`, in that order."""
         at = np.asarray(indices, dtype=np.int64)
@@ -108,6 +116,11 @@ class Data:
     multilabel: bool
     flip: bool
     notes: tuple[str, ...]
+
+    def lists(self):
+        """What must be the same on all ranks, {what: list of lines}."""
+        train, test = self.train.lines(), self.test.lines()
+        return {"training videos": train, "test videos": test, "classes": list(self.classes)}
 
     def with_flow(self, folder):
         """The same, with the optical flow of its videos in `folder`."""
@@ -204,7 +217,8 @@ def semi_supervised(data, ratio, per_class, seed, listfile, unlabelled="rest", s
 
     The rest is all of it, too, where every video has a label. The counts and data.notes are said.
     """
-    chosen, everything = labelled(data, ratio, per_class, seed, listfile), np.arange(len(data.train))
+    chosen = agreed(labelled, data, ratio, per_class, seed, listfile)
+    everything = np.arange(len(data.train))
     rest = np.setdiff1d(everything, chosen)
     pool = rest if unlabelled == "rest" and len(rest) else everything
     also = " (the labelled ones too)" * (len(pool) > len(rest))

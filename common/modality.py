@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from common import UserError, datasets, flow, video
+from common.run import agree
 
 
 class Modality(NamedTuple):
@@ -130,6 +131,7 @@ def with_flow(data, name, root, folder, run, modalities, models):
     scales = {path: (r.bound, r.flow_side) for path, r in models.items()
               if MODALITIES[r.modality].source == "flow"}  # fmt: skip
     scale = flow.scale_of(found) if found else next(iter(scales.values()), usual)
+    agree({"optical flow": [f"{'extracted' if found else 'computed'}, bound and short side {scale}"]})
     for path, wants in scales.items():
         if wants != scale:
             raise UserError(f"{path} wants flow of bound and short side {wants}, not of {scale}")

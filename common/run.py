@@ -15,12 +15,14 @@ The run folder (all of it readable without this package):
 
 import errno
 import gc
+import hashlib
 import itertools
 import json
 import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -527,6 +529,57 @@ class Run:
 
 
 # -------------------------------------------------------------------------------- functions
+
+
+def agreed(function, *args, **named):
+    """What datasets.load or datasets.labelled returns, which must be the same on every rank.
+
+    Raises UserError on every rank, one sentence, where a rank raises one or finds something else: none trains
+    alone, and none waits for one that has left.
+    """
+    found = error = None
+    try:
+        found = function(*args, **named)
+    except UserError as problem:
+        error = str(problem)
+    errors = dict(enumerate(gather((error, socket.gethostname()))))
+    wrong = {rank: text for rank, (text, _) in errors.items() if text}
+    if len(wrong) == len(errors) and len(set(wrong.values())) == 1:
+        raise UserError(wrong[0])
+    for rank, text in wrong.items():
+        raise UserError(f"{text} (on rank {rank}, {errors[rank][1]})")
+    agree(found.lists() if hasattr(found, "lists") else {"labelled videos": args[0].train.lines(found)})
+    return found
+
+
+def agree(lists):
+    """Raise UserError on every rank, saying which one lacks what, where {what: list of lines} differ."""
+    own = [hashlib.sha256(os.fsencode("\n".join(lines))).digest() for lines in lists.values()]
+    if all(other == own for other in gather(own)):
+        return
+    box, lacks = [lists], []
+    dist.broadcast_object_list(box)
+    for what, lines in box[0].items():
+        missing, more = set(lines) - set(lists[what]), set(lists[what]) - set(lines)
+        lacks += [f"lacks {len(missing)} {what} of rank 0{_some(missing)}"] if missing else []
+        lacks += [f"has {len(more)} {what} that rank 0 lacks{_some(more)}"] if more else []
+        lacks += [f"has its {what} in another order"] if not missing | more and lists[what] != lines else []
+    everyone = enumerate(gather((lacks, socket.gethostname())))
+    differ = [f"rank {rank} on {host} {' and '.join(lacks)}" for rank, (lacks, host) in everyone if lacks]
+    raise UserError(f"all ranks must find the same: {'; '.join(differ[:3])}{'; ...' * (len(differ) > 3)}")
+
+
+def gather(value):
+    """[value of rank 0, value of rank 1, ...], on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def _some(lines):
+    return f" ({', '.join(sorted(lines)[:3])}{', ...' * (len(lines) > 3)})"
 
 
 def step_seed(seed, step, rank):

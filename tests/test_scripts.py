@@ -428,6 +428,101 @@ def test_result_of_two_ranks_is_that_of_their_model(finished, toy_root, tmp_path
     assert a == b
 
 
+OF_RANK = """
+import os, runpy, sys
+sys.argv = [word.replace("RANK", os.environ["RANK"]) for word in sys.argv[1:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def differing(script, tmp_path, *flags, folder="**"):
+    """The sentence of two ranks that leave no log in `folder`, where "RANK" in a flag is that of the rank."""
+    (tmp_path / "of_rank.py").write_text(OF_RANK)
+    call = command(script, tmp_path / "RANK", tmp_path / "out", *flags)
+    process = start([call[0], str(tmp_path / "of_rank.py"), *call[1:]], ranks=2)
+    printed, err = process.communicate(timeout=120)
+    assert set(process.codes.values()) == {2} and "Traceback" not in err, err
+    assert not list((tmp_path / "out").glob(f"{folder}/log.jsonl")), printed
+    return err.strip().splitlines()[0]
+
+
+@pytest.fixture
+def two_roots(toy_root, tmp_path):
+    """The toy set twice, in tmp_path/0 and tmp_path/1, for a rank each."""
+    for rank in range(2):
+        shutil.copytree(toy_root, tmp_path / str(rank))
+    return tmp_path
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ranks_that_lack_training_videos(script, two_roots):
+    names = sorted((two_roots / "1" / "train").glob("*_0003.mp4"))[:2]  # no test video is called so
+    for name in names:
+        name.unlink()
+    said = differing(script, two_roots)
+    assert "rank 1 on " in said and f"lacks 2 training videos of rank 0 (train/{names[0].name} " in said
+
+
+def spoil(root, what):
+    """Change the data set of a rank in one way; a word of what is said then."""
+    lists = {part: (root / f"{part}.txt").read_text().splitlines() for part in ("train", "test", "classes")}
+    if what == "test":
+        (root / "only.mp4").unlink()
+        return "lacks 1 test videos of rank 0"
+    if what == "label":
+        name, label = lists["train"][0].split()
+        lists["train"][0] = f"{name} {(int(label) + 1) % 10}"
+    if what == "order":
+        lists["train"] = lists["train"][::-1]
+    if what == "classes":
+        lists["classes"] = lists["classes"][::-1]
+    for part, lines in lists.items():
+        (root / f"{part}.txt").write_text("".join(f"{line}\n" for line in lines))
+    if what == "root":
+        shutil.rmtree(root)
+        return "(on rank 1, "
+    return {"label": "lacks 1 training videos of rank 0", "order": "has its training videos in another order",
+            "classes": "has its classes in another order"}[what]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["test", "label", "order", "classes", "root"])
+def test_ranks_with_other_data(what, two_roots):
+    """A folder of one's own, whose class folders do not tell the labels."""
+    for rank in range(2):
+        shutil.move(two_roots / str(rank), two_roots / f"{rank}_")
+        (two_roots / str(rank)).mkdir()
+        own = shutil.move(two_roots / f"{rank}_", two_roots / str(rank) / "own")
+        shutil.copy(next(own.glob("test/*.mp4")), own / "only.mp4")
+        with open(own / "test.txt", "a") as file:
+            file.write("only.mp4 0\n")
+    word, own = spoil(own, what), f"{two_roots}/RANK/own"
+    assert word in differing(FIRST, two_roots, "--data", own, "--root", own)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ranks_with_other_labelled_lists(script, two_roots):
+    lines = (two_roots / "0" / "train.txt").read_text().splitlines()
+    call = TINY[script].replace("--per_class 2", "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TINY, script, f"{call} --labelled_list {two_roots}/RANK/few.txt")
+        (two_roots / "0" / "few.txt").write_text("\n".join(lines[:30]))
+        said = differing(script, two_roots)
+        assert f"{two_roots}/1/few.txt" in said and "(on rank 1, " in said
+        (two_roots / "1" / "few.txt").write_text("\n".join(lines[:29]))
+        assert "lacks 1 labelled videos of rank 0" in differing(script, two_roots)
+
+
+@pytest.mark.parametrize(
+    "script, flag, folder", [("motionfit", "--source", "pseudo"), ("jedi", "--extra", ".")]
+)
+def test_ranks_with_other_videos_without_labels(script, flag, folder, two_roots, toy_root):
+    for rank in range(2):
+        shutil.copytree(toy_root, two_roots / str(rank) / "second")
+    next((two_roots / "1" / "second" / "train").glob("*_0003.mp4")).unlink()
+    said = differing(script, two_roots, flag, f"{two_roots}/RANK/second", folder=folder)
+    assert "lacks 1 training videos of rank 0" in said
+
+
 RAISES = """
 import sys
 from common.run import Run
