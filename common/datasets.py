@@ -91,7 +91,7 @@ class Videos:
         return None if self.spans is None else (float(self.spans[i, 0]), float(self.spans[i, 1]))
 
     def lines(self, indices=None):
-        """What tells the videos `indices`, or all, from others: a list of "name label" and the span if any."""
+        """What tells the videos `indices`, or all, from others: lines "name label", with the span if any."""
         which = range(len(self)) if indices is None else indices
         spans = [""] * len(self) if self.spans is None else [f" {a} {b}" for a, b in self.spans.tolist()]
         labels = self.labels.tolist()
