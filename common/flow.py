@@ -13,7 +13,8 @@ video is an ordinary file of one gray picture per field, u above v, each at the 
     python -m common.flow DATA --out DIR                          every video; goes on where it was
     torchrun --nproc_per_node 8 -m common.flow DATA --out DIR     shared among processes, and their GPUs
 
-There may be more processes than GPUs: some read and write videos while others compute.
+There may be more processes than GPUs: some read and write videos while others compute. The same command
+may also be started several times, on several machines that share the disk.
 """
 
 import argparse
@@ -56,7 +57,7 @@ EVERY = 60  # seconds between two lines of progress, where there is no terminal
 def tvl1(frames, *, tau=0.25, lam=0.15, theta=0.3, nscales=5, zfactor=0.8, warps=5, iterations=30):
     """Optical flow between neighbouring frames: Zach, Pock and Bischof 2007, by Sanchez et al. (IPOL 2013).
 
-    frames: (N, T, H, W) gray or (N, T, 3, H, W) RGB, uint8 or float of 0..255. Returns float32
+    frames: (N, T, H, W) gray or (N, T, 3, H, W) RGB, uint8, or floats from 0 to 1. Returns float32
     (N, T - 1, 2, H, W): what is at (x, y) in frame t is at (x + u, y + v) in frame t + 1, in pixels.
 
     The names are those of the IPOL paper: tau, time step of the dual problem; lam (lambda), weight of the
@@ -64,13 +65,21 @@ def tvl1(frames, *, tau=0.25, lam=0.15, theta=0.3, nscales=5, zfactor=0.8, warps
     This is OpenCV's DualTVL1 at outerIterations=1, innerIterations=iterations, medianFiltering=1 and
     epsilon=0: its default, 10 outer iterations with a median filter before each, ends once the mean
     squared change is below epsilon squared, which in a batch all would have to wait for.
-    Raises ValueError for less than two frames, and for pictures of less than SMALLEST pixels.
+    Raises ValueError for less than two frames, for other values and types (lam is for pictures from 0 to 255:
+    as such, those from 0 to 1 would hardly move), and for pictures of less than SMALLEST pixels.
     """
     if frames.ndim not in (4, 5) or frames.ndim == 5 and frames.shape[2] != 3:
         raise ValueError(f"frames are (N, T, H, W) or (N, T, 3, H, W), not {tuple(frames.shape)}")
     n, t = frames.shape[:2]
     if t < 2:
         raise ValueError(f"flow needs two frames, not {t}")
+    if frames.is_floating_point():
+        least, most = frames.aminmax()
+        if not (least >= 0 and most <= 1):  # also NaN
+            raise ValueError(f"frames that are floats go from 0 to 1, not from {least:g} to {most:g}")
+        frames = 255 * frames.float()
+    elif frames.dtype != torch.uint8:
+        raise ValueError(f"frames are uint8, or floats from 0 to 1, not {frames.dtype}")
     first = torch.arange(n * t, device=frames.device).view(n, t)[:, :-1].flatten()
     scheme = dict(tau=tau, lam=lam, theta=theta, nscales=nscales, zfactor=zfactor, warps=warps)
     flow = _flow(frames.flatten(0, 1), first, **scheme, iterations=iterations)
@@ -417,8 +426,9 @@ def extract(
 
     videos: a datasets.Videos, or several. Pictures larger than short_side are made smaller. Files that
     are there are left. Of `world` processes each takes every world-th file, and needs no other: they may
-    start and end when they like. device: None is CUDA if there is any; bar: None is a progress bar if
-    there is a terminal. Unreadable videos are listed in <out>/bad_videos.txt (path, tab, reason).
+    start and end when they like. Runs that are started separately share the work, too: a video that another
+    is at comes last, once that is done. device: None is CUDA if there is any; bar: None is a progress bar
+    if there is a terminal. Unreadable videos are listed in <out>/bad_videos.txt (path, tab, reason).
     Returns dict(made, there, bad), the numbers of files of this rank. Raises UserError if two videos
     differ only in suffix, if `out` has flow of other settings, and if it cannot be written.
     """
@@ -434,13 +444,16 @@ def extract(
         _agree(out, settings, there)
         todo = [job for job in jobs if job[1] not in there]
         counts["there"] = len(jobs) - len(todo)
-        for path, target in _progress(todo, rank, say, bar):
-            if os.path.exists(target):  # another run has made it meanwhile
-                counts["there"] += 1
-                continue
-            reason = _extract_one(path, target, short_side, bound, device)
-            _list_bad(out, path, reason)
-            counts["bad" if reason else "made"] += 1
+        later = []
+        for wait, batch in ((False, todo), (True, later)):
+            for path, target in _progress(batch, rank, say, bar):
+                state, reason = _extract_one(path, target, wait, short_side, bound, device)
+                if state == "busy":
+                    later.append((path, target))
+                    continue
+                if state != "there":
+                    _list_bad(out, path, reason)
+                counts[state] += 1
     except OSError as error:
         raise UserError(f"{error.filename or out}: {error.strerror}; when that is mended, the same "
                         "command goes on where it stopped") from None  # fmt: skip
@@ -491,9 +504,9 @@ def _sweep(out, targets):
         for path in (os.path.join(folder, name) for name in names):
             if path in targets:
                 there.add(path)
-            elif path.endswith(".tmp") and re.sub(r"\.\d+-\d+\.tmp$", "", path) in targets:
-                with suppress(FileNotFoundError), open(path) as half:
-                    if files.lock(half, wait=False):
+            elif re.sub(r"\.(\d+-\d+\.tmp|lock)$", "", path) in targets:
+                with suppress(FileNotFoundError), open(path) as left:
+                    if files.lock(left, wait=False):
                         os.unlink(path)
     return there
 
@@ -502,7 +515,8 @@ def _progress(jobs, rank, say, bar):
     """Yield the jobs; rank 0 shows how far it is, by a bar or by a line now and then."""
     bar = sys.stderr.isatty() if bar is None else bar
     began = shown = time.monotonic()
-    for n, job in enumerate(tqdm(jobs, "flow", unit=" videos", dynamic_ncols=True, disable=rank or not bar)):
+    hidden = rank or not bar or not jobs
+    for n, job in enumerate(tqdm(jobs, "flow", unit=" videos", dynamic_ncols=True, disable=hidden)):
         now = time.monotonic()
         if rank == 0 and not bar and now - shown > EVERY:
             left = tqdm.format_interval((now - began) / n * (len(jobs) - n)) if n else "unknown"
@@ -511,21 +525,44 @@ def _progress(jobs, rank, say, bar):
         yield job
 
 
-def _extract_one(path, target, short_side, bound, device):
-    """Write the flow of one video. Returns why that failed, or None."""
+def _extract_one(path, target, wait, short_side, bound, device):
+    """Write the flow of one video. Returns its state, and why it is bad.
+
+    made; there: another run has made it meanwhile; bad; busy: another run is at it, for which `wait` waits.
+    """
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        with Computed(path, None, bound, short_side, device) as video:
-            many = max(CHUNK // (video.height * video.width), 1)
-            starts = range(0, len(video), many)
-            chunks = (video.get(range(i, min(i + many, len(video)))) for i in starts)
-            write(target, (field for chunk in chunks for field in chunk), video.times, video.fps)
+        with _claim(target, wait) as claimed:
+            if not claimed:
+                return "busy", None
+            if os.path.exists(target):
+                return "there", None
+            with Computed(path, None, bound, short_side, device) as video:
+                many = max(CHUNK // (video.height * video.width), 1)
+                starts = range(0, len(video), many)
+                chunks = (video.get(range(i, min(i + many, len(video)))) for i in starts)
+                write(target, (field for chunk in chunks for field in chunk), video.times, video.fps)
+            return "made", None
     except (OSError, torch.AcceleratorError) as error:  # of the disk or the GPU, no fault of the video
         if getattr(error, "errno", None) in files.NAME_ERRORS:
-            return reason_of(error)
+            return "bad", reason_of(error)
         raise
     except Exception as error:
-        return reason_of(error)
+        return "bad", reason_of(error)
+
+
+@contextmanager
+def _claim(target, wait):
+    """Whether no other process makes the file `target`, until the end of the block; without locks always."""
+    path = f"{target}.lock"
+    with open(path, "w") as lock:
+        claimed = files.lock(lock, wait) is not False
+        try:
+            yield claimed
+        finally:
+            if claimed:
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
 
 
 def _list_bad(out, path, reason):

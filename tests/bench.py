@@ -322,6 +322,8 @@ def flow(args):
     try:
         variants["OpenCV, same iterations"] = opencv_flow(**same)
         variants["OpenCV, default"] = opencv_flow()
+        variants["OpenCV, same, 8 levels"] = opencv_flow(**same, ScalesNumber=tv.SCHEME["nscales"])
+        variants["OpenCV, 8 levels"] = opencv_flow(ScalesNumber=tv.SCHEME["nscales"])
     except ImportError as error:
         print(f"without OpenCV ({error})")
     pairs = [pair for photo in photos() for pair in moved(photo)]

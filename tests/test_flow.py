@@ -6,6 +6,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -30,7 +31,7 @@ H, W = 48, 64
 
 
 def scene(*motions, height=H, width=W, seed=0, waves=60):
-    """float32 (T, H, W): a texture at rest, then moved by affine maps A (2, 3), x -> A x about the centre."""
+    """float32 (T, H, W), 0 to 1: a texture at rest, then moved by affine maps (2, 3) about its centre."""
     rng = np.random.default_rng(seed)
     rate = np.exp(rng.uniform(np.log(0.1), np.log(1.2), waves))
     turn, phase = rng.uniform(0, 2 * np.pi, (2, waves))
@@ -41,7 +42,7 @@ def scene(*motions, height=H, width=W, seed=0, waves=60):
         x, y = np.moveaxis((grid(height, width) - motion[:, 2]) @ inverse.T, -1, 0)[..., None]
         frames.append((size * np.sin(kx * x + ky * y + phase)).sum(-1))
     frames = np.stack(frames)
-    return torch.from_numpy(127.5 + 40 * frames / frames.std()).clamp(0, 255).float()
+    return torch.from_numpy(0.5 + 40 / 255 * frames / frames.std()).clamp(0, 1).float()
 
 
 def grid(height, width):
@@ -90,7 +91,7 @@ def test_known_motion():
 
 def test_no_motion_is_zero():
     assert tvl1(scene(shift(0, 0))[None]).abs().max() == 0
-    assert tvl1(torch.full((1, 2, 20, 30), 7.0)).abs().max() == 0  # nowhere a gradient
+    assert tvl1(torch.full((1, 2, 20, 30), 0.7)).abs().max() == 0  # nowhere a gradient
 
 
 def test_neighbouring_frames_are_compared():
@@ -117,13 +118,13 @@ def test_chunks_change_nothing(monkeypatch):
 
 
 def test_the_kind_of_frames_does_not_matter():
-    frames = scene(turn(3)).round()[None]
+    frames = (255 * scene(turn(3))[None]).byte()
     wanted = tvl1(frames)
-    assert torch.equal(tvl1(frames.byte()), wanted) and torch.equal(tvl1(frames.double()), wanted)
-    rgb = frames.byte()[:, :, None].expand(1, 2, 3, H, W)
-    assert (tvl1(rgb) - wanted).abs().max() < 0.02 and (tvl1(rgb) - wanted).abs().mean() < 1e-4  # rounding
+    rgb = frames[:, :, None].expand(1, 2, 3, H, W)
     thwc = rgb.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-    assert torch.equal(tvl1(thwc), tvl1(rgb)) and torch.equal(tvl1(rgb.float()), tvl1(rgb))
+    for others in (frames.float() / 255, frames.double() / 255, rgb, thwc, rgb.float() / 255):
+        apart = (tvl1(others) - wanted).abs()
+        assert apart.max() < 0.02 and apart.mean() < 1e-4  # rounding
 
 
 @pytest.mark.parametrize(
@@ -135,6 +136,18 @@ def test_the_kind_of_frames_does_not_matter():
 def test_what_has_no_flow(shape, reason):
     with pytest.raises(ValueError, match=reason):
         tvl1(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("frames", "reason"),
+    [(torch.linspace(0, 255, 512).view(1, 2, 16, 16), "from 0 to 1, not from 0 to 255"),
+     (torch.full((1, 2, 16, 16), -0.5), "not from -0.5 to -0.5"),
+     (torch.full((1, 2, 16, 16), torch.nan), "not from nan"),
+     (torch.ones(1, 2, 16, 16, dtype=torch.int64), "uint8, or floats from 0 to 1, not torch.int64")],
+)  # fmt: skip
+def test_values_that_are_no_pictures(frames, reason):
+    with pytest.raises(ValueError, match=reason):
+        tvl1(frames)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU")
@@ -234,7 +247,8 @@ def test_an_iteration_in_loops(room):
 def opencv_pairs():
     """uint8 (P, 2, H, W) pictures of translation, rotation, zoom, and all of them with noise."""
     motions = (shift(1.5, -0.7), turn(3), turn(0, 1.04), turn(-2, 0.97) + shift(1, 1) - shift(0, 0))
-    frames = np.stack([scene(motion, height=40, width=56, seed=i) for i, motion in enumerate(motions)])
+    frames = [255 * scene(motion, height=40, width=56, seed=i) for i, motion in enumerate(motions)]
+    frames = np.stack(frames)
     frames[3] += np.random.default_rng(0).normal(0, 2, frames[3].shape)
     return np.clip(np.rint(frames), 0, 255).astype(np.uint8)
 
@@ -551,6 +565,33 @@ def test_two_ranks_make_what_one_makes(videos, extracted, tmp_path):
     assert whole(tmp_path) == whole(extracted)
 
 
+def test_runs_that_are_started_separately_share_the_work(videos, extracted, tmp_path, monkeypatch):
+    """While one run is at its first video, another makes the rest; then it waits for that one."""
+    first, others, real = threading.Event(), threading.Event(), flow.write
+    counts = {}
+
+    def write(path, *args):
+        if not first.is_set():
+            first.set()
+            assert others.wait(60)
+        real(path, *args)
+        if len(list(tmp_path.rglob("*.mp4"))) == 4:
+            others.set()
+
+    def run(name):
+        counts[name] = extract(listed(videos), tmp_path, 48, 12, bar=False)
+
+    monkeypatch.setattr(flow, "write", write)
+    runs = [threading.Thread(target=run, args=[name]) for name in "ab"]
+    runs[0].start()
+    assert first.wait(60)
+    runs[1].start()
+    for thread in runs:
+        thread.join(60)
+    assert counts["a"] == dict(made=1, there=4, bad=2) and counts["b"] == dict(made=4, there=1, bad=2)
+    assert whole(tmp_path) == whole(extracted)
+
+
 def test_extraction_again(videos, tmp_path, make):
     first = listed(videos).subset([0, 2, 3])
     root = tmp_path / "set"
@@ -565,11 +606,11 @@ def test_extraction_again(videos, tmp_path, make):
     (out / "train" / "walk" / "uneven.mp4.12-34.tmp").write_bytes(b"half")  # of a run that was killed
     (out / "train" / "walk" / "other.mp4.12-34.tmp").write_bytes(b"half")  # of another rank, at work
     (out / "bad_videos.txt.12-34.tmp").write_bytes(b"half")
-    (out / "train" / "walk" / "large.mp4").unlink()
+    (out / "train" / "walk" / "large.mp4").rename(out / "train" / "walk" / "large.mp4.lock")  # the same
     said = []
     assert extract(first, out, 48, 12, say=said.append, bar=False) == dict(made=1, there=1, bad=1)
     assert len((out / "bad_videos.txt").read_text().splitlines()) == 1
-    assert [path.name for path in out.rglob("*.tmp")] == ["other.mp4.12-34.tmp"]
+    assert [path.name for path in out.rglob("*.mp4.*")] == ["other.mp4.12-34.tmp"]
     assert (out / "train/walk/uneven.mp4").stat().st_mtime_ns == stamps[out / "train/walk/uneven.mp4"]
     make.write(root / "test/run/page.mp4", 3, size=(48, 48))  # mended
     assert extract(first, out, 48, 12, bar=False) == dict(made=1, there=2, bad=0)

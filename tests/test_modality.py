@@ -254,7 +254,7 @@ def test_flip_of_flow_is_the_flow_of_the_mirrored_video():
 
     def scene(dx, dy):
         a, b = x - dx, y - dy
-        return 128 + 50 * torch.sin(0.4 * a + 0.1 * b) + 50 * torch.cos(0.35 * b - 0.15 * a)
+        return 0.5 + 0.2 * torch.sin(0.4 * a + 0.1 * b) + 0.2 * torch.cos(0.35 * b - 0.15 * a)
 
     frames = torch.stack([scene(1.5 * t, -0.8 * t) for t in range(2)])[None]
     fields, mirrored = (flow.to_bytes(flow.tvl1(f)[0], 4.0) for f in (frames, frames.flip(-1)))
