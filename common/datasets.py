@@ -5,9 +5,10 @@
     data.train.path(few[0]), data.train.labels[few[0]]
 
 Each reader has the layout and the formats it reads in its docstring. All follow the same rules: a video is
-a file with a video's suffix or a folder of numbered pictures; what a list names is looked up in scans of
-the folders, with another suffix, class spelling or prefix if need be; what is not there is dropped and
-reported, above half of a list it is an error, as is everything that puts a label in doubt.
+a file with a video's suffix, or a folder that holds the numbered pictures of one series and nothing else;
+what a list names is looked up in scans of the folders, with another suffix, class spelling, Unicode form or
+prefix if need be; what is not there, or no video, is left out and reported, above half of a list it is an
+error, as is everything that puts a label in doubt.
 
     python -m common.datasets check DATA               decode every file, list the bad ones
     python -m common.datasets shrink DATA --out DIR    a smaller copy that loads several times faster
@@ -17,6 +18,7 @@ import argparse
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -24,22 +26,29 @@ import os
 import re
 import signal
 import sys
+import unicodedata
 import warnings
 from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from common import UserError
+from common import UserError, files, toy
 from common.run import agreed
+from common.video import FLOW, FPS, PICTURES, Video, VideoError, encode, end_with_parent, reason_of, reasons
 
-SUFFIXES = tuple(".avi .mp4 .webm .mkv .mov .m4v .mpg .mpeg .wmv .flv .3gp .ts .ogv".split())
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SUFFIXES = tuple(  # of what PyAV reads
+    ".avi .mp4 .webm .mkv .mov .3g2 .3gp .264 .265 .amv .asf .divx .dv .f4v .flv .gif .h264 .h265 .hevc .ivf "
+    ".m1v .m2t .m2ts .m2v .m4v .mjpeg .mjpg .mk3d .mod .mpe .mpeg .mpg .mpv .mts .mxf .nut .obu .ogm .ogv "
+    ".qt .rm .rmvb .tod .tp .trp .ts .vob .vro .wmv .wtv .xvid .y4m".split()
+)
+LISTS = (".txt", ".csv", ".json")
+HIDDEN = ("thumbs.db", "desktop.ini", "lost+found")  # beside names that begin with a dot
 PER_CLASS = {("k400", 0.01): 6, ("k400", 0.1): 60, ("ucf101", 0.01): 1, ("ucf101", 0.1): 10}
 
 
@@ -200,7 +209,7 @@ def labelled(data, ratio=None, per_class=None, seed=0, listfile=None):
         enough = math.ceil(ratio * mean - 1e-9)  # 0.1 x 30 is 3, whatever the last bit says
         per_class = PER_CLASS.get((data.name, ratio), enough)
     rng = np.random.default_rng(list(hashlib.sha256(key.encode()).digest()))
-    order = sorted(range(n), key=lambda i: (stem_of(videos.name(i)), videos.span(i)))
+    order = sorted(range(n), key=lambda i: (_nfc(stem_of(videos.name(i))), videos.span(i)))
     order = np.array(order, dtype=np.int64)
     if data.multilabel:
         return np.sort(rng.permutation(order)[:per_class])
@@ -254,11 +263,12 @@ def _in_list(data, listfile):
         if at == AMBIGUOUS:
             name = printable(row.name)
             raise UserError(f"{row.place}: several videos are called {name}; give the folder, too")
-        if at == MISSING:
+        same_name = indices[names[at]] if at != MISSING else []
+        labels = {i: np.flatnonzero(videos.labels[i]) if data.multilabel else [videos.labels[i]]
+                  for i in same_name if row.span in (None, videos.span(i))}
+        if not labels:
             lost.append(row.name)
             continue
-        labels = {i: np.flatnonzero(videos.labels[i]) if data.multilabel else [videos.labels[i]]
-                  for i in indices[names[at]]}
         same = [i for i, ys in labels.items() if not row.labels or set(ys) in ({-1}, set(row.labels))]
         chosen += same or list(labels)
         if not same:
@@ -268,7 +278,7 @@ def _in_list(data, listfile):
         differ = (f"{row.place}: label {_numbers(row.labels)}, but in {data.name} this video has "
                   f"{_numbers(ys)}; {len(wrong)} of {len(rows)} lines differ")
         if 10 * len(wrong) > len(rows):
-            raise UserError(differ + _one_based(rows))
+            raise UserError(differ + _hint(rows))
         warnings.warn(f"{differ}, the labels of {data.name} count", stacklevel=3)
     if not chosen:
         raise UserError(f"{listfile}: none of its {len(rows)} videos is a training video of {data.name}, "
@@ -283,15 +293,24 @@ def digest(videos, indices):
     """sha256 (hex) of the names, spans and labels of the videos `indices`, in order."""
     sha = hashlib.sha256()
     for i in indices:
-        line = f"{videos.name(i)}\t{videos.span(i)}\t{videos.labels[i].tolist()}\n"
+        line = f"{_nfc(videos.name(i))}\t{videos.span(i)}\t{videos.labels[i].tolist()}\n"
         sha.update(line.encode("utf-8", "surrogateescape"))
     return sha.hexdigest()
 
 
 def as_list(videos):
-    """The text of a list file, lines 'path label' or 'path label label', that `labelled` reads again."""
-    labels = [np.flatnonzero(y) if videos.labels.ndim == 2 else [y] for y in videos.labels]
-    return "".join(f"{videos.name(i)} {' '.join(map(str, ys))}\n" for i, ys in enumerate(labels))
+    """The text of a list file that `labelled` reads again, see _read_list.
+
+    Of spans it has those that such a list can have: of folders, from one picture to another.
+    """
+    numbers = [np.flatnonzero(y) if videos.labels.ndim == 2 else [y] for y in videos.labels]
+    if videos.spans is not None and videos.labels.ndim == 1:
+        ends = videos.spans * FPS + 0.5
+        folders = [stem_of(videos.name(i)) == videos.name(i) for i in range(len(videos))]
+        if all(folders) and np.abs(ends - np.rint(ends)).max(initial=0) < 1e-6:
+            starts, ends = np.rint(ends).astype(np.int64).T
+            numbers = np.stack([starts, ends - starts, videos.labels], 1)
+    return "".join(f"{videos.name(i)} {' '.join(map(str, ys))}\n" for i, ys in enumerate(numbers))
 
 
 # ---- names and files -------------------------------------------------------------------------------
@@ -322,7 +341,17 @@ def stem_of(name):
     return stem if dot + suffix.lower() in SUFFIXES else name
 
 
+def forms(name):
+    """A name as it is, composed (NFC) and decomposed (NFD, as a Mac writes it): "é" has two spellings."""
+    return dict.fromkeys([name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)])
+
+
+def _nfc(name):
+    return unicodedata.normalize("NFC", name)
+
+
 def _parts(name):
+    name = _nfc(name)
     return [part for part in stem_of(name).replace("\\", "/").split("/") if part not in ("", ".")] or [name]
 
 
@@ -333,7 +362,7 @@ def _parent(name):
 @lru_cache(maxsize=4096)
 def _squash(name):
     """What all spellings of a class name have in common: letters and digits, in lower case."""
-    return re.sub(r"[\W_]+", "", name.casefold())
+    return re.sub(r"[\W_]+", "", _nfc(name).casefold())
 
 
 def _keys(classes):
@@ -368,33 +397,66 @@ def _match(wanted, found):
     return at
 
 
-def _scan(root, deep=6):
+def _scan(root, notes=None, deep=6):
     """The names, relative to root, of all videos below it: files, and folders of numbered pictures.
 
-    Sorted; without hidden ones; links are followed, at most `deep` folders down.
+    Sorted; without hidden ones; links are followed, at most `deep` folders down. What else is there and may
+    be meant as a video is counted in `notes`.
     """
-    found, todo = [], [("", 0)]
+    found, todo, pictures, others, deeper = [], [("", 0)], Counter(), Counter(), []
     while todo:
         folder, depth = todo.pop()
+        if folder and _is_pictures(os.path.join(root, folder)):
+            found.append(folder)
+            continue
         with os.scandir(os.path.join(root, folder)) as entries:
-            head = list(islice(entries, 16))  # enough to tell a folder of 100,000 pictures
-            if folder and _is_pictures([entry.name.lower() for entry in head]):
-                found.append(folder)
-                continue
-            for entry in (*head, *entries):
-                name = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.name.startswith(".") or entry.name == "lost+found":
+            for entry in entries:
+                name, lower = f"{folder}/{entry.name}" if folder else entry.name, entry.name.lower()
+                if _is_hidden(lower):
                     continue
-                if entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+                if lower.endswith(SUFFIXES) and entry.is_file():
                     found.append(name)
-                elif depth < deep and entry.is_dir():
-                    todo.append((name, depth + 1))
+                elif entry.is_dir():
+                    todo.append((name, depth + 1)) if depth < deep else deeper.append(name)
+                elif lower.endswith(PICTURES):
+                    pictures[folder or "."] += 1
+                elif not lower.endswith((*SUFFIXES, *LISTS)):
+                    others[os.path.splitext(lower)[1] or entry.name] += 1
+    if notes is not None:
+        kinds = [f"{count} {kind}" for kind, count in sorted(others.items())]
+        for count, what in (
+            (pictures.total(), f"pictures in {_some(sorted(pictures))}; a video is a folder of one series of "
+             "numbered pictures with nothing else in it"),
+            (others.total(), f"files that are not videos: {_some(kinds)}"),
+            (len(deeper), f"folders more than {deep} levels down: {_some(sorted(deeper))}"),
+        ):  # fmt: skip
+            if count:
+                notes.append(f"left out of {root}: {count} {what}")
     return sorted(found)
 
 
-def _is_pictures(names):
-    numbered = any(name.endswith(PICTURES) and re.search(r"\d", name) for name in names)
-    return numbered and not any(name.endswith(SUFFIXES) for name in names)
+def _is_hidden(lower):
+    return lower.startswith(".") or lower in HIDDEN
+
+
+def _is_pictures(folder):
+    """Whether a folder holds numbered pictures of one series, and else only hidden files and optical flow."""
+    in_series, has_flow = None, False
+    with os.scandir(folder) as entries:
+        for name in (entry.name.lower() for entry in entries):
+            if in_series and in_series(name) or _is_hidden(name):
+                continue
+            stem, suffix = os.path.splitext(name)
+            if suffix not in PICTURES or not re.search(r"\d", stem):
+                return False
+            if FLOW.match(name):
+                has_flow = True
+            elif in_series:
+                return False
+            else:
+                pattern = re.sub(r"\d+", lambda _: r"\d+", re.escape(stem))
+                in_series = re.compile(rf"{pattern}(?:{'|'.join(PICTURES)})").fullmatch
+    return has_flow or in_series is not None
 
 
 @lru_cache(maxsize=1024)
@@ -404,18 +466,24 @@ def _folder_videos(folder):
 
 def _elsewhere(base, name):
     """A listed path that leads out of base ("/data/a.mp4", "../a.mp4"), if there is a video; else None."""
-    folder, file = os.path.split(os.path.join(base, name))
-    outside = os.path.isabs(name) or ".." in name.split("/")
-    return name if outside and file in _folder_videos(folder) else None
+    if os.path.isabs(name) or ".." in name.split("/"):
+        for form in forms(name):
+            folder, file = os.path.split(os.path.join(base, form))
+            if file in _folder_videos(folder):
+                return form
+    return None
 
 
-def _find_videos(root, *folders):
+def _find_videos(root, notes, *folders):
     """(base, names of videos relative to base) of the first of the folders in root that has any."""
+    left_out = []
     for folder in (*folders, ""):
-        base = str(Path(root, folder))
-        if os.path.isdir(base) and (found := _scan(base)):
+        base, left_out = str(Path(root, folder)), []
+        if os.path.isdir(base) and (found := _scan(base, left_out)):
+            notes += left_out
             return base, found
-    raise NotThere(f"no videos ({', '.join(SUFFIXES[:4])}, ... or folders of numbered pictures) in {root}")
+    kinds = f"{', '.join(SUFFIXES[:4])}, ... or folders of numbered pictures"
+    raise NotThere("; ".join([f"no videos ({kinds}) in {root}", *left_out]))
 
 
 def _find_file(root, *names):
@@ -427,28 +495,34 @@ def _find_file(root, *names):
     raise NotThere(f"no {' or '.join(names)} in {root} or {root}/annotations")
 
 
-def _read_text(path):
-    """(line number, line) of the lines of a text file that are not blank, without BOM and CR LF."""
+def _open_text(path, newline=None):
+    """A text file in UTF-8, with or without BOM; names in it may hold bytes that are not UTF-8."""
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            return [(n, line.strip()) for n, line in enumerate(file, 1) if line.strip()]
+        with open(path, "rb") as file:
+            data = file.read()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if b"\0" in data:
+        raise UserError(f"{path} is not UTF-8: it is UTF-16, or no text; save it as UTF-8")
+    return io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline)
+
+
+def _read_text(path):
+    """(line number, line) of the lines of a text file that are not blank, without BOM and CR LF."""
+    return [(n, line.strip()) for n, line in enumerate(_open_text(path), 1) if line.strip()]
 
 
 def _read_csv(path, *columns):
     """(line number, dict) of the rows of a CSV file that has a header with these columns."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            if any(row.get(column) is None for column in columns):
-                raise UserError(f"{path}:{reader.line_num}: the columns {', '.join(columns)} are expected")
-            yield reader.line_num, row
+    reader = csv.DictReader(_open_text(path, newline=""))
+    for row in reader:
+        if any(row.get(column) is None for column in columns):
+            raise UserError(f"{path}:{reader.line_num}: the columns {', '.join(columns)} are expected")
+        yield reader.line_num, row
 
 
 def _read_json(path):
-    with open(path, encoding="utf-8-sig") as file:
-        return json.load(file)
+    return json.load(_open_text(path))
 
 
 # ---- rows of lists ---------------------------------------------------------------------------------
@@ -471,36 +545,49 @@ class Row(NamedTuple):
 # What ends a line of a list: integers, or "1,2", after commas, tabs or blanks, but not after a mixture.
 NUMBERS = re.compile(r"(( *, *X)+|( *\t\s*X)+|( +X)+)[\s,]*$".replace("X", r'(-?\d+|"[-\d, ]*")'))
 
+SEGMENT = re.compile(r"[\s,]*\d+[\s,]+0*[1-9]\d*[\s,]+-?\d+[\s,]*")  # start, frames, label
+
 
 def _read_list(path, notes):
     """Rows of a list file. Separators are blanks, tabs or commas; labels are integers from 0.
 
         path label        path label label ...       several labels: a multi-label data set
         folder label      folder frames label ...    a folder of pictures
+        folder start frames label                    in every line: pictures start, start + 1, ... of those
         path                                         the class folder is the label
 
-    Paths may hold blanks and everything else ("#" begins no comment).
+    Paths may hold blanks and everything else ("#" begins no comment). start counts from 0, in the order of
+    the pictures, as the offset of MMAction2's with_offset=True does.
     """
-    rows = []
+    lines = []
     for n, line in _read_text(path):
         end = NUMBERS.search(line)
         name = line[: end.start() if end else None].strip('", \t')
-        labels = tuple(map(int, re.findall(r"-?\d+", end[0]))) if end else ()
-        if len(labels) > 1 and stem_of(name) == name:
-            labels = labels[1:]
         if re.match(r"[a-z][a-z0-9+.-]+://", name):
             raise UserError(f"{path}:{n}: {printable(name)} is an address, but a list names files on disk")
-        rows.append(Row(name, labels, os.fspath(path), n))
-    if not rows:
+        lines.append((n, name, stem_of(name) == name, end[0] if end else ""))
+    if not lines:
         raise UserError(f"{path} is empty; lines 'path label' are expected")
-    if rows[-1].line > len(rows):
-        notes.append(f"{rows[-1].line - len(rows)} blank lines of {path} are skipped")
+    if n > len(lines):
+        notes.append(f"{n - len(lines)} blank lines of {path} are skipped")
+    of_segments = all(is_folder and SEGMENT.fullmatch(end) for _, _, is_folder, end in lines)
+    if of_segments:
+        notes.append(f"the lines of {path} are read as folder, start, frames, label")
+    rows = []
+    for n, name, is_folder, end in lines:
+        labels, span = tuple(map(int, re.findall(r"-?\d+", end))), None
+        if of_segments:  # half a picture early, so that no rounding matters
+            start, frames, *labels = labels
+            span = (start - 0.5) / FPS, (start + frames - 0.5) / FPS
+        elif is_folder and len(labels) > 1:
+            labels = labels[1:]
+        rows.append(Row(name, tuple(labels), os.fspath(path), n, span))
     return rows
 
 
 def _read_classes(path):
     """Class names, one a line, with or without numbers in front ("1 ApplyEyeMakeup")."""
-    names = [line for _, line in _read_text(path)]
+    names = [_nfc(line) for _, line in _read_text(path)]
     split = [re.fullmatch(r"(\d+)[\s:,]+(.+)", name) for name in names]
     if all(split) and [int(m[1]) - int(split[0][1]) for m in split] == list(range(len(names))):
         names = [m[2] for m in split]
@@ -509,10 +596,13 @@ def _read_classes(path):
     return names
 
 
-def _one_based(rows):
-    """A hint to end a sentence with, if the labels of the rows may begin at 1."""
-    labels = [y for row in rows for y in row.labels if isinstance(y, int)]
-    return " (the labels look 1-based: subtract 1)" if labels and min(labels) == 1 else ""
+def _hint(rows):
+    """What the labels of the rows may be, to end a sentence with: numbers of frames, or labels from 1 on."""
+    counts = Counter(y for row in rows for y in row.labels if isinstance(y, int))
+    numbers, rank, once = sorted(counts), len(counts) // 10, sum(n == 1 for n in counts.values())
+    if len(counts) >= 10 and numbers[rank] >= rank + 10 and 10 * once >= len(counts):
+        return " (they look like numbers of frames: many different ones, far from 0, and many only once)"
+    return " (the labels look 1-based: subtract 1)" if numbers[:1] == [1] else ""
 
 
 def _number(rows, classes, several):
@@ -527,7 +617,7 @@ def _number(rows, classes, several):
         labels = tuple(y if isinstance(y, int) else keys.get(_squash(y), -1) for y in given)
         for said, y in zip(given, labels, strict=True):
             if not 0 <= y < len(classes):
-                right = f"0 to {len(classes) - 1}{_one_based(rows)}" if y == said else _some(classes)
+                right = f"0 to {len(classes) - 1}{_hint(rows)}" if y == said else _some(classes)
                 raise UserError(f"{row.place}: label {printable(str(said))} is not one of {right}")
         numbered.append(row._replace(labels=labels))
     return numbered
@@ -535,8 +625,10 @@ def _number(rows, classes, several):
 
 def _on_disk(base, found, rows, notes):
     """Yield (name relative to base, row) of the rows whose video is there; the others make a note."""
-    lost, prefix = [], os.path.join(os.path.abspath(base), "")
-    for row, at in zip(rows, _match([row.name.removeprefix(prefix) for row in rows], found), strict=True):
+    lost, names = [], [row.name for row in rows]
+    for prefix in forms(os.path.join(os.path.abspath(base), "")):
+        names = [name.removeprefix(prefix) for name in names]
+    for row, at in zip(rows, _match(names, found), strict=True):
         if at == AMBIGUOUS:
             raise UserError(f"{row.place}: several videos in {base} are called {printable(row.name)}; "
                             f"give the path from {base} on")
@@ -605,7 +697,7 @@ def _folder(root, split, variant, notes):
     train.txt and test.txt (or val.txt; lines 'path label') with classes.txt, or train/<class>/ and
     test/<class>/ (or val/<class>/)
     """
-    base, found = _find_videos(root)
+    base, found = _find_videos(root, notes)
     train = _part(root, ("train",), found, split, notes)
     test = _part(root, ("test", "val", "validation"), found, split, notes)
     return _pair(base, found, train, test, _own_classes(root, train + test), notes)
@@ -617,19 +709,20 @@ def _unlabelled(root, split, variant, notes):
     unlabelled.txt or train.txt (lines 'path' or 'path label'), or videos in unlabelled/ or train/, or
     anywhere in the folder
     """
-    base, found = _find_videos(root)
-    labels = dict.fromkeys(found, ())
+    base, found = _find_videos(root, notes)
+    labels = dict.fromkeys([(name, None) for name in found], ())
     for part in ("unlabelled", "train"):
         folders = tuple(f"{folder}/" for folder in _part_folders(part))
         if path := _part_list(root, part, split):
             rows = _on_disk(base, found, _read_list(path, notes), notes)
-            labels = {name: row.labels for name, row in rows}
+            labels = {(name, row.span): row.labels for name, row in rows}
             break
         if inside := [name for name in found if name.startswith(folders)]:
-            labels = dict.fromkeys(inside, ())
+            labels = dict.fromkeys([(name, None) for name in inside], ())
             break
+    names, spans = zip(*labels, strict=True)
     y = [ys[0] if len(ys) == 1 else -1 for ys in labels.values()]
-    return (), Videos.make(base, list(labels), y), Videos.make(base, [], [])
+    return (), Videos.make(base, names, y, spans=spans if spans[0] else None), Videos.make(base, [], [])
 
 
 def _toy(root, split, variant, notes):
@@ -637,8 +730,6 @@ def _toy(root, split, variant, notes):
 
     train.txt and test.txt (lines 'path label') with classes.txt
     """
-    from common import toy
-
     toy.make(root, variant)
     return _folder(root, split, variant, notes)
 
@@ -648,12 +739,19 @@ def _own_classes(root, rows):
     for name in ("classes.txt", "classInd.txt", "label_map.txt"):
         if os.path.isfile(os.path.join(root, name)):
             return _read_classes(os.path.join(root, name))
-    labels = {y for row in rows for y in row.labels} or {_parent(row.name) for row in rows}
-    numbers = [y for y in labels if isinstance(y, int)]
-    if numbers and min(numbers) == 1:
-        raise UserError(f"{rows[0].source}: the labels begin at 1, but must begin at 0: subtract 1, or write "
-                        f"the names of all classes to {os.path.join(root, 'classes.txt')}")
-    return [str(y) for y in range(max(numbers) + 1)] if numbers else sorted(labels)
+    labels = {y: row for row in reversed(rows) for y in row.labels} or {_parent(row.name) for row in rows}
+    numbers = sorted(y for y in labels if isinstance(y, int))
+    mend = f"or write the names of all classes to {os.path.join(root, 'classes.txt')}"
+    for seen, y in enumerate(numbers):
+        if y - seen > len(rows):
+            raise UserError(f"{labels[y].place}: label {y}, but {len(rows)} lines have only {seen} different "
+                            f"labels below it{_hint(rows)}: correct it, {mend}")
+    if "frames" in _hint(rows):
+        raise UserError(f"{rows[0].source}: the labels are {numbers[0]} to {numbers[-1]}{_hint(rows)}; lines "
+                        f"'path label' or 'folder frames label' are expected: correct them, {mend}")
+    if numbers[:1] == [1]:
+        raise UserError(f"{rows[0].source}: the labels begin at 1, but must begin at 0: subtract 1, {mend}")
+    return [str(y) for y in range(numbers[-1] + 1)] if numbers else sorted(labels)
 
 
 def _part(root, names, found, split, notes, read=_read_list):
@@ -664,7 +762,7 @@ def _part(root, names, found, split, notes, read=_read_list):
     for folder in (folder for name in names for folder in _part_folders(name)):
         source, rows = os.path.join(root, folder), []
         for name in (name for name in found if name.startswith(folder + "/")):
-            label = name[len(folder) + 1 :].split("/")[:-1][:1]
+            label = _nfc(name[len(folder) + 1 :]).split("/")[:-1][:1]
             if not label:
                 raise NotThere(f"{source} has videos in no class folder, such as {printable(name)}, "
                                "and no list")
@@ -703,7 +801,7 @@ def _k400(root, split, variant, notes):
     """
     from torchvision.models.video import R3D_18_Weights  # its list of the classes has that order
 
-    base, found = _find_videos(root)
+    base, found = _find_videos(root, notes)
     for name in ("train", "val"):  # where there are videos and the frames of them: the videos
         folders = [f + "/" for f in _part_folders(name) if any(v.startswith(f + "/") for v in found)]
         found = [v for v in found if not v.startswith(tuple(folders[1:]))]
@@ -737,7 +835,7 @@ def _ucf101(root, split, variant, notes):
     are in the order of classInd.txt, which is not the alphabet's: Hammering is before HammerThrow.
     """
     classes, parts = _read_classes(_find_file(root, "classInd.txt")), []
-    base, found = _find_videos(root, "UCF-101", "UCF101", "videos", "rawframes")
+    base, found = _find_videos(root, notes, "UCF-101", "UCF101", "videos", "rawframes")
     for official, other in (("train", "train"), ("test", "val")):
         others = [f"ucf101_{other}_split_{split}_{form}.txt" for form in ("videos", "rawframes")]
         rows = _read_list(path := _find_file(root, f"{official}list0{split}.txt", *others), notes)
@@ -759,7 +857,7 @@ def _hmdb51(root, split, variant, notes):
 
     Lines: '<name>.avi 1', 1 for train, 2 for test, 0 for unused.
     """
-    base, found = _find_videos(root, "hmdb51_org", "hmdb51", "videos", "rawframes")
+    base, found = _find_videos(root, notes, "hmdb51_org", "hmdb51", "videos", "rawframes")
     end, classes = f"_test_split{split}.txt", []
     for folder in (Path(root, name) for name in ("testTrainMulti_7030_splits", "annotations", "splits", "")):
         if folder.is_dir() and not classes:
@@ -790,7 +888,7 @@ def _ssv2(root, split, variant, notes):
     {"Holding something next to something": "0", ...} and [{"id": "78687", "template": "Holding
     [something] next to [something]", ...}, ...]
     """
-    base, found = _find_videos(root, "20bn-something-something-v2", "videos", "rawframes", "frames")
+    base, found = _find_videos(root, notes, "20bn-something-something-v2", "videos", "rawframes", "frames")
     paths = [_find_file(root, f"something-something-v2-{part}.json", f"{part}.json")
              for part in ("labels", "train", "validation")]
     table, parts = _read_json(paths[0]), []
@@ -812,7 +910,7 @@ def _charades(root, split, variant, notes):
 
     Column actions: 'c092 11.90 21.20;c147 0.00 12.60'.
     """
-    base, found = _find_videos(root, "Charades_v1_480", "Charades_v1", "videos", "Charades_v1_rgb")
+    base, found = _find_videos(root, notes, "Charades_v1_480", "Charades_v1", "videos", "Charades_v1_rgb")
     lines = _read_text(_find_file(root, "Charades_v1_classes.txt"))
     classes, parts = [line.partition(" ")[2] for _, line in lines], []
     for part in ("train", "test"):
@@ -836,7 +934,7 @@ def _activitynet(root, split, variant, notes):
     end where the video does; those shorter than a frame, and second labels of a segment, are dropped.
     """
     path = _find_file(root, "activity_net.v1-3.min.json", "activity_net.v1-3.json")
-    base, found = _find_videos(root, "videos", "v1-3", "train_val", "rawframes")
+    base, found = _find_videos(root, notes, "videos", "v1-3", "train_val", "rawframes")
     names, parts, empty = {_parts(name)[-1][-11:]: name for name in found}, {}, 0
     for key, video in _read_json(path)["database"].items():
         rows, name = parts.setdefault(video["subset"], {}), names.get(key, f"v_{key}")
@@ -923,8 +1021,6 @@ def _check(args):
 
 def _report(out, bad, total, verb):
     """Write bad_videos.txt (path, tab, reason; empty if all is well), and say how many there are."""
-    from common import files
-
     path = os.path.join(out, "bad_videos.txt")
     files.write(path, "".join(f"{name}\t{reason}\n" for name, reason in sorted(bad)))
     print(f"{total - len(bad)} of {total} videos {verb}" + (f"; the others are in {path}" if bad else ""))
@@ -932,10 +1028,6 @@ def _report(out, bad, total, verb):
 
 def _check_one(path):
     """Decode all frames of a file. Returns why it is bad, or None."""
-    import torch
-
-    from common.video import Video, reason_of
-
     torch.set_num_threads(1)
     try:
         with Video(path, min_share=1.0) as video:
@@ -947,8 +1039,6 @@ def _check_one(path):
 
 def _shrink(args):
     """Every video again, as <same name>.mp4 under args.out, and the annotations beside them."""
-    from common import files
-
     if args.short_side < 16 or args.gop < 1 or not 0 <= args.crf <= 51:
         raise UserError("--short_side must be 16 or more, --gop 1 or more, --crf 0 to 51")
     root, paths = _paths(args)
@@ -994,8 +1084,6 @@ def _annotations(root):
 
 def _same_settings(path, settings):
     """Remember the settings in a file; raises UserError if it has others."""
-    from common import files
-
     if os.path.exists(path) and (old := _read_json(path)) != settings:
         raise UserError(f"{path} has other settings ({old}); use those, or another --out")
     files.write(path, json.dumps(settings) + "\n")
@@ -1003,11 +1091,6 @@ def _same_settings(path, settings):
 
 def _shrink_one(job):
     """Re-encode one video, every frame at its time. Returns why that failed, or None."""
-    import torch
-
-    from common import files
-    from common.video import Video, VideoError, encode, reason_of
-
     torch.set_num_threads(1)
     path, target, settings = job
     try:
@@ -1029,8 +1112,6 @@ def _shrink_one(job):
 
 def _small(video, short_side):
     """Yield the frames of a Video, uint8 (H, W, 3) of even sizes, the short side at most short_side."""
-    from common.video import VideoError, reasons
-
     with reasons():
         sides = video.height, video.width
         if min(sides) < 2:
@@ -1080,8 +1161,6 @@ def _parallel(job, items, workers, text):
 
 def _worker():
     """A worker leaves Ctrl-C to the main process, and does not outlive it."""
-    from common.video import end_with_parent
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from common import UserError, files
 from common.datasets import default_root, load, printable, stem_of
-from common.video import OutOfRange, Video, VideoError, check_size, encode, reason_of, reasons
+from common.video import FPS, OutOfRange, Video, VideoError, check_size, encode, reason_of, reasons
 
 SMALLEST = 16  # pixels; no level of the pyramid has a shorter side, as in OpenCV
 # Pixels of the pictures that are worked on together: on the CPU what fits its caches.
@@ -227,7 +227,7 @@ def to_pixels(x, bound=BOUND):
     return (x.float() - 128) * (bound / 127)
 
 
-def write(path, fields, times=None, fps=25.0):
+def write(path, fields, times=None, fps=FPS):
     """Write a flow video, complete or absent: uint8 (2, H, W) fields at `times` in seconds, or at a rate.
 
     fields: a tensor (T, 2, H, W), or anything that yields fields. Coded without loss: one step of a byte
@@ -293,7 +293,7 @@ class Flow(_Fields):
     fps to a second.
     """
 
-    def __init__(self, path, span=None, fps=25.0):
+    def __init__(self, path, span=None, fps=FPS):
         self.path, self.span, self.fps = os.fspath(path), span, fps
 
     def _open(self, stack):

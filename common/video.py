@@ -40,6 +40,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # thos
 LONGEST_TMPDIR = 75  # bytes: multiprocessing adds 32 to name a socket, which may have 107
 TIMEOUT = 600  # seconds to wait for one batch: a hung disk ends the run with an error
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+FLOW = re.compile(r"(?i)flow_?([xy]_?)?\d")  # pictures of optical flow, beside those of a video
+FPS = 25.0  # pictures of a folder in a second, unless something else is said
 PLAYLISTS = {"concat", "dash", "hls", "imf"}  # formats that open other files
 # What av, PIL and the system raise for a bad file. Anything else is named with its type.
 FAULTS = (av.FFmpegError, OSError, IndexError, ValueError, EOFError, MemoryError)
@@ -87,7 +89,7 @@ class Video:
     Raises VideoError on entering and on reading. Rotation is applied; pixels are taken as square.
     """
 
-    def __init__(self, path, span=None, min_share=0.5, fps=25.0):
+    def __init__(self, path, span=None, min_share=0.5, fps=FPS):
         self.path, self.span, self.min_share, self.fps = os.fspath(path), span, min_share, fps
 
     def __enter__(self):
@@ -349,11 +351,10 @@ class _Folder:
 
     def __init__(self, path, fps):
         names = [name for name in os.listdir(path) if name.lower().endswith(PICTURES)]
-        names = [name for name in names if not name.lower().startswith((".", "flow"))]
+        names = [name for name in names if not name.startswith(".") and not FLOW.match(name)]
         if not names:
             raise VideoError("a folder without pictures")
-        names.sort(key=lambda name: ([int(d) for d in re.findall(r"\d+", name)[-1:]], name))
-        self.paths = [os.path.join(path, name) for name in names]
+        self.paths = [os.path.join(path, name) for name in _by_number(names)]
         self.fps, self.expected, self.times = fps, len(names), np.arange(len(names)) / fps
         with Image.open(self.paths[0]) as image:
             self.size = image.height, image.width
@@ -367,6 +368,21 @@ class _Folder:
 
     def every(self):
         return self.pick(range(len(self.paths)))
+
+
+def _by_number(names):
+    """The names of pictures in the order of the number that changes and counts, as in img_00012_640x480.png.
+
+    Of the numbers at one place of the names it is the one that is different in all of them, and of several
+    the one of the smallest range: a time in them goes up, too, but in larger steps. Without such a number
+    the first that differs decides.
+    """
+    numbers = [[int(digits) for digits in re.findall(r"\d+", name)] for name in names]
+    fewest = min(map(len, numbers))
+    columns = [[row[k] for row in numbers] for k in range(-fewest, fewest)]
+    counting = [column for column in columns if len(set(column)) == len(names)]
+    keys = min(counting, key=lambda column: max(column) - min(column), default=numbers)
+    return [name for _, name in sorted(zip(keys, names, strict=True))]
 
 
 def together(source, windows, short_side=None):

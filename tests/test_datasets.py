@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 import warnings
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +19,7 @@ import av
 import forks
 import numpy as np
 import pytest
+from PIL import Image
 
 from common import UserError, datasets
 from common.datasets import Data, Videos, digest, labelled, load
@@ -161,6 +163,60 @@ def test_lists_of_frame_folders(tmp_path):
     assert pairs(load(str(tmp_path)).train) == {"run/a": 0, "run/b 1": 0, "walk/c": 1}
 
 
+@pytest.mark.parametrize("separator", [" ", ",", "\t"])
+def test_lists_of_segments_of_frame_folders(tmp_path, make, separator):
+    """MMAction2's with_offset: folder, start, frames, label. The frames are those, also after shrink."""
+    root, out = tmp_path / "set", tmp_path / "out"
+    pictures(root / "long", make, 40)
+    tree(root, "test/")
+    lines = [separator.join(map(str, line)) for line in SEGMENTS]
+    lists(root, lines, ["test 0 3 1"])
+    data = load(str(root))
+    assert data.train.labels.tolist() == [0, 1, 1] and data.test.labels.tolist() == [1]
+    assert sorted(note.partition(" are read as folder, start, frames, label")[0] for note in data.notes) == [
+        f"the lines of {root}/{part}.txt" for part in ("test", "train")
+    ]
+    pictures(root / "test", make, 3)
+    assert datasets.main(["shrink", str(root), "--out", str(out), "--workers", "0"]) == 0
+    for videos in (data.train, load(str(out)).train):
+        for i, (_, start, frames, _) in enumerate(SEGMENTS):
+            with Video(videos.path(i), videos.span(i)) as video:
+                numbers = [make.number(x) for x in video.get(range(len(video))).numpy()]
+            assert numbers == list(range(start, start + frames)), (videos.path(i), i)
+    part = data.train.subset([2, 0])
+    few = text(tmp_path / "few.txt", *datasets.as_list(part).splitlines())
+    assert few.read_text() == "long 25 15 1\nlong 0 10 0\n"
+    assert labelled(data, listfile=few).tolist() == [0, 2]
+    text(few, "long 1")
+    assert labelled(data, listfile=few).tolist() == [1, 2]  # without start: all that have the label
+    text(few, "long 25 15 1", "long 3 4 0")
+    with pytest.warns(UserWarning, match="1 of 2 videos .* are not training videos"):
+        assert labelled(data, listfile=few).tolist() == [2]
+    unlabelled = load(str(root), labels=False).train
+    assert [unlabelled.span(i) for i in range(3)] == [data.train.span(i) for i in range(3)]
+
+
+SEGMENTS = [("long", 0, 10, 0), ("long", 10, 15, 1), ("long", 25, 15, 1)]
+
+
+def pictures(folder, make, n):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        Image.fromarray(make.picture(i)).save(folder / f"img_{i + 1:05d}.jpg", quality=95)
+
+
+def test_lines_of_three_numbers_that_are_no_segments(tmp_path):
+    tree(tmp_path, "a/", "b/", "c.mp4", "t.mp4")
+    lists(tmp_path, ["a 99 1 2", "b 99 0"], ["t.mp4 0"], ["x", "y", "z"])  # not all lines
+    assert pairs(load(str(tmp_path)).train) == {"a": (1, 2), "b": (0,)}
+    lists(tmp_path, ["a 99 0 2"], ["t.mp4 0"], ["x", "y", "z"])  # none has 0 frames
+    assert pairs(load(str(tmp_path)).train) == {"a": (0, 2)}
+    lists(tmp_path, ["c.mp4 2 1 0"], ["t.mp4 0"], ["x", "y", "z"])  # not a folder
+    assert pairs(load(str(tmp_path)).train) == {"c.mp4": (0, 1, 2)}
+    lists(tmp_path, ['a,99,"1,2"'], ["t.mp4 0"], ["x", "y", "z"])
+    assert pairs(load(str(tmp_path)).train) == {"a": (1, 2)}
+
+
 def test_lists_of_several_labels(tmp_path):
     tree(tmp_path, "a.mp4", "b.mp4", "c.mp4", "d/", "t.mp4")
     lists(tmp_path, ["a.mp4 0", "b.mp4 2 0", 'c.mp4 "1,2"', "d 99 1 2"], ["t.mp4"], ["x", "y", "z"])
@@ -295,6 +351,102 @@ def test_lists_without_class_names(tmp_path):
     fails("train.txt", "must begin at 0", "classes.txt", name=str(tmp_path))
 
 
+def numbered(root, labels, classes=None, columns="{}"):
+    """A new folder with a list of files that ends in these labels."""
+    root = root / str(len(os.listdir(root)))
+    tree(root, *(f"{i}.mp4" for i in range(len(labels))), "t.mp4")
+    lines = [f"{i}.mp4 {columns.format(y)}" for i, y in enumerate(labels)]
+    return str(lists(root, lines, ["t.mp4 0"], classes))
+
+
+@pytest.mark.parametrize("label", [8, 1672531200, 10**30])
+def test_a_label_far_from_all_others_is_refused(tmp_path, label):
+    """Three lines and one cannot name the classes between."""
+    name = numbered(tmp_path, [0, label, 2])
+    fails("train.txt:2", f"label {label}", "4 lines", "classes.txt", name=name)
+    fails("train.txt:2", f"label {label}", "0 to 2", name=numbered(tmp_path, [0, label, 2], ["x", "y", "z"]))
+    assert load(numbered(tmp_path, [0, 6, 2])).classes[-1] == "6"  # four without a video
+    name = numbered(tmp_path, [*range(20), label * 100, *range(20)])
+    assert "frames" not in fails("train.txt:21", f"label {label * 100}", name=name)
+
+
+FRAME_COUNTS = np.random.default_rng(0).normal(180, 60, 1000).astype(int).clip(29)
+
+
+@pytest.mark.parametrize("n", [20, 300, 1000])
+@pytest.mark.parametrize("columns", ["{}", "0 {}", "{} 0"])
+def test_numbers_of_frames_are_no_labels(tmp_path, n, columns):
+    name = numbered(tmp_path, FRAME_COUNTS[:n], None, columns)
+    fails("train.txt", "look like numbers of frames", name=name)
+    name = numbered(tmp_path, FRAME_COUNTS[:n], ["x", "y"], columns)
+    fails("train.txt:1", f"label {FRAME_COUNTS[0]}", "look like numbers of frames", name=name)
+
+
+@pytest.mark.parametrize(
+    "labels", [range(30), [*range(0, 30, 2)] * 4, [*range(12)], np.arange(400) % 101, [0, 3, 8, 9, 10]]
+)
+def test_labels_are_no_numbers_of_frames(tmp_path, labels):
+    assert len(load(numbered(tmp_path, labels)).classes) == max(labels) + 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_lists_in_utf_16_are_told(tmp_path, encoding):
+    tree(tmp_path, "a.mp4", "t.mp4")
+    lists(tmp_path, ["a.mp4 0"], ["t.mp4 1"])
+    for name in ("train.txt", "classes.txt"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content.decode().encode(encoding))
+        fails(tmp_path / name, "UTF-16", "save it as UTF-8", name=str(tmp_path))
+        (tmp_path / name).write_bytes(content)
+    few = tmp_path / "few.txt"
+    few.write_bytes("a.mp4 0\n".encode(encoding))
+    fails(few, "save it as UTF-8", call=labelled, data=load(str(tmp_path)), listfile=few)
+    cvdf(tmp_path, TRAIN, VAL)
+    path = tmp_path / "annotations/train.csv"
+    path.write_bytes(path.read_text().encode(encoding))
+    os.remove(tmp_path / "train.txt")
+    fails(path, "save it as UTF-8", name="k400", root=str(tmp_path))
+
+
+def test_names_in_two_unicode_forms_are_the_same(tmp_path):
+    """Made on a Mac, which decomposes them, and listed elsewhere; or the other way."""
+    for form, other in (("NFC", "NFD"), ("NFD", "NFC")):
+        root = tmp_path / form
+
+        def a(text, form=form):
+            return unicodedata.normalize(form, text)
+
+        def b(text, other=other):
+            return unicodedata.normalize(other, text)
+
+        tree(root, a("train/café/é.mp4"), a("train/run/b.mp4"), b("train/café/c.mp4"), b("test/café/d.mp4"))
+        data = load(str(root))
+        assert data.classes == (unicodedata.normalize("NFC", "café"), "run")
+        assert list(pairs(data.train).values()).count(0) == 2 and list(pairs(data.test).values()) == [0]
+        assert all(os.path.exists(data.train.path(i)) for i in range(3))
+        few = text(tmp_path / "few.txt", b("train/café/é.mp4"), a("c"))
+        assert [data.train.labels[i] for i in labelled(data, listfile=few)] == [0, 0]
+        far = tmp_path / a("weit wég")
+        tree(far, a("é.mp4"))
+        lines = [f"{b(str(far / 'é.mp4'))} 0", f"{root}/{b('train/café/é.mp4')} 0", "train/run/b.mp4 1"]
+        lists(root, lines, [b("test/café/d.mp4") + " 0"], [b("café"), "run"])
+        data = load(str(root))
+        assert data.classes == (unicodedata.normalize("NFC", "café"), "run") and not data.notes
+        assert len(data.train) == 3 and all(os.path.exists(data.train.path(i)) for i in range(3))
+        text(root / "classes.txt", a("café"), b("café"))
+        fails("classes.txt", "is there twice", name=str(root))
+
+
+def test_a_copy_in_another_unicode_form_is_the_same_data(tmp_path):
+    names = [f"{k}/é{i:02d}ü.mp4" for k in ("run", "walk") for i in range(20)]
+    copies = [[unicodedata.normalize(form, name) for name in names] for form in ("NFC", "NFD")]
+    videos = [Videos.make("x", copy, [0] * 20 + [1] * 20) for copy in copies]
+    datas = [dataclasses.replace(some(sizes=(20, 20)), train=copy) for copy in videos]
+    draws = [labelled(data, per_class=3) for data in datas]
+    assert draws[0].tolist() == draws[1].tolist()
+    assert digest(datas[0].train, draws[0]) == digest(datas[1].train, draws[1])
+
+
 def test_class_names_may_be_numbered(tmp_path):
     tree(tmp_path, "a.mp4", "t.mp4")
     for names in (
@@ -341,6 +493,90 @@ def test_class_folders(tmp_path):
     assert pairs(load(str(tmp_path)).test) == {"val/run/d.mp4": 1}
     tree(tmp_path, "val/swim/x.mp4")
     fails(tmp_path / "val", "swim", name=str(tmp_path))
+
+
+SUFFIXES = ".MTS .m2ts .m2v .mpe .vob .asf .3g2 .f4v .gif .y4m .h264 .mxf .ogm .divx .dv .ogv".split()
+
+
+def test_videos_of_all_suffixes_are_read_and_other_files_counted(tmp_path):
+    """What may be meant as a video and is none makes a note: other files, and folders too far down."""
+    tree(tmp_path, *(f"train/run/a{suffix}" for suffix in SUFFIXES), "test/run/t.mp4")
+    data = load(str(tmp_path))
+    assert set(pairs(data.train)) == {f"train/run/a{suffix}" for suffix in SUFFIXES} and not data.notes
+    tree(tmp_path, "train/run/x.xyz", "train/run/y.XYZ", "test/run/z.part", "README", "train/run/.z.xyz")
+    deep = "train/run/1/2/3/4"
+    tree(tmp_path, f"{deep}/seen.mp4", "train/run/1/2/3/5/", f"{deep}/5/lost.mp4", f"{deep}/6/", "notes.txt")
+    data = load(str(tmp_path))
+    assert {f"{deep}/seen.mp4", "train/run/1/2/3/5"} < set(pairs(data.train))
+    assert len(data.train) == len(SUFFIXES) + 2 and len(data.notes) == 2
+    assert data.notes[0].endswith("4 files that are not videos: 1 .part, 2 .xyz, 1 README")
+    assert data.notes[1].endswith(f"2 folders more than 6 levels down: {deep}/5, {deep}/6")
+    for path in (tmp_path / "train").rglob("a.*"):
+        os.rename(path, f"{path}.xyz")
+    os.remove(tmp_path / "test/run/t.mp4")
+    os.rename(tmp_path / "train/run/1", tmp_path / "train/run/.1")
+    fails("no videos", "18 .xyz", name=str(tmp_path))
+
+
+def loose(root, *names):
+    """What load finds of these and of a test video, and its notes."""
+    tree(root, *names, "test/run/t.mp4")
+    data = load(str(root))
+    return set(pairs(data.train)), data.notes
+
+
+def test_loose_pictures_do_not_hide_clips(tmp_path):
+    found, notes = loose(
+        tmp_path,
+        "train/run/s1/clip1/",
+        "train/run/s1/clip2/",
+        "train/run/s1/thumb_1.jpg",
+        "train/run/s2/a.mp4",
+        "train/run/s2/thumb_1.jpg",
+        "train/run/s2/thumb_2.PNG",
+        "train/run/cover_1.jpg",
+    )
+    assert found == {"train/run/s1/clip1", "train/run/s1/clip2", "train/run/s2/a.mp4"}
+    assert len(notes) == 1 and "4 pictures in train/run, train/run/s1, train/run/s2" in notes[0]
+
+
+@pytest.mark.parametrize("other", ["last_00004.jpg", "cover.jpg", "n_frames", "a.mp4", "sub/a.mp4", "x.wav"])
+def test_a_video_of_pictures_is_one_series_alone(tmp_path, other):
+    found, notes = loose(tmp_path, "train/run/b.mp4", "train/run/c/", f"train/run/c/{other}")
+    assert found == {"train/run/b.mp4"} | ({f"train/run/c/{other}"} if "mp4" in other else set())
+    count = 4 if other.endswith("jpg") else 3
+    assert f"{count} pictures in train/run/c;" in " ".join(notes)
+
+
+def test_what_does_not_disturb_a_series(tmp_path):
+    for other in ("._img_00001.jpg", ".DS_Store", "Thumbs.db", "flow_x_00001.jpg", "img_4.PNG"):
+        found = loose(tmp_path / other, "train/run/c/", f"train/run/c/{other}")
+        assert found == ({"train/run/c"}, ()), other
+    names = ["train/run/flow/flow_x_1.jpg", "train/run/flow/flow_y_1.jpg", "train/run/flower/flower_1.jpg"]
+    assert loose(tmp_path / "flow", *names) == ({"train/run/flow", "train/run/flower"}, ())
+    names = [f"train/run/t/frame{i:04d}_t{i / 25:.2f}s_640x480.png" for i in range(30)]
+    assert loose(tmp_path / "t", *names) == ({"train/run/t"}, ())
+
+
+def test_a_folder_of_100_000_pictures_is_scanned_fast(monkeypatch):
+    """No picture is looked at: only the names are."""
+
+    class Entry:
+        def __init__(self, name):
+            self.name = name
+
+        def is_dir(self):
+            return self.name == "clip"
+
+    class Folder(list):
+        __enter__, __exit__ = list.__iter__, lambda *_: None
+
+    names = [f"img_{i:06d}.jpg" for i in np.random.default_rng(0).permutation(100_000)]
+    folders = {"root": Folder([Entry("clip")]), "root/clip": Folder(map(Entry, names))}
+    monkeypatch.setattr(os, "scandir", lambda path: folders[os.path.normpath(path)])
+    started = time.process_time()
+    assert datasets._scan("root") == ["clip"]
+    assert time.process_time() - started < 1
 
 
 def test_folders_without_data(tmp_path):

@@ -196,6 +196,40 @@ def test_a_folder_of_pictures(make, tmp_path):
         read(tmp_path, [5, 10])
 
 
+ORDERS = {
+    "a size behind": [f"img_{i:05d}_640x480.png" for i in range(12)],
+    "a time behind": [f"frame{i + 1:04d}_t{i * 0.08:.2f}s.png" for i in range(40)],
+    "a time before": [f"{1672531200 + 41 * i}_{i}.jpg" for i in range(12)],
+    "a checksum before": [f"{i * 7919 % 100003}_{i}.jpg" for i in range(12)],
+    "a checksum behind": [f"{i}_{i * 7919 % 100003:05d}.png" for i in range(12)],
+    "checksums with letters": [f"{i}_{i * 7919 % 65521:x}.png" for i in range(12)],
+    "letters before": [f"{i * 7919 % 65521:x}_{i}.png" for i in range(12)],
+    "without zeros": [f"img{i}.jpg" for i in range(120)],
+    "a number of the video": [f"v12_g03_{i}.jpg" for i in range(12)],
+    "two parts": [f"part{p}_{i}.jpg" for p in (1, 2) for i in (9, 10, 11)],
+    "no numbers": ["a.jpg", "b.jpg", "c.jpg"],
+}
+
+
+@pytest.mark.parametrize("case", ORDERS)
+def test_pictures_are_ordered_by_the_number_that_counts(make, tmp_path, case):
+    names = ORDERS[case]
+    for i, name in enumerate(names):
+        Image.fromarray(make.picture(i)).save(tmp_path / name)
+    with Video(tmp_path) as v:
+        assert [make.number(p) for p in pictures(v.get(range(len(v))))] == list(range(len(names)))
+    assert video._by_number(sorted(names)) == video._by_number(names[::-1]) == names
+
+
+def test_pictures_of_flowers_are_no_flow(make, tmp_path):
+    for i in range(3):
+        Image.fromarray(make.picture(i)).save(tmp_path / f"flower_{i}.png")
+        for name in ("flow_x_{}", "flow_y_{}", "Flow_{}", "flowx_{}"):
+            Image.fromarray(make.picture(99)).save(tmp_path / f"{name.format(i)}.png")
+    assert [make.number(p) for p in pictures(read(tmp_path, [0, 1, 2]))] == [0, 1, 2]
+    assert probe(tmp_path)["frames"] == 3
+
+
 # ---- files that are cut short, damaged, or no video ----------------------------------------------
 
 
