@@ -432,7 +432,7 @@ def _scan(root, notes=None, deep=6):
         ):  # fmt: skip
             if count:
                 notes.append(f"left out of {root}: {count} {what}")
-    return sorted(found)
+    return sorted(found, key=lambda name: (_nfc(name), name))
 
 
 def _is_hidden(lower):
