@@ -31,7 +31,7 @@ import warnings
 from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -979,6 +979,8 @@ def main(argv=None):
         sub.add_argument("--workers", type=int, default=cores, help="processes, or 0")
         if name == "check":
             sub.add_argument("--out", default=".", help="folder for bad_videos.txt")
+            text = "compare every frame after a seek with that of one pass, not four windows of 8 frames"
+            sub.add_argument("--all_windows", action="store_true", help=text)
             continue
         sub.add_argument("--out", required=True, help="folder for the new data set")
         sub.add_argument("--short_side", type=int, default=256, help="pixels; smaller videos keep their size")
@@ -1014,7 +1016,8 @@ def _check(args):
     _, paths = _paths(args)
     if not os.access(args.out, os.W_OK):
         raise UserError(f"--out {args.out} is not a folder that can be written to")
-    bad = [(path, reason) for path, reason in _parallel(_check_one, paths, args.workers, "check") if reason]
+    job = partial(_check_one, all_windows=args.all_windows)
+    bad = [(path, reason) for path, reason in _parallel(job, paths, args.workers, "check") if reason]
     _report(args.out, bad, len(paths), "decode")
     return 1 if bad else 0
 
@@ -1026,13 +1029,17 @@ def _report(out, bad, total, verb):
     print(f"{total - len(bad)} of {total} videos {verb}" + (f"; the others are in {path}" if bad else ""))
 
 
-def _check_one(path):
-    """Decode all frames of a file. Returns why it is bad, or None."""
+def _check_one(path, all_windows=False):
+    """Decode a file in one pass, and windows of it by seeks, too. Returns why it is bad, or None."""
     torch.set_num_threads(1)
     try:
         with Video(path, min_share=1.0) as video:
-            for start in range(0, len(video), CHUNK):
-                video.get(range(start, min(start + CHUNK, len(video))), short_side=16)
+            pictures, n = {i: hash(picture.tobytes()) for i, picture in video.one_pass(16)}, len(video)
+            for start in range(0, n, 8) if all_windows else {0, n // 3, 2 * n // 3, max(n - 8, 0)}:
+                window = range(start, min(start + 8, n))
+                clip = video.get(window, 16).permute(0, 2, 3, 1).numpy()
+                if [hash(picture.tobytes()) for picture in clip] != [pictures[i] for i in window]:
+                    return f"frames {start} to {window[-1]} after a seek differ from those of one pass"
     except Exception as error:
         return reason_of(error)
 
@@ -1067,8 +1074,12 @@ def _shrink(args):
     jobs = [(path, target, settings) for target, path in targets.items() if target not in there]
     if len(jobs) < len(paths):
         print(f"{len(paths) - len(jobs)} of {len(paths)} videos are done already", flush=True)
-    results = _parallel(_shrink_one, jobs, args.workers, "shrink")
-    bad = [(job[0], reason) for job, reason in results if reason]
+    bad = []
+    for (path, *_), result in _parallel(_shrink_one, jobs, args.workers, "shrink"):
+        if isinstance(result, str):
+            bad.append((path, result))
+        elif result:
+            print(f"{printable(path)}: damaged frames replaced by a neighbour: {result}", flush=True)
     _report(args.out, bad, len(paths), f"are in {args.out}")
     return 0
 
@@ -1090,7 +1101,10 @@ def _same_settings(path, settings):
 
 
 def _shrink_one(job):
-    """Re-encode one video, every frame at its time. Returns why that failed, or None."""
+    """Re-encode one video, every frame at its time.
+
+    Returns why that failed, else for how many frames others stand in, None if for none.
+    """
     torch.set_num_threads(1)
     path, target, settings = job
     try:
@@ -1102,6 +1116,7 @@ def _shrink_one(job):
             with Video(file.name) as copy:
                 if len(copy) != len(video) or np.abs(copy.times - times).max() > 1e-3:
                     raise VideoError(f"{len(copy)} of {len(video)} frames arrived, or at other times")
+            return len(video.stand_ins) or None
     except OSError as error:  # of the disk: what the video raises is a VideoError
         if error.errno in files.NAME_ERRORS:
             return reason_of(error)

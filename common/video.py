@@ -19,14 +19,17 @@ import sys
 import tempfile
 import threading
 from bisect import bisect_right
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
+from functools import cached_property
+from itertools import chain
 from multiprocessing import forkserver
 
 import av
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as TF
 
@@ -43,6 +46,9 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 FLOW = re.compile(r"(?i)flow_?([xy]_?)?\d")  # pictures of optical flow, beside those of a video
 FPS = 25.0  # pictures of a folder in a second, unless something else is said
 PLAYLISTS = {"concat", "dash", "hls", "imf"}  # formats that open other files
+TEXTS = {"tty", "bin", "xbin", "adf", "idf"}  # formats that draw a text
+STILLS = {"gif", "apng", "mjpeg", "avif", "heic", "heix", "mif1"}  # pictures, if they have one frame
+HOUR = 3600  # seconds; a clock that jumps by more was set anew, which says nothing of the frame rate
 # What av, PIL and the system raise for a bad file. Anything else is named with its type.
 FAULTS = (av.FFmpegError, OSError, IndexError, ValueError, EOFError, MemoryError)
 FAULTS += (Image.DecompressionBombError,)
@@ -84,9 +90,11 @@ class Video:
     """The frames of a video file, or of a folder of numbered pictures; a context manager.
 
     span: (start, end) in seconds from the first frame; only the frames in it count, at least one.
-    min_share: a file cut short is used if this share of its frames is there, the last good frame
-    standing in for those after it. fps: the rate of a folder of pictures.
-    Raises VideoError on entering and on reading. Rotation is applied; pixels are taken as square.
+    min_share: a damaged file, or one cut short, is used if this share of its frames is good. For a frame that
+    does not decode the last good one before it stands in, else the first good one after it.
+    stand_ins: the set of those frames, of all that were given so far. fps: the rate of a folder of pictures.
+    Pictures are turned and mirrored as players show them; pixels are taken as square.
+    Raises VideoError on entering and on reading.
     """
 
     def __init__(self, path, span=None, min_share=0.5, fps=FPS):
@@ -104,7 +112,7 @@ class Video:
             if n < self.min_share * source.expected:
                 raise VideoError(f"only {n} of {source.expected} frames are in the file")
             self._source, self._stack = source, stack.pop_all()
-        self._turns = None  # quarter turns counter-clockwise, known once a frame is decoded
+        self.stand_ins, self._matrix = set(), None  # the matrix is known once a frame is decoded
         self._first, last = 0, n
         if self.span is not None:
             self._first = min(int(np.searchsorted(source.times, self.span[0])), n - 1)
@@ -121,10 +129,11 @@ class Video:
 
     @property
     def rotation(self):
-        """Degrees counter-clockwise that the pictures are turned for display: 0, 90, 180 or 270."""
-        if self._turns is None:
+        """Degrees counter-clockwise that the upper edge is turned for display: 0, 90, 180 or 270."""
+        if self._matrix is None:
             self.get([0])
-        return 90 * self._turns
+        (a, b), _ = self._matrix
+        return round(-np.degrees(np.arctan2(b, a))) % 360
 
     @property
     def height(self):
@@ -149,82 +158,138 @@ class Video:
         if indices.size == 0 or indices.min() < 0 or indices.max() >= len(self):
             raise OutOfRange(f"frames {indices.tolist()} of a video of {len(self)} frames")
         indices, clip = indices + self._first, None
-        for i, picture in self._pictures(np.unique(indices).tolist(), short_side):
-            if clip is None:
-                clip = np.empty((len(indices), *picture.shape), np.uint8)
-            clip[indices == i] = picture
+        with reasons():
+            ways, size = (self._source.pick, self._source.from_start), self._size(short_side)
+            for i, picture in self._pictures(np.unique(indices).tolist(), size, ways):
+                if clip is None:
+                    clip = np.empty((len(indices), *picture.shape), np.uint8)
+                clip[indices == i] = picture
         return torch.from_numpy(clip).permute(0, 3, 1, 2)
 
-    def _pictures(self, wanted, short_side):
-        """Yield (position, uint8 (H, W, C)) for the sorted positions `wanted`."""
-        missing = set(wanted)
-        try:
-            for i, frame in self._source.pick(wanted):
-                yield i, self._picture(frame, short_side)
-                missing.remove(i)
-        except FAULTS:
-            pass  # what is wrong shows in the pass from the start
-        if missing:
-            yield from self._salvage(sorted(missing), short_side)
+    def one_pass(self, short_side=None):
+        """Yield (index, uint8 (H, W, C)) of every frame, by decoding from the start and without a seek."""
+        positions = range(self._first, self._first + len(self))
+        with reasons():
+            ways, size = (self._source.from_start,), self._size(short_side)
+            for i, picture in self._pictures(positions, size, ways):
+                yield i - self._first, picture
 
-    def _salvage(self, missing, short_side):
-        """Yield `missing` frames out of what decodes in order from the start, or raise VideoError.
-
-        For a frame that does not decode, the last good one before it stands in.
-        """
-        good, last, expected, reason = 0, None, self._source.expected, "the file ends early"
-        try:
-            for i, frame in self._source.every():
-                good += 1
-                while missing and missing[0] <= i:
-                    there = missing[0] == i or last is None
-                    yield missing.pop(0), self._picture(frame if there else last, short_side)
-                if not missing and good >= self.min_share * expected:
-                    return
-                last = frame
-        except FAULTS as fault:
-            reason = reason_of(fault)
-        if not good or good < self.min_share * expected:
-            raise VideoError(f"only {good} of {expected} frames decode: {reason}")
-        for i in missing:
-            yield i, self._picture(last, short_side)
-
-    def _picture(self, frame, short_side):
-        """uint8 (H, W, C) of a decoded frame, upright, in the video's size or short_side's."""
-        check_size(frame.height, frame.width)
-        if self._turns is None:
-            degrees = getattr(frame, "rotation", 0)  # damaged headers say anything
-            self._turns = degrees // 90 % 4 if degrees % 90 == 0 else 0
-        if isinstance(frame, Image.Image):
-            rgb = np.array(frame.convert("RGB"))
-        else:
-            rgb = frame.to_ndarray(format="rgb24", threads=1)
+    def _size(self, short_side):
+        """(H, W) of the pictures before they are turned. Raises VideoError if they are too large."""
         size = self._source.size
         if short_side:
             size = tuple(round(side * short_side / min(size)) for side in size)
+        check_size(*size)
+        return size
+
+    def _pictures(self, wanted, size, ways):
+        """Yield (position, uint8 (H, W, C)) for the positions `wanted`, by the first way that has them."""
+        missing = set(wanted)
+        for way in ways:
+            try:
+                for i, frame in way(sorted(missing)):
+                    yield i, self._picture(frame, size)
+                    missing.remove(i)
+            except Exception:
+                pass  # what is wrong is found out by the next one
+            if not missing:
+                return
+        yield from self._salvage(sorted(missing), size)
+
+    def _salvage(self, wanted, size):
+        """Yield (position, uint8 (H, W, C)) for the sorted positions `wanted` of a damaged file.
+
+        Others stand in for those that do not decode. Raises VideoError if too few frames are good.
+        """
+        source, given = self._source, {}
+        good = {i: n for n, i in enumerate(source.places) if i is not None}
+        if len(good) < max(self.min_share * source.expected, 1):
+            reason = reason_of(source.fault) if source.fault else "the file ends early"
+            raise VideoError(f"only {len(good)} of {source.expected} frames decode: {reason}")
+        positions = sorted(good)
+        for i in wanted:
+            nearest = positions[max(bisect_right(positions, i) - 1, 0)]
+            given.setdefault(good[nearest], []).append(i)
+            if nearest != i:
+                self.stand_ins.add(i - self._first)
+        for n, frame in source.numbered(sorted(given)):
+            picture = self._picture(frame, size)
+            yield from ((i, picture) for i in given[n])
+
+    def _picture(self, frame, size):
+        """uint8 (H, W, C) of a decoded frame, resized to `size` and turned for display."""
+        if isinstance(frame, np.ndarray):
+            rgb = frame
+        else:
+            check_size(frame.height, frame.width)
+            rgb = frame.to_ndarray(format="rgb24", threads=1)
+        if self._matrix is None:
+            self._matrix = _display_matrix(frame)
         if rgb.shape[:2] != size:
             # One path for training and testing: swscale's own resize is brighter by a grey level.
             x = TF.resize(torch.from_numpy(rgb).permute(2, 0, 1)[None], list(size), antialias=True)
             rgb = x[0].permute(1, 2, 0).numpy()
-        return np.rot90(rgb, self._turns)
+        (a, b), (c, d) = self._matrix
+        return (rgb if a else rgb.transpose(1, 0, 2))[:: b + d, :: a + c]
+
+
+def _display_matrix(frame):
+    """((a, b), (c, d)) of -1, 0 and 1: pixel (x, y) is shown at (a x + c y, b x + d y), up to a shift.
+
+    So it is one of the eight symmetries of a square. Damaged headers have any matrix; others are ignored.
+    """
+    try:
+        data = getattr(frame, "side_data", {}).get("DISPLAYMATRIX")
+        if data is None:
+            return (1, 0), (0, 1)
+        matrix = np.frombuffer(data, np.int32)[[0, 1, 3, 4]].reshape(2, 2).astype(float)
+    except ValueError:  # av does not know the type of other side data; the angle it still tells
+        cos, sin = np.cos(np.radians(frame.rotation)), np.sin(np.radians(frame.rotation))
+        matrix = np.array([[cos, -sin], [sin, cos]])
+    matrix = matrix / np.maximum(np.hypot(*matrix), 1e-9)
+    unit = np.rint(matrix).astype(int)
+    known = np.abs(matrix - unit).max() < 0.01 and np.array_equal(unit @ unit.T, np.eye(2))
+    return unit.tolist() if known else ((1, 0), (0, 1))
 
 
 @contextmanager
 def _open(path):
-    """Open a video file for one decoder thread. Yields (container, its first video stream)."""
+    """Open a video file for one decoder thread. Yields (container, the best of its video streams)."""
     if not os.path.isfile(path):  # av.open would also take URLs and lists of files
         raise VideoError("not a file" if os.path.exists(path) else "no such file")
     # An absolute path is never taken for a protocol, whatever colons the name has.
     only_files = {"protocol_whitelist": "file"}
     with av.open(os.path.abspath(path), options=only_files, **TAGS) as container:
-        if PLAYLISTS & set(container.format.name.split(",")):
+        name, cover = container.format.name, av.stream.Disposition.attached_pic
+        if PLAYLISTS & set(name.split(",")):
             raise VideoError("a list of other files")
-        cover = av.stream.Disposition.attached_pic
-        stream = next((s for s in container.streams.video if not s.disposition & cover), None)
-        if stream is None:
+        if name in TEXTS:
+            raise VideoError("a text, not a video")
+        if name in ("image2", "ico") or name.endswith("_pipe"):
+            raise VideoError("a picture, not a video")
+        streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+        if not streams:
             raise VideoError("no video stream")
+        readable = [stream for stream in streams if stream.codec_context]
+        if not readable:
+            raise VideoError(f"no decoder for codec {_codec_of(container, streams[0])}")
+        readable = [stream for stream in readable if stream.frames != 1] or readable  # no single picture
+        stream, best = readable[0], container.streams.best("video")
+        # FFmpeg goes by the disposition, by whether there are five frames, and by the bits. Here the first of
+        # several that differ in their bits alone is taken.
+        if best in readable and (stream.frames < 5 or stream.disposition != best.disposition):
+            stream = best
         stream.codec_context.thread_count = 1  # the workers are parallel; more threads deadlock
         yield container, stream
+
+
+def _codec_of(container, stream):
+    """What FFmpeg calls the codec of a stream that it cannot decode: evc (evc1 / 0x31637665)."""
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.INFO)  # without it the description is empty
+    description = container.dumps_format()
+    av.logging.set_level(level)
+    return re.search(rf"Stream #0:{stream.index}\b.*Video: (.*?),", description)[1]
 
 
 def check_size(height, width):
@@ -237,40 +302,51 @@ class _File:
     """The frames of an open container by position; what there is, its packets tell."""
 
     def __init__(self, path, container, stream):
-        self.path, self.container, self.stream = path, container, stream
+        self.path, self.container, self.stream, self.fault = path, container, stream, None
         context, avi, header = stream.codec_context, container.format.name == "avi", stream.frames
+        self.by_dts = avi and not context.has_b_frames  # libavformat guesses the pts of an AVI
         self.size, self.codec = (context.height, context.width), context.name
         check_size(*self.size)
         if "mp4" in container.format.name and getattr(stream, "index_entries", None):
             header = len(stream.index_entries)  # knows what an edit list cuts off, the count not
-        pts, dts, self.keys, self.order, most = [], [], [], {}, 1
-        try:
-            for packet in container.demux(stream):
-                if not packet.size:
-                    continue
-                self.order[packet.pts] = len(dts)
-                dts.append(packet.dts)
-                if packet.is_keyframe:
-                    self.keys.append(packet.pts)
-                pictures = _pictures_in(packet, self.codec)
-                most = max(most, pictures)
-                pts += [packet.pts] * (pictures if not packet.is_discard else 0)
-        except FAULTS:
-            pass  # cut short: the packets before that count
-        total, stamps, rate = len(dts), list(self.order), float(stream.average_rate or 25)
+        fields = _FieldPairs(context.extradata or b"") if self.codec == "h264" else None
+        # shown: how many pictures each packet shows; seconds: stamp of a second field -> that of the first
+        pts, dts, first = [], [], None
+        self.keys, self.order, self.shown, self.seconds = [], {}, [], {}
+        for packet in self._packets(container, stream):
+            self.order[packet.pts] = len(dts)
+            dts.append(packet.dts)
+            if fields and fields.is_second(packet):
+                self.seconds[packet.pts] = first
+                self.shown.append(0)
+                continue
+            first = packet.pts
+            if packet.is_keyframe:
+                self.keys.append(packet.pts)
+            self.shown.append(0 if packet.is_discard else _pictures_in(packet, self.codec))
+            pts += [packet.pts] * self.shown[-1]
+        if len(pts) == 1 and STILLS & {container.format.name, container.metadata.get("major_brand")}:
+            raise VideoError("a picture, not a video")
+        reordered = context.has_b_frames and (avi or self.codec in ("h264", "hevc"))
+        total, stamps, packed = len(dts), list(self.order), max(self.shown, default=0) > 1
         # Where time stamps are absent (raw streams), repeated (broken files) or in decoding order
-        # (packed pictures; AVI has none, and libavformat guesses), frames can only be counted.
+        # (packed pictures; AVI has none, and libavformat guesses), frames can only be counted. So they are
+        # if there is a palette: it comes with the first packet, which a seek leaves out.
         self.counted = (
             None in stamps
             or len(stamps) < total
             or not self.keys
-            or most > 1
-            or (avi and context.has_b_frames and stamps == sorted(stamps))
+            or packed
+            or (reordered and stamps == sorted(stamps))
+            or context.pix_fmt == "pal8"
         )
-        clock = dts[: len(pts)] if self.counted else pts
-        if len(clock) > 1 and len(set(clock)) == 1:  # the container's rate means nothing then
-            clock, rate = [None] * len(clock), float(context.framerate or 25)
-        if None in clock:
+        self.by_count = self.counted or avi and context.has_b_frames  # where a file is damaged
+        rates = [rate for rate in (context.framerate, stream.average_rate) if rate and rate <= 240]
+        rate = float(rates[0]) if rates else 25.0
+        clock = pts
+        if self.counted:
+            clock = [t for t, shown in zip(dts, self.shown, strict=True) if shown or packed][: len(pts)]
+        if None in clock or len(set(clock)) == 1:
             self.times = np.arange(len(clock)) / rate
         else:
             clock.sort()
@@ -278,11 +354,28 @@ class _File:
         if not self.counted:
             self.keys.sort()
             self.pts, self.place = pts, {t: i for i, t in enumerate(pts)}
-        # The header of an AVI also counts frames dropped when it was made, and so does its clock.
-        slots = max(dts[-1] + 1 if avi and dts and None not in dts else total, 1)
+            self.place |= {t: self.place[first] for t, first in self.seconds.items() if first in self.place}
+        # The header of an AVI counts ticks of its clock: frames dropped when it was made, too, and all those
+        # for which the last frame is shown.
+        slots = max(total, 1)
+        if avi and dts and None not in dts:
+            slots = dts[-1] + int(np.diff(dts).max(initial=1))
         self.expected = round(len(clock) * max(header / slots, 1))
-        seconds = float(self.times[-1]) if len(clock) else 0
-        self.fps = (len(clock) - 1) / seconds if seconds > 0 else rate
+        jumps = np.diff(self.times)
+        jumps = jumps[jumps > HOUR]
+        seconds = float(self.times[-1] - jumps.sum()) if pts else 0
+        self.fps = (len(pts) - 1 - len(jumps)) / seconds if seconds > 0 else rate
+
+    def _packets(self, container, stream):
+        """Yield the packets, up to where the file is so damaged that no more are found."""
+        try:
+            for packet in container.demux(stream):
+                if packet.size:
+                    if self.by_dts:
+                        packet.pts = packet.dts
+                    yield packet
+        except Exception as fault:
+            self.fault = fault
 
     def pick(self, wanted):
         """Yield (position, frame) for those of the sorted positions `wanted` that appear.
@@ -292,24 +385,27 @@ class _File:
         decoding time, and a later stamp can land behind the frame.
         """
         if self.counted:
-            chosen = set(wanted)
-            yield from ((i, frame) for i, frame in self.every(wanted[-1] + 1) if i in chosen)
+            yield from self.from_start(wanted)
             return
         context = self.stream.codec_context
         for key, needed in self._runs([self.pts[i] for i in wanted]):
             self.container.seek(key, stream=self.stream)
-            ahead, start = set(needed), self.order[key]
-            for packet in self.container.demux(self.stream):
+            ahead = needed | {t for t, first in self.seconds.items() if first in needed}
+            start, key_came = self.order[key], key not in self.place  # an edit list can leave it out
+            for packet in self._packets(self.container, self.stream):
                 if self.order.get(packet.pts, 0) > start:
                     return  # the seek missed the key frame, as in transport streams
                 start = len(self.order)
-                context.skip_frame = "DEFAULT" if packet.pts in needed else "NONREF"
-                frames = context.decode(packet if packet.size else None)
+                context.skip_frame = "DEFAULT" if packet.pts in ahead else "NONREF"
+                frames = context.decode(packet)
                 ahead.discard(packet.pts)
                 if not ahead:
                     frames += context.decode(None)  # what the decoder still holds
                 for frame in frames:
+                    key_came = key_came or frame.pts == key and frame.key_frame
                     if frame.pts in needed:
+                        if not key_came:
+                            return  # it is damaged or none, and what refers to it is not to be trusted
                         yield self.place[frame.pts], frame
                 if not ahead:
                     break
@@ -326,13 +422,61 @@ class _File:
             end = max(end, self.order[t])
         return runs
 
-    def every(self, n=None):
-        """Yield (position, frame) of the first `n` frames from the start, by a fresh decoder."""
+    def from_start(self, wanted):
+        """Yield (position, frame) for the sorted positions `wanted` up to the first sign of damage."""
+        chosen = set(wanted)
+        for n, frame in enumerate(self._frames(strict=True)):
+            if not self.by_count and self.place.get(frame.pts) != n:
+                return
+            if n in chosen:
+                yield n, frame
+            if n == wanted[-1]:
+                return
+
+    @cached_property
+    def places(self):
+        """The position of each frame that decodes, or None, in the order in which the decoder gives them."""
+        stamps = [frame.pts for frame in self._frames()]
+        if not self.by_count:
+            return [self.place.get(stamp) for stamp in stamps]
+        # The stamps are the numbers of packets. Those that gave no frame belong before the later ones.
+        last, order, newest = {k: n for n, k in enumerate(stamps)}, [], -1
+        lost = deque(k for k, shown in enumerate(self.shown) if shown and k not in last)
+        for k in sorted(last, key=last.get):
+            newest = max(newest, k)
+            while lost and lost[0] < newest:
+                order.append(lost.popleft())
+            order.append(k)
+        place = {k: i for i, k in enumerate(chain(order, lost))}
+        return [place[k] for k in stamps]
+
+    def numbered(self, numbers):
+        """Yield (number, frame) for the sorted `numbers` of those that decode, see `places`."""
+        chosen = set(numbers)
+        for n, frame in enumerate(self._frames()):
+            if n in chosen:
+                yield n, frame
+            if n == numbers[-1]:
+                return
+
+    def _frames(self, strict=False):
+        """Yield what decodes from the start, by a fresh decoder.
+
+        Unless strict, it goes on after an error, as the ffmpeg command does: what follows refers to what came
+        before. Where frames are counted their pts are the numbers of their packets.
+        """
         with _open(self.path) as (container, stream):
-            for count, frame in enumerate(container.decode(stream)):
-                if count == n:
-                    return
-                yield count if self.counted else self.place.get(frame.pts, count), frame
+            for k, packet in enumerate(chain(self._packets(container, stream), [None])):
+                if packet and self.by_count:
+                    packet.pts = k
+                try:
+                    frames = stream.codec_context.decode(packet)
+                except Exception as fault:
+                    if strict:
+                        raise
+                    self.fault = fault
+                    continue
+                yield from frames
 
 
 def _pictures_in(packet, codec):
@@ -340,8 +484,102 @@ def _pictures_in(packet, codec):
     if codec == "vp8":  # a picture may be there only to be referred to (RFC 6386, 9.1: show_frame)
         return memoryview(packet)[0] >> 4 & 1
     if codec == "mpeg4":  # DivX and XviD (UCF-101) pack a B-frame to the frame before, and then
-        return bytes(packet).count(b"\0\0\1\xb6") if packet.size > 8 else 0  # send an empty one
+        return max(bytes(packet).count(b"\0\0\1\xb6"), 1) if packet.size > 7 else 0  # send an empty one
     return 1
+
+
+class _FieldPairs:
+    """Tells which packets of an H.264 stream hold the second field of an interlaced frame.
+
+    The decoder gives one frame for both fields. ISO/IEC 14496-10, 7.3.2.1.1 and 7.3.3.
+    """
+
+    def __init__(self, extradata):
+        self.waiting, self.parity = None, 0  # a first field: (frame number, parity); its usual parity
+        if extradata[:1] == b"\1":  # as in mp4: NAL units have their length before them
+            self.length, sps = (extradata[4] & 3) + 1, extradata[8:]
+        else:  # start codes
+            self.length, sps = 0, (re.split(b"\0\0\1(?=[\x07\x27\x47\x67])", extradata) + [b""])[1]
+        try:
+            self.number_bits = _frame_number_bits(_Bits(sps))
+        except ValueError:  # it ends early
+            self.number_bits = 0
+
+    def is_second(self, packet):
+        if not self.number_bits:
+            return False
+        first, self.waiting = self.waiting, None
+        try:
+            number, parity = self._field(bytes(packet))
+        except (StopIteration, ValueError):  # damaged: it is taken for the missing field, or for a first one
+            self.waiting = None if first else (None, self.parity)
+            return bool(first)
+        if parity is None:
+            return False
+        if first and first[0] in (None, number) and first[1] != parity:
+            return True
+        self.waiting, self.parity = (number, parity), parity
+        return False
+
+    def _field(self, data):
+        """(frame number, parity) of the first slice; parity None if it is of a whole frame."""
+        bits = _Bits(next(nal for nal in self._nals(data) if nal and nal[0] & 31 in (1, 5))[:32])
+        bits.golomb(), bits.golomb(), bits.golomb()  # first macroblock, type, picture parameters
+        number = bits.read(self.number_bits)
+        return number, bits.read(1) if bits.read(1) else None
+
+    def _nals(self, data):
+        if not self.length:
+            return re.split(b"\0\0\1", data)
+        nals = []
+        while data:
+            size = int.from_bytes(data[: self.length], "big")
+            nals.append(data[self.length : self.length + size])
+            data = data[self.length + size :]
+        return nals
+
+
+class _Bits:
+    """The bits of a NAL unit after its first byte, read from the front. ValueError where they end."""
+
+    def __init__(self, nal):
+        data = nal[1:].replace(b"\0\0\3", b"\0\0")
+        self.bits, self.at = f"{int.from_bytes(data, 'big'):0{8 * len(data)}b}", 0
+
+    def read(self, n):
+        self.at += n
+        return int(self.bits[self.at - n : self.at], 2)
+
+    def golomb(self):
+        zeros = self.bits.index("1", self.at) - self.at
+        self.at += zeros
+        return self.read(zeros + 1) - 1
+
+
+def _frame_number_bits(sps):
+    """Of a sequence parameter set: how many bits frame_num has in a slice, 0 if no picture is a field."""
+    profile = sps.read(8)
+    sps.read(16), sps.golomb()
+    if profile not in (66, 77, 88):  # Baseline, Main, Extended
+        lists = 12 if sps.golomb() == 3 and not sps.read(1) else 8  # 4:4:4 in one plane
+        sps.golomb(), sps.golomb(), sps.read(1)
+        for i in range(lists if sps.read(1) else 0):  # scaling matrices
+            if sps.read(1):
+                last = scale = 8
+                for _ in range(16 if i < 6 else 64):
+                    if scale:
+                        code = sps.golomb()
+                        scale = (last + (code + 1) // 2 * (1 if code % 2 else -1)) % 256
+                    last = scale or last
+    number_bits, order = sps.golomb() + 4, sps.golomb()
+    if order == 0:
+        sps.golomb()
+    elif order == 1:
+        sps.read(1), sps.golomb(), sps.golomb()
+        for _ in range(sps.golomb()):
+            sps.golomb()
+    sps.golomb(), sps.read(1), sps.golomb(), sps.golomb()
+    return 0 if sps.read(1) else number_bits
 
 
 class _Folder:
@@ -356,18 +594,49 @@ class _Folder:
             raise VideoError("a folder without pictures")
         self.paths = [os.path.join(path, name) for name in _by_number(names)]
         self.fps, self.expected, self.times = fps, len(names), np.arange(len(names)) / fps
-        with Image.open(self.paths[0]) as image:
-            self.size = image.height, image.width
+        self.fault = self.size = None
+        for path in self.paths:
+            with suppress(Exception), _upright(path) as image:
+                self.size = image.height, image.width
+                return
+        _read_picture(self.paths[0])  # raises what is wrong
 
     def pick(self, wanted):
-        for i in wanted:
-            with Image.open(self.paths[i]) as image:
-                check_size(image.height, image.width)
-                image.load()
-                yield i, image
+        return ((i, _read_picture(self.paths[i])) for i in wanted)
 
-    def every(self):
-        return self.pick(range(len(self.paths)))
+    from_start = pick
+
+    @cached_property
+    def places(self):
+        good = []
+        for i, path in enumerate(self.paths):
+            try:
+                _read_picture(path)
+                good.append(i)
+            except Exception as fault:
+                self.fault = fault
+        return good
+
+    def numbered(self, numbers):
+        return ((n, _read_picture(self.paths[self.places[n]])) for n in numbers)
+
+
+def _read_picture(path):
+    """uint8 (H, W, 3)"""
+    with _upright(path) as image:
+        if image.mode.startswith("I"):  # 16 bits of grey, of which Pillow would take the lower ones
+            return (np.array(image)[..., None].repeat(3, 2) // 256).astype(np.uint8)
+        return np.array(image.convert("RGB"))
+
+
+@contextmanager
+def _upright(path):
+    """A picture, turned as its EXIF orientation says."""
+    with Image.open(path) as image:
+        check_size(image.height, image.width)
+        with suppress(Exception):  # EXIF can be damaged where the picture is not
+            ImageOps.exif_transpose(image, in_place=True)
+        yield image
 
 
 def _by_number(names):

@@ -1,8 +1,11 @@
 """Small video files whose pictures carry their own number, so that a wrong frame shows."""
 
 import gc
+import io
 import os
+import re
 import struct
+from contextlib import suppress
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -92,29 +95,95 @@ def write(path, frames=60, codec="libx264", size=(96, 64), gop=12, times=None, r
 
 
 def full_decode(path):
-    """Every frame by the plainest means: a list of uint8 (H, W, 3), up to the first error."""
+    """Every frame by the plainest means: a list of uint8 (H, W, 3); after an error the decoder goes on."""
     frames = []
     with av.open(str(path), metadata_errors="ignore") as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
-        try:
-            for frame in container.decode(stream):
+        packets = []
+        with suppress(av.FFmpegError):
+            packets.extend(packet for packet in container.demux(stream) if packet.size)
+        for packet in [*packets, None]:
+            try:
+                decoded = stream.codec_context.decode(packet)
+            except av.FFmpegError:
+                continue
+            for frame in decoded:
                 turns = frame.rotation // 90 if frame.rotation % 90 == 0 else 0
                 frames.append(np.rot90(frame.to_ndarray(format="rgb24", threads=1), turns))
-        except av.FFmpegError:
-            pass
     return frames
+
+
+def display(path, a, b, c, d):
+    """Set the display matrix of an mp4 file: players show pixel (x, y) at (a x + c y, b x + d y)."""
+    data, one = bytearray(open(path, "rb").read()), 1 << 16
+    at = data.index(b"tkhd") + 44
+    matrix = [a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30]
+    data[at : at + 36] = struct.pack(">9i", *map(int, matrix))
+    open(path, "wb").write(data)
 
 
 def rotate(path, degrees):
     """Set the display matrix of an mp4 file, so that players turn it clockwise."""
     cos, sin = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
-    data = bytearray(open(path, "rb").read())
-    at = data.index(b"tkhd") + 44
-    one = 1 << 16
-    matrix = [cos * one, sin * one, 0, -sin * one, cos * one, 0, 0, 0, 1 << 30]
-    data[at : at + 36] = struct.pack(">9i", *matrix)
-    open(path, "wb").write(data)
+    display(path, cos, sin, -sin, cos)
+
+
+def interlaced(path, frames, is_field, size=(96, 64)):
+    """Pictures 0..frames-1 in H.264, those for which is_field(i) as two packets of a field each.
+
+    All is in PCM macroblocks, each tenth frame is a key frame. Returns the path as a str.
+    """
+
+    def golomb(*values):
+        codes = [f"{value + 1:b}" for value in values]
+        return "".join("0" * (len(code) - 1) + code for code in codes)
+
+    def nal(first, bits):
+        bits += "1" + "0" * (-(len(bits) + 1) % 8)
+        data = int(bits, 2).to_bytes(len(bits) // 8, "big")
+        return b"\0\0\0\1" + bytes([first]) + re.sub(b"\0\0(?=[\0-\3])", b"\0\0\3", data)
+
+    def coded(planes, i, field, idr):
+        """A slice: of the frame if field is None, of the upper field if it is 0, of the lower if 1."""
+        out = golomb(0, 7, 0) + f"{i % 10:04b}" + ("0" if field is None else f"1{field}")
+        out += golomb(0) * idr + f"{2 * (i % 10) + (field or 0):08b}" + ("00" if idr else "0") + golomb(0)
+        rows = slice(field, None, 1 if field is None else 2)
+        luma, *chroma = (plane[rows] for plane in planes)
+        for y in range(0, luma.shape[0], 16):
+            for x in range(0, luma.shape[1], 16):
+                out += golomb(25)  # I_PCM
+                out += "0" * (-len(out) % 8)
+                block = [luma[y : y + 16, x : x + 16]]
+                block += [plane[y // 2 : y // 2 + 8, x // 2 : x // 2 + 8] for plane in chroma]
+                out += "".join(f"{value:08b}" for part in block for value in part.ravel().tolist())
+        return nal(0x65 if idr else 0x61, out)
+
+    (width, height), packets = size, []  # (bytes, time in fields, key frame)
+    head = "01001101" + "00000000" + "00011110" + golomb(0, 0, 0, 4, 1) + "0"  # Main profile
+    head = nal(0x67, head + golomb(width // 16 - 1, height // 32 - 1) + "001000")
+    head += nal(0x68, golomb(0, 0) + "00" + golomb(0, 0, 0) + "000" + golomb(0, 0, 0) + "000")
+    for i in range(frames):
+        frame = av.VideoFrame.from_ndarray(picture(i, *size), format="rgb24").reformat(format="yuv420p")
+        data = np.maximum(frame.to_ndarray(), 1).ravel()  # PCM samples are not 0
+        ends = [width * height, width * height * 5 // 4]
+        planes = [x.reshape(-1, width >> (n > 0)) for n, x in enumerate(np.split(data, ends))]
+        idr = i % 10 == 0
+        for field in (0, 1) if is_field(i) else (None,):
+            data = coded(planes, i, field, idr and not field)
+            packets.append((head * (idr and not field) + data, 2 * i + (field or 0), idr and not field))
+    raw = io.BytesIO(b"".join(data for data, _, _ in packets))
+    if str(path).endswith("h264"):
+        open(path, "wb").write(raw.getvalue())
+        return str(path)
+    with av.open(raw, format="h264") as source, av.open(str(path), "w") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for data, time, key in packets:
+            packet = av.Packet(data)
+            packet.time_base, packet.pts, packet.dts, packet.stream = Fraction(1, 50), time, time, stream
+            packet.is_keyframe, packet.duration = key, 1
+            out.mux(packet)
+    return str(path)
 
 
 def cut(path, out, share):
@@ -128,7 +197,14 @@ def cut(path, out, share):
 def make():
     """The helpers of this file: make.write, make.picture, make.number, make.full_decode, ..."""
     return SimpleNamespace(
-        write=write, picture=picture, number=number, full_decode=full_decode, rotate=rotate, cut=cut
+        write=write,
+        picture=picture,
+        number=number,
+        full_decode=full_decode,
+        rotate=rotate,
+        display=display,
+        interlaced=interlaced,
+        cut=cut,
     )
 
 

@@ -19,6 +19,7 @@ import av
 import forks
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from common import UserError, datasets
@@ -1301,6 +1302,28 @@ def test_check_lists_bad_videos_and_deletes_nothing(videos, make, monkeypatch, c
     assert datasets._check_one(str(videos / "train/run/wide.avi")) is None
 
 
+@pytest.mark.parametrize("wrong, windows", [(34, "33 to 40"), (99, "92 to 99"), (50, None)])
+def test_check_compares_what_is_sought_with_one_pass(tmp_path, make, monkeypatch, wrong, windows):
+    path, get = make.write(tmp_path / "a.mp4", frames=100), Video.get
+
+    def fails(video, indices, short_side=None):
+        return get(video, indices, short_side) * (torch.tensor([*indices]) != wrong).view(-1, 1, 1, 1)
+
+    assert datasets._check_one(path, all_windows=True) is None
+    monkeypatch.setattr(Video, "get", fails)
+    reason = windows and f"frames {windows} after a seek differ from those of one pass"
+    assert datasets._check_one(path) == reason
+    assert datasets._check_one(path, all_windows=True).endswith("differ from those of one pass")
+
+
+def test_check_of_all_windows(videos, capsys, monkeypatch):
+    (videos.parent / "list").mkdir()
+    command = ["check", str(videos), "--out", str(videos.parent / "list"), "--workers", "0"]
+    assert datasets.main(command) == datasets.main([*command, "--all_windows"]) == 1
+    first, second = capsys.readouterr().out.split("\n")[-3:-1]
+    assert first == second and "6 of 7 videos decode" in first
+
+
 def test_check_of_nothing(tmp_path, capsys):
     assert datasets.main(["check", "ucf101", "--root", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
@@ -1444,6 +1467,24 @@ def test_shrink_of_a_jump_of_hours(tmp_path, make, hours):
     times, _, frames = shrunk(stamped(tmp_path / "a.mkv", make, stamps), tmp_path / "b.mp4")
     assert np.abs(times - stamps / 1000).max() < max(1e-4, hours * 3600 / 2e9)
     assert [make.number(x) for x in frames.numpy()] == list(range(40))
+
+
+def test_shrink_of_a_damaged_file(tmp_path, make, capsys):
+    """One packet is lost, and so the frame before it is there twice."""
+    root, out = tmp_path / "set", tmp_path / "out"
+    for part in ("train", "test"):
+        (root / part / "run").mkdir(parents=True)
+        path = make.write(root / part / "run/a.avi", 60, "mjpeg", pix_fmt="yuvj420p")
+    with av.open(path) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][20]
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data.replace(bytes(packet), b"\xff" * packet.size))
+    assert datasets.main(["shrink", str(root), "--out", str(out), "--workers", "0"]) == 0
+    text = capsys.readouterr().out
+    assert f"{path}: damaged frames replaced by a neighbour: 1\n" in text and "2 of 2 videos are in" in text
+    with Video(out / "test/run/a.mp4") as video:
+        seen = [make.number(x) for x in video.get(range(60)).numpy()]
+        assert seen == [19 if i == 20 else i for i in range(60)]
 
 
 def test_shrink_lists_what_cannot_be_encoded(tmp_path, make, capsys):
