@@ -177,8 +177,41 @@ def build(
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eps = family.BN_EPS if bn_eps is None else bn_eps
+        avoid_onednn_faults(module)
     net.new_fc = weights is None or not load_weights(net, weights, names)
     return net
+
+
+# oneDNN 3.12, the library of torch 2.14.1 for the CPU, writes past the end of memory in the gradients of two
+# kinds of convolutions (`python tests/bench/onednn.py --plain`), and the process dies sooner or later. Said
+# in other words, they are computed rightly.
+
+
+class Subsampled(nn.Conv2d):
+    """A convolution of 1 x 1 whose stride is taken before it."""
+
+    def forward(self, x):
+        return F.conv2d(x[..., :: self.stride[0], :: self.stride[1]], self.weight, self.bias)
+
+
+class Padded(nn.Conv3d):
+    """A convolution before which a clip that is shorter than the kernel is padded in time."""
+
+    def forward(self, x):
+        t, *padding = self.padding
+        if x.shape[2] >= self.kernel_size[0]:
+            return super().forward(x)
+        return F.conv3d(F.pad(x, (0, 0, 0, 0, t, t)), self.weight, self.bias, self.stride, (0, *padding))
+
+
+def avoid_onednn_faults(module: nn.Module) -> None:
+    """Make a convolution of a kind that oneDNN gets wrong one of the above; other modules stay."""
+    if type(module) is nn.Conv2d:  # in channels_last, uxlfoundation/oneDNN issue 6035
+        if module.kernel_size == (1, 1) and max(module.stride) > 1 and module.in_channels < 16:
+            module.__class__ = Subsampled
+    elif type(module) is nn.Conv3d:  # known of a kernel of 7 frames, a stride of 2 and a clip of 5 frames
+        if module.stride[0] > 1 and module.padding[0] > 0:
+            module.__class__ = Padded
 
 
 class ConvBN(nn.Sequential):

@@ -151,7 +151,8 @@ def test_recipe_computes_flow_with_its_bound(moving):
     videos = replace(moving[0], flow=None)
     with Recipe(2, 3, modality="flow", bound=7.0).open(videos, 0) as source:
         (found,) = source.clips([np.array([2])])
-    assert torch.equal(found, flow.to_bytes(flow.tvl1(moving[1][2:8][None])[0], 7.0))
+    expected = flow.to_bytes(flow.tvl1(moving[1][2:8][None])[0], 7.0)
+    assert (found.int() - expected.int()).abs().max() <= 1  # rounding
     with Recipe(2, 3).open(videos, 0) as source:
         assert isinstance(source, video.Video)
 
@@ -295,7 +296,7 @@ def test_score_and_prediction_of_averaged_embeddings(moving, tmp_path, training)
         found = evaluate.score(net, videos, recipe, run)
     assert net.training == training
     assert found.probs[0].tolist() == pytest.approx([p, 1 - p], abs=1e-5) and not found.probs[1].any()
-    assert np.array_equal(found.probs[0], found.probs[2]) and list(found.bad) == [1]
+    assert np.allclose(found.probs[0], found.probs[2], atol=1e-6) and list(found.bad) == [1]
     assert np.allclose(torch.from_numpy(found.logits).softmax(1)[[0, 2]], found.probs[[0, 2]], atol=1e-6)
     assert not found.logits[1].any()
     assert found.views.tolist() == [1, 1, 1] and found.hits.tolist() == [int(p > 0.5), 0, int(p < 0.5)]

@@ -123,7 +123,8 @@ def test_flow_that_is_not_there_is_computed(library, bound):
         (x,) = source.clips([np.array([4, 1])])
     frames = library[1][f"v{N}"]
     pairs = torch.stack([frames[[i + k, i + k + 1]] for i in (4, 1) for k in range(5)])
-    assert torch.equal(x, flow.to_bytes(flow.tvl1(pairs)[:, 0], bound))
+    expected = flow.to_bytes(flow.tvl1(pairs)[:, 0], bound)
+    assert (x.int() - expected.int()).abs().max() <= 1  # rounding
     with Streams(videos, index_of(videos, f"v{N}"), ("flow",), bound, flow_side=16) as source:
         assert source.clips([np.array([0])])[0].shape == (5, 2, 16, 19)
 
