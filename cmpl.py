@@ -65,7 +65,7 @@ import torch.nn.functional as F
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from common import UserError, augment, backbones, datasets, evaluate, optim, video
-from common.flags import FREE, Parser, wanted
+from common.flags import Parser, free_flags, wanted
 from common.run import Run, agreed
 
 # Defaults per data set, and what the nearest labelled share adds to them (the flags' own defaults are
@@ -87,6 +87,8 @@ RECIPES = {
 RECIPES["weizmann"] = RECIPES["toy"] | dict(
     per_class=2, batch=4, size=64, test_size=64, jitter=[72, 80], weak_side=72, epochs=45
 )  # fmt: skip
+
+TEST = ("keep_every",)  # flags of --eval that make it another test
 
 
 def parse_args(argv=None):
@@ -121,7 +123,7 @@ def parse_args(argv=None):
     g.add_argument("--warmup", type=float, default=0.0, help="epochs of linear warm-up, D9")
     g = p.run()
     g.add_argument("--keep_every", type=int, default=1, help="thin test clips, Fig. 5")
-    args = p.parse(argv)
+    args = p.parse(argv, also=TEST)
     args.weak_side = args.weak_side or round(args.size * 8 / 7)
     p.share(args, "tau")
     p.rand_augment(args)
@@ -302,7 +304,7 @@ def train(args, run):
     if args.eval:
         changes = dict(clips=args.clips, crops=args.crops, keep_every=args.keep_every)
         net, recipe = evaluate.load_for(args.eval, data, run.device, **changes)
-        evaluate.report(net, data, recipe, run, args.workers, **wanted(args))
+        evaluate.report(net, data, recipe, run, args.workers, **wanted(args, also=TEST))
         return
 
     videos_l, videos_u = datasets.semi_supervised(
@@ -327,8 +329,8 @@ def train(args, run):
     lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, args.lr_batch, "labelled clips")  # D2
     optimizer = optim.build(args.optimizer, parameters, lr, args.weight_decay)
     parts = {name: net.module for name, net in nets.items()} | {"optimizer": optimizer}
-    digest = datasets.digest(videos_l, range(len(videos_l)))
-    identity = dict(labelled=digest, classes=len(data.classes), net=f"{args.net} x{args.width}", aux=args.aux)
+    identity = dict(labelled=datasets.digest(videos_l), unlabelled=datasets.digest(videos_u),
+                    classes=len(data.classes), net=f"{args.net} x{args.width}", aux=args.aux)  # fmt: skip
 
     start = run.resume(identity, **parts)
     run.write("labelled.txt", datasets.as_list(videos_l))
@@ -383,7 +385,7 @@ def quick_test(args, run, data, pri, aux, step):
 @record
 def main():
     args = parse_args()
-    free = vars(args) if args.eval else FREE
+    free = free_flags(args, TEST)
     with Run("cmpl", args.out, vars(args), free, args.log_every, args.max_bad) as run:
         if args.eval or not run.finished():
             train(args, run)

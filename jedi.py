@@ -86,8 +86,8 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from common import UserError, augment, backbones, datasets, evaluate, features, files, modality, optim, video
-from common.flags import FREE, LABELS, Parser, wanted
-from common.run import Run, agreed, leave
+from common.flags import LABELS, Parser, free_flags, wanted
+from common.run import PLACES, Run, agreed, leave
 
 STAGES = "experts", "extract", "train"
 # Defaults per data set (the flags' own defaults are the paper's, Sec. 4.4).
@@ -102,7 +102,7 @@ RECIPES = {
 RECIPES["weizmann"] = RECIPES["toy"] | dict(
     net=["r2plus1d_10-pool"], size=64, test_size=64, jitter=[72, 80], expert_epochs=100
 )
-TEST = "clips", "crops"  # what of a test is not in the model's file
+VIEWS = "clips", "crops"  # flags of --eval that replace what the model's file says
 # Flags that a supervised expert does not look at: with another value it is still right.
 UNUSED = ("half", "alpha", "beta", "gamma", "distill", "teacher_input", "temperature", "student_loss",
           "teacher_loss", "hidden", "adjust_dropout", "neurons", "alternate", "finetune", "epochs", "burn_in",
@@ -173,7 +173,7 @@ def parse_args(argv=None):
     g = p.run()
     g.add_argument("--memory", type=float, help="GB of the device for embeddings; half of what is free")
     p.set_defaults(data="toy:a,toy:b,toy:c", clips=None, crops=None)
-    args = p.parse(argv, also=TEST)
+    args = p.parse(argv)
     args.recipe = p.recipe
     p.at_least(1, args, "batch", "lr_batch", "expert_batch", "hidden", "frames", "stride", "extra_videos")
     p.at_least(0, args, "alpha", "beta", "gamma", "neurons", "alternate", "epochs", "burn_in", "lr",
@@ -554,7 +554,7 @@ def supervised(args, run):
     net = run.distribute(backbones.build(**made, weights=args.init), args.channels_last, args.compile)
     lr, rule = optim.scaled_lr(args.expert_lr, args.expert_batch * run.world, 8)
     optimizer = optim.build(args.expert_optimizer, net.parameters(), lr, args.expert_weight_decay)
-    identity = dict(labelled=datasets.digest(videos, range(len(videos))), classes=len(data.classes), net=name)
+    identity = dict(labelled=datasets.digest(videos), classes=len(data.classes), net=name)
     start = run.resume(identity, net=net.module, optimizer=optimizer)
     run.write("labelled.txt", datasets.as_list(videos))
     run.say(f"{total} steps, {epoch} an epoch, of {args.expert_batch * run.world} clips; {rule}; "
@@ -1062,11 +1062,11 @@ def show_table(run, names, table):
 def test_only(args, run):
     """--eval: the test of one student on video, with its own views unless --clips or --crops."""
     data = agreed(datasets.load, args.data, args.root, args.split)
-    changes = {name: getattr(args, name) for name in TEST if getattr(args, name) is not None}
+    changes = {name: getattr(args, name) for name in VIEWS if getattr(args, name) is not None}
     net, recipe = evaluate.load_for(args.eval, data, run.device, **changes)
     models = {args.eval: recipe}
     data, _ = modality.with_flow(data, args.data, args.root, None, run, [recipe.modality], models)
-    evaluate.report(net, data, recipe, run, args.workers, **wanted(args, also=TEST))
+    evaluate.report(net, data, recipe, run, args.workers, **wanted(args))
 
 
 def of_source(args, k):
@@ -1093,9 +1093,12 @@ def runs_of(args):
 
 def one_run(stage, args, out):
     """A stage, or a test, in its folder; False if a signal has stopped it."""
-    config, free = vars(args), (*FREE, "stage", "cache", "memory", "extra_root", "recipe")
-    free += UNUSED * (stage == "experts")
-    with Run("jedi", out, config, config if args.eval else free, args.log_every, args.max_bad) as run:
+    free = {*free_flags(args), "recipe"}
+    if stage != "eval":
+        free |= {"stage", "cache", "memory", *(UNUSED if stage == "experts" else ())}
+    places = (*PLACES, "extra", "extra_root")
+    with Run("jedi", out, vars(args), free, args.log_every, args.max_bad, places) as run:
+        run.lr_flag = "--expert_lr" if stage == "experts" else "--lr"
         if stage == "extract":
             return extract(args, run) and not run.told_to_stop()
         if stage == "eval":

@@ -83,7 +83,7 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from common import UserError, augment, backbones, datasets, evaluate, modality, optim, video
-from common.flags import FREE, Parser, wanted
+from common.flags import Parser, free_flags, wanted
 from common.modality import MODALITIES
 from common.run import Run, agreed
 
@@ -106,7 +106,7 @@ RECIPES["weizmann"] = RECIPES["toy"] | dict(per_class=6, size=64, test_size=64, 
 KINDS = ("rgb", "flow", "diff")  # of the modalities those of the paper
 SECOND_SEED = 1000  # what --pipeline adds to --seed for the second network of its first step
 LOGGED = ("top1", "top5", "mean_class", "mAP")  # of a quick test
-TEST = ("clips", "uniform", "test_crop", "average")  # what of a test is not in the model's file
+TEST = "uniform", "test_crop", "average"  # flags of --eval that make it another test
 
 
 def parse_args(argv=None):
@@ -417,7 +417,7 @@ def train(args, run):
     lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, args.lr_batch)  # D2
     optimizer = optim.build(args.optimizer, groups, lr, args.weight_decay)
     parts = {name: net.module for name, net in nets.items()} | {"optimizer": optimizer}
-    identity = dict(labelled=datasets.digest(videos, range(len(videos))), classes=len(data.classes),
+    identity = dict(labelled=datasets.digest(videos), classes=len(data.classes),
                     net=f"{args.net} x{args.width}", nets=args.nets, flow=str(scale))  # fmt: skip
 
     start = run.resume(identity, **parts)
@@ -527,7 +527,7 @@ def pipeline(args):
 
 def one_run(args, free=()):
     """Train, or test, in the folder args.out; whether there is a result, and no signal to stop after it."""
-    free = vars(args) if args.eval else (*FREE, "flow", *free)
+    free = {*free_flags(args, TEST), *([] if args.eval else ["flow", *free])}
     with Run("mml", args.out, vars(args), free, args.log_every, args.max_bad) as run:
         if args.eval or not run.finished():
             train(args, run)

@@ -96,9 +96,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 from common import UserError, augment, backbones, datasets, evaluate, features, files, modality, optim, show
-from common.flags import FREE, Parser, wanted
+from common.flags import Parser, free_flags, wanted
 from common.modality import MODALITIES
-from common.run import Run, agreed
+from common.run import PLACES, Run, agreed
 from common.video import Clips, Views, train_loader
 
 STAGES = "generator", "pseudo", "selftrain", "finetune"
@@ -764,7 +764,7 @@ def pseudo(args, run):
     # computed, one.
     slow = recipe.modality == "field" and videos.flow is None
     dense = Dense(**vars(recipe) | dict(clips=64 if slow else 8, crops=1, uniform=0, hop=hop))
-    digest = datasets.digest(videos, range(len(videos)))
+    digest = datasets.digest(videos)
     identity = {"generator": evaluate.digest_of(net), "source": digest}
     folder = Path(args.features or run.out / "features")
     found = features.extract(folder, net, net.embed, videos, dense, run, args.workers, identity)
@@ -883,7 +883,7 @@ def fit(args, run, net, clips, recipes, held, learn="labels", teacher=None, **id
     lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, args.lr_batch, "videos")  # D1
     learning = [p for p in net.parameters() if p.requires_grad]
     optimizer = optim.build(args.optimizer, learning, lr, args.weight_decay)
-    identity |= dict(labelled=datasets.digest(videos, range(len(videos))), classes=backbone.fc.out_features,
+    identity |= dict(labelled=datasets.digest(videos), classes=backbone.fc.out_features,
                      net=f"{backbone.name} x{args.width}",
                      flow=str([(recipe.bound, recipe.flow_side) for recipe in recipes]))  # fmt: skip
     start = run.resume(identity, net=net.module, optimizer=optimizer)
@@ -1032,7 +1032,7 @@ def load_pseudo(args, run, videos):
         raise UserError(f"{path} is not there: --stage pseudo makes it") from None
     except (OSError, TypeError, AttributeError, *features.DAMAGE):
         raise UserError(f"{path} holds no pseudo-labels, or is damaged") from None
-    if found.videos != datasets.digest(videos, range(len(videos))):
+    if found.videos != datasets.digest(videos):
         raise UserError(f"{path} has pseudo-labels of other videos than --source {args.source} has")
     refuse_leak(args, path, found.learned)
     if args.neighbours and found.granularity != "clip":
@@ -1144,8 +1144,11 @@ def one_run(args, stage):
     """A stage, or a test, in its folder; whether there is a result, and no signal to stop after it."""
     out = args.out if args.eval or stage == "finetune" else f"{args.out}/{stage}"
     config = vars(of_stage(args, stage) if stage in TRAINED else args)
-    free = (*FREE, "stage", "flow", "source_root", "source_flow", "features", "sheet", *UNUSED.get(stage, ()))
-    with Run("motionfit", out, config, config if args.eval else free, args.log_every, args.max_bad) as run:
+    free = free_flags(args, TEST)
+    if not args.eval:
+        free = (*free, "stage", "flow", "source_flow", "features", "sheet", *UNUSED.get(stage, ()))
+    places = (*PLACES, "source", "source_root", "source_list")
+    with Run("motionfit", out, config, free, args.log_every, args.max_bad, places) as run:
         if args.eval:
             test_only(args, run)
         elif not run.finished():

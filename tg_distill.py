@@ -90,7 +90,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torchvision.transforms.v2 import functional as V
 
 from common import UserError, augment, backbones, datasets, evaluate, optim, show, video
-from common.flags import FREE, Parser, wanted
+from common.flags import Parser, free_flags, wanted
 from common.run import Run, agreed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # D6
@@ -113,6 +113,8 @@ RECIPES = {
 RECIPES["weizmann"] = RECIPES["toy"] | dict(
     per_class=2, size=64, test_size=64, epochs=50, warmup=3, sup_warmup=6, precise_bn=60, eval_every=25
 )
+
+TEST = "average", "corrupt", "train_accuracy"  # flags of --eval that make it another test
 
 
 def parse_args(argv=None):
@@ -162,7 +164,7 @@ def parse_args(argv=None):
     g.add_argument("--cam_with", metavar="MODEL.PT", nargs="*", default=[], help="more models for the sheets")
     g.add_argument("--cam_videos", type=int, default=8, help="number of sheets")
     g.add_argument("--features", metavar="FILE.NPZ", help="embeddings of the test set by --eval, Fig. 5")
-    args = p.parse(argv, also=["corrupt"])
+    args = p.parse(argv, also=TEST)
     p.at_least(1, args, "batch", "lr_batch", "mu", "frames", "stride", "interval", "cam_videos")
     p.at_least(0, args, "w_fm", "w_kd", "w_clr", "lam_u", "epochs", "lr", "weight_decay", "warmup",
                "sup_warmup", "clip_grad", "precise_bn")  # fmt: skip
@@ -538,8 +540,8 @@ def train(args, run):
     lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, args.lr_batch, "labelled clips")  # D2
     optimizer = optim.build(args.optimizer, parameters, lr, args.weight_decay)
     parts = {name: net.module for name, net in nets.items()} | {"optimizer": optimizer}
-    identity = dict(labelled=datasets.digest(videos_l, range(len(videos_l))), classes=len(data.classes),
-                    net=f"{args.net} x{args.width}", nets=args.nets)  # fmt: skip
+    identity = dict(labelled=datasets.digest(videos_l), unlabelled=datasets.digest(videos_u),
+                    classes=len(data.classes), net=f"{args.net} x{args.width}", nets=args.nets)  # fmt: skip
 
     start = run.resume(identity, **parts)
     run.write("labelled.txt", datasets.as_list(videos_l))
@@ -601,7 +603,7 @@ def quick_test(args, run, data, nets, build, recipes, step):
 
 def final_test(args, run, data, net, recipe, videos_l):
     """All views of every test video and, for Table 6, of the labelled videos if they are given."""
-    words = wanted(args, also=["corrupt"])
+    words = wanted(args, also=TEST)
     if videos_l is not None:
         scores = evaluate.score(net, videos_l, recipe, run, args.workers, bar=True)
         words |= {} if scores is None else {"train_top1": evaluate.metrics(scores)["top1"]}
@@ -634,7 +636,7 @@ def test_only(args, data, run):
 @record
 def main():
     args = parse_args()
-    free = vars(args) if args.eval else FREE
+    free = free_flags(args, TEST)
     with Run("tg_distill", args.out, vars(args), free, args.log_every, args.max_bad) as run:
         if args.eval or not run.finished():
             train(args, run)

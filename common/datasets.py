@@ -104,7 +104,7 @@ class Videos:
         which = range(len(self)) if indices is None else indices
         spans = [""] * len(self) if self.spans is None else [f" {a} {b}" for a, b in self.spans.tolist()]
         labels = self.labels.tolist()
-        return [f"{self.name(i)} {labels[i]}{spans[i]}" for i in which]
+        return [f"{_nfc(self.name(i))} {labels[i]}{spans[i]}" for i in which]
 
     def subset(self, indices):
         """The videos `indices`, in that order."""
@@ -289,13 +289,10 @@ def _in_list(data, listfile):
     return np.unique(np.array(chosen, dtype=np.int64))
 
 
-def digest(videos, indices):
-    """sha256 (hex) of the names, spans and labels of the videos `indices`, in order."""
-    sha = hashlib.sha256()
-    for i in indices:
-        line = f"{_nfc(videos.name(i))}\t{videos.span(i)}\t{videos.labels[i].tolist()}\n"
-        sha.update(line.encode("utf-8", "surrogateescape"))
-    return sha.hexdigest()
+def digest(videos, indices=None):
+    """sha256 (hex) of the lines of `Videos.lines`."""
+    lines = "\n".join(videos.lines(indices))
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def as_list(videos):

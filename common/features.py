@@ -126,7 +126,7 @@ def extract(folder, net, call, videos, recipe, run, workers=0, identity=None, av
 def describe(videos, recipe, identity=None, average=False, half=False):
     """What features are of, as `extract` has the arguments: plain values by name, kept beside them."""
     about = (identity or {}) | {"average": bool(average), "half": bool(half)}
-    about["videos"] = datasets.digest(videos, range(len(videos)))
+    about["videos"] = datasets.digest(videos)
     about["videos_per_block"] = evaluate.videos_per_block(recipe)
     about |= {f"recipe.{key}": value for key, value in dataclasses.asdict(recipe).items()}
     about["recipe"] = type(recipe).__name__

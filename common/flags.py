@@ -19,8 +19,9 @@ from common import UserError, datasets
 from common.run import leave
 
 LABELS = "ratio", "per_class", "labelled_list"  # ways to say which videos have a label
+TEST = "split", "clips", "crops"  # flags of --eval that make it another test, for every script
 # What may change between a run and its resumption.
-FREE = ("out", "root", "workers", "log_every", "eval_every", "max_bad", "compile")
+FREE = ("out", "workers", "log_every", "eval_every", "max_bad", "compile")
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,7 +85,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv=None, also=()):
         """The arguments, with the defaults of the recipe, checked; what follows from others is filled in.
 
-        also: flags of --eval whose values make it another test, in another folder.
+        also: a script's own flags of --eval that make it another test, which then has another folder.
         """
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--data", default="toy")
@@ -124,8 +125,9 @@ class Parser(argparse.ArgumentParser):
         data, labels = Path(args.data).name.replace(":", "-"), args.ratio or args.per_class or "list"
         model = Path(args.eval or "")
         net = model.stem.removeprefix("model").removeprefix("_")
-        values = [(name, getattr(args, name)) for name in also if getattr(args, name) is not None]
-        named = [value if isinstance(value, str) else f"{name}{value}" for name, value in values]
+        values = {name: getattr(args, name) for name in (*TEST, *also)}
+        changed = {name: value for name, value in values.items() if value != self.get_default(name)}
+        named = [value if isinstance(value, str) else f"{name}{value}" for name, value in changed.items()]
         test = "_".join(filter(None, ["eval", data, net, *named]))
         tested = args.eval and f"{model.parent}/{test}"
         args.out = args.out or tested or f"runs/{self.script}_{data}_{labels}_{args.seed}"
@@ -178,7 +180,12 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
 
 
+def free_flags(args, also=()):
+    """Names of the flags that may change between a run and the next in its folder, see `Parser.parse`."""
+    return vars(args).keys() - {"eval", "data", "root", "flow", *TEST, *also} if args.eval else FREE
+
+
 def wanted(args, also=()):
     """What was asked for, {flag: value}, for the RESULT line: labels and seed, or which model to test."""
-    names = ("eval", *also) if args.eval else (*LABELS, "seed")
+    names = dict.fromkeys(("eval", *TEST, *also)) if args.eval else (*LABELS, "seed")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}

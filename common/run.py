@@ -44,6 +44,8 @@ try:
 except ImportError:  # not POSIX: two runs in one folder are then not noticed
     fcntl = None
 
+# Flags that say where something is, when what is there counts.
+PLACES = "data", "root", "labelled_list"
 RUNS = itertools.count()  # of this process
 PARENT = os.getppid()  # torchrun, while it lives
 
@@ -73,6 +75,8 @@ class Run:
         out: the run folder, made if missing.
         config: every argument by name (JSON values). A folder of another configuration is refused.
         free: names in `config` that may change between a run and its resumption.
+        places: names in `config` of data, which a checkpoint knows by what they are: a list or a data set may
+            be elsewhere, under the same name, and a "..root" anywhere.
         log_every: steps between two rows of log.jsonl.
         max_bad: share of the training videos that may be unreadable before the run stops.
 
@@ -81,9 +85,10 @@ class Run:
     current step on all ranks (a second SIGINT ends the process at once).
     """
 
-    def __init__(self, script, out, config, free=(), log_every=10, max_bad=0.05):
+    def __init__(self, script, out, config, free=(), log_every=10, max_bad=0.05, places=PLACES):
         self.script, self.out, self.config, self.free = script, Path(out), dict(config), set(free)
-        self.log_every, self.max_bad = log_every, max_bad
+        self.log_every, self.max_bad, self.places = log_every, max_bad, set(places)
+        self.moved = False  # what one of `places` names is elsewhere than it was
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
         self.stop = False  # this rank has got a signal
@@ -93,6 +98,7 @@ class Run:
         self.ended = False  # there is a result
         self.kept = {}, {}  # what checkpoints are of: identity, parts
         self.save_failed = self.log_failed = None
+        self.lr_flag = "--lr"  # of what is trained
         self.began, self.seconds_before = time.time(), 0.0
         self.lock = self.bar = None
 
@@ -105,6 +111,8 @@ class Run:
             warnings.simplefilter("ignore")  # rank 0 has the same to say
         try:
             self._join_group()
+            given = [(name, value) for name, value in self.config.items() if not name.endswith("root")]
+            agree({"flags": [f"--{name} {_names(value)}" for name, value in given if name not in self.free]})
             self.bad = self.on_main(self._open_folder)
         except BaseException as error:
             if not self.__exit__(type(error), error, error.__traceback__):
@@ -120,6 +128,10 @@ class Run:
         if cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
+        if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+            raise UserError("SLURM_NTASKS is above 1, but its tasks do not know each other: start torchrun "
+                            "on each node (srun --ntasks-per-node 1 torchrun --nproc_per_node GPUS ...), or "
+                            "set SLURM_NTASKS=1 for one process")  # fmt: skip
         if self._orphaned():  # between two runs: nobody would answer
             raise UserError("torchrun has ended; the same command goes on where it was")
         if "RANK" in os.environ:
@@ -159,8 +171,8 @@ class Run:
     def _check_config(self):
         path = self.out / "config.json"
         args = json.loads(json.dumps(self.config))  # as a reader of the file will see them
-        begun = any((self.out / name).exists() for name in ("last.pt", "last.prev.pt", "result.json"))
-        if begun and path.exists():
+        last = any((self.out / name).exists() for name in ("last.pt", "last.prev.pt"))
+        if (last or (self.out / "result.json").exists()) and path.exists():
             try:
                 old = json.loads(path.read_text())
                 old_args = old["args"]
@@ -168,15 +180,19 @@ class Run:
                 raise UserError(f"{path} is damaged: delete it or choose another --out") from None
             if old.get("script") != self.script:
                 raise UserError(f"--out {self.out} holds a run of {old.get('script')}, not {self.script}")
-            for key in sorted(args.keys() | old_args.keys()):
-                if key not in self.free and args.get(key) != old_args.get(key):
-                    raise UserError(
-                        f"{self.out} holds a run with --{key} {old_args.get(key)}, not {args.get(key)}: "
-                        "choose another --out"
-                    )
+            for key in sorted((args.keys() | old_args.keys()) - self.free):
+                before, now, folder = old_args.get(key), args.get(key), old.get("folder", "")
+                if before == now or _files(before, folder) == _files(now):
+                    continue
+                self.moved |= last and key in self.places
+                alike = key.endswith("root") or _names(before) == _names(now)
+                if not (last and key in self.places and alike):
+                    raise UserError(f"{self.out} holds a run with --{key} {before}, not {now}: choose "
+                                    "another --out")  # fmt: skip
         config = {"script": self.script, "args": args, "world": self.world, "device": str(self.device),
-                  "versions": versions(), "command": " ".join(sys.argv)}  # fmt: skip
-        files.write(path, json.dumps(config, indent=1))
+                  "versions": versions(), "command": " ".join(sys.argv), "folder": os.getcwd()}  # fmt: skip
+        if not self.moved:  # until it is known to be the same, the place of the first time is kept
+            files.write(path, json.dumps(config, indent=1))
 
     def _on_signal(self, number, frame):
         if self.stop and number == signal.SIGINT:
@@ -354,8 +370,7 @@ class Run:
         self.sums, self.count, self.wait, self.mark = {}, 0, 0.0, now
         wrong = [name for name, value in row.items() if not math.isfinite(value)]
         if wrong:
-            raise UserError(f"not finite at step {step + 1}: {', '.join(wrong)}; lower --lr ({lr:.3g} now), "
-                            "last.pt is from before")  # fmt: skip
+            raise self._diverged(f"not finite at step {step + 1}: {', '.join(wrong)}")
         self.log(row)
         return row
 
@@ -370,6 +385,10 @@ class Run:
             self.say(f"{row.get('eval', 'train')} step {row['step']} {shown}")
         else:
             self.bar.set_postfix_str(shown[:160], refresh=False)
+
+    def _diverged(self, what):
+        return UserError(f"{what}; start again with a lower {self.lr_flag} in another --out, or here after "
+                         f"deleting {self.out}/last*.pt")  # fmt: skip
 
     def _append(self, name, line):
         """Add a line to a file of the run folder; a full disk does not end the run for it."""
@@ -413,7 +432,7 @@ class Run:
         """
         nets = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
         if not all(torch.isfinite(p).all() for net in nets for p in net.parameters()):  # equal on all ranks
-            raise UserError(f"weights not finite after step {step}: lower --lr, last.pt is from before")
+            raise self._diverged(f"weights not finite after step {step}")
         since = [None] * self.world  # the last row of log.jsonl, so that the next one is of the same steps
         sums = {name: value.item() for name, value in self.sums.items()}
         dist.all_gather_object(since, (sums, self.count, self.wait, time.perf_counter() - self.mark))
@@ -480,9 +499,10 @@ class Run:
                 raise UserError(f"{path} is a checkpoint of {state.get('script')}, not of {self.script}")
             for key in sorted(identity.keys() | state["identity"].keys()):
                 old, new = state["identity"].get(key), identity.get(key)
-                if old != new and key == "labelled":
-                    raise UserError(f"the labelled videos are not those of {self.out / 'labelled.txt'}: have "
-                                    "files gone or come? Put them back, or choose another --out")  # fmt: skip
+                if old != new and key in ("labelled", "unlabelled"):
+                    before = self.out / "labelled.txt" if key == "labelled" else path
+                    raise UserError(f"the {key} videos are not those of {before}: have files gone or come? "
+                                    "Put them back, or choose another --out")  # fmt: skip
                 if old != new:
                     raise UserError(f"{path} was trained with {key} {old}, not {new}: choose another --out")
             return {**state, "step": step, "path": str(path)}
@@ -506,7 +526,10 @@ class Run:
             files.write(self.out / name, text)
 
     def finished(self):
-        """Whether a run has already ended here; its RESULT line is then printed again."""
+        """Whether a run has already ended here; its RESULT line is then printed again.
+
+        Not if the data are elsewhere than they were: `resume` then checks that they are the same.
+        """
         row = self.on_main(self._read_result)
         if row:
             self.show_result(row)
@@ -514,6 +537,8 @@ class Run:
 
     def _read_result(self):
         path = self.out / "result.json"
+        if self.moved:
+            return None
         return json.loads(path.read_text()) if path.exists() else None
 
     def result(self, row):
@@ -529,6 +554,22 @@ class Run:
 
 
 # -------------------------------------------------------------------------------- functions
+
+
+def _files(value, folder=""):
+    """The files that a value of a flag, "a,b" or a list, may name; relative ones are in `folder`."""
+    if isinstance(value, list):
+        return [_files(part, folder) for part in value]
+    if not isinstance(value, str):
+        return value
+    return [os.path.realpath(os.path.join(folder, part)) for part in value.split(",")]
+
+
+def _names(value):
+    """The same without the folders; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    return ",".join(os.path.basename(os.path.abspath(part)) for part in value.split(","))
 
 
 def agreed(function, *args, **named):

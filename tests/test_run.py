@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import struct
@@ -116,6 +117,8 @@ def test_foreign_checkpoints_are_refused(tmp_path):
     with Run("cmpl", tmp_path, {}) as run:
         with pytest.raises(UserError, match="labelled.txt"):
             run.resume(IDENTITY | {"labelled": "other"}, net=small_net())
+        with pytest.raises(UserError, match="the unlabelled videos are not those of .*last.pt"):
+            run.resume(IDENTITY | {"unlabelled": "other"}, net=small_net())
         with pytest.raises(UserError, match="classes 3, not 5"):
             run.resume(IDENTITY | {"classes": 5}, net=small_net())
         run.script = "mml"
@@ -206,6 +209,63 @@ def test_other_configuration_is_refused(tmp_path, capfd):
         run._check_config()
 
 
+def begun(out, args, name="last.pt"):
+    """A run folder with a checkpoint, or with a result, of these flags."""
+    with Run("cmpl", out, args) as run:
+        run.save(1, IDENTITY, net=small_net()) if name == "last.pt" else run.result({"top1": 1.0})
+
+
+@pytest.mark.parametrize("flag, before, now", [
+    ("data", "w/tiny", "w/tiny/"), ("data", "w/tiny", "HERE/w/tiny"),
+    ("data", "/scratch/1/tiny", "/scratch/2/tiny"), ("data", "a/one,b/two", "c/one,c/two"),
+    ("root", None, "/scratch/1"), ("root", "/scratch/1", "/scratch/2"),
+    ("labelled_list", "a/few.txt", "/b/few.txt"), ("init", "a/model.pt", "./a/../a/model.pt"),
+    ("init", "a/model.pt", "HERE/a/model.pt"), ("teachers", ["a/b.pt", "c"], ["HERE/a/b.pt", "./c"]),
+])  # fmt: skip
+def test_what_is_elsewhere_can_be_the_same(tmp_path, monkeypatch, flag, before, now):
+    """So a run can be resumed; but a result is not taken for that of data that may be others."""
+    monkeypatch.chdir(tmp_path)
+    now = json.loads(json.dumps(now).replace("HERE", str(tmp_path)))
+    begun(tmp_path / "out", {flag: before})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere" if isinstance(now, str) and os.path.isabs(now) else tmp_path)
+    moved = before is None or str(before).startswith("/") or flag == "labelled_list" or "," in before
+    for _ in range(2):  # however often
+        with Run("cmpl", tmp_path / "out", {flag: now}) as run:
+            assert run.resume(IDENTITY, net=small_net()) == 1
+            run.write("result.json", "{}")
+            assert run._read_result() == (None if moved else {})
+
+
+@pytest.mark.parametrize("flag, before, now", [
+    ("data", "w/tiny", "w/other"), ("labelled_list", None, "few.txt"), ("labelled_list", "few.txt", None),
+    ("data", "one,two", "two,one"), ("init", "a/model.pt", "b/model.pt"), ("lr", 0.1, 0.2),
+    ("lr_steps", [1, 2], [1, 3]), ("net", "r3d_18", "r3d_10"),
+])  # fmt: skip
+def test_what_is_something_else_is_refused(tmp_path, flag, before, now):
+    begun(tmp_path, {flag: before})
+    said = re.escape(f"--{flag} {before}, not {now}")
+    with Run("cmpl", tmp_path, {flag: before}) as run, pytest.raises(UserError, match=said):
+        run.config = {flag: now}
+        run._check_config()
+
+
+def test_a_result_without_a_checkpoint_does_not_know_what_data_are(tmp_path):
+    begun(tmp_path, {"data": "a/tiny"}, "result.json")
+    with Run("cmpl", tmp_path, {"data": "./a/tiny"}) as run, pytest.raises(UserError, match="not b/tiny"):
+        run.config = {"data": "b/tiny"}
+        run._check_config()
+
+
+def test_slurm_tasks_that_do_not_know_of_each_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(UserError, match="torchrun --nproc_per_node GPUS"):
+        Run("cmpl", tmp_path, {})._join_group()
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    with Run("cmpl", tmp_path, {}):
+        pass
+
+
 def test_a_mistake_before_the_first_checkpoint_can_be_mended(tmp_path):
     with Run("cmpl", tmp_path, {"batch": 2}):
         pass
@@ -285,10 +345,36 @@ def test_resumption_forgets_later_rows(tmp_path):
     assert kept == rows[:3]
 
 
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+def test_a_resumed_run_logs_the_same_rows(tmp_path, stop):
+    """A row is the mean of the same steps, wherever the run was stopped."""
+    losses = np.random.default_rng(0).normal(size=7)
+    for out, stops in (("whole", []), ("cut", [stop])):
+        for until in (*stops, 7):
+            with Run("cmpl", tmp_path / out, {}, log_every=3) as run:
+                start = run.resume(IDENTITY, net=small_net(1.0))
+                for step, _ in run.steps(loader(7 - start), start, 7, 0, [videos(9)], 100):
+                    run.track(step, 0.1, loss=losses[step], top1=step)
+                    run.stop = step + 1 == until < 7
+    rows = [[json.loads(line) for line in open(tmp_path / out / "log.jsonl")] for out in ("whole", "cut")]
+    whole, cut = ([{k: v for k, v in row.items() if "seconds" not in k} for row in found] for found in rows)
+    assert cut == whole and [row["step"] for row in whole] == [3, 6, 7]
+    assert all(row["seconds_compute"] > 0 for found in rows for row in found)
+
+
 def test_loss_that_is_not_finite(tmp_path):
-    with Run("cmpl", tmp_path, {}, log_every=1) as run:
-        with pytest.raises(UserError, match="not finite at step 8: loss_u;"):
+    """What the sentence says to do works, and nothing less."""
+    begun(tmp_path, {"lr": 0.1})
+    with Run("cmpl", tmp_path, {"lr": 0.1}, log_every=1) as run:
+        with pytest.raises(UserError, match="not finite at step 8: loss_u; .*lower --lr in") as found:
             run.track(7, 0.1, loss=torch.tensor(1.0), loss_u=torch.tensor(float("nan")))
+        run.config = {"lr": 0.01}
+        with pytest.raises(UserError, match="another --out"):
+            run._check_config()
+    for path in tmp_path.parent.glob(str(found.value).split(f"{tmp_path.parent}/")[1]):
+        path.unlink()
+    with Run("cmpl", tmp_path, {"lr": 0.01}) as run:
+        assert run.resume(IDENTITY, net=small_net()) == 0
 
 
 def test_bad_videos_are_named_once_and_counted(tmp_path):

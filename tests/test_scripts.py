@@ -338,6 +338,75 @@ def test_resumed_run_is_the_uninterrupted_one(finished, toy_root, tmp_path, rank
     assert a == b and a[-1]["step"] > stopped_at
 
 
+def stopped(script, root, out, *flags):
+    """A run that a signal has ended after a few rows; what it has printed."""
+    process = start(command(script, root, out, *flags))
+    wait_for_rows(out, 2, process)
+    process.send_signal(signal.SIGTERM)
+    printed, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and not (out / "result.json").exists(), err
+    return printed
+
+
+def test_a_run_goes_on_where_its_data_are_now(finished, toy_root, tmp_path):
+    """In the scratch folder of another job, under another spelling: what the data are counts, not where."""
+    script, whole, _ = finished
+    out, place = tmp_path / "out", tmp_path / "job1" / "toy"
+    shutil.copytree(toy_root, place)
+    stopped(script, place, out, "--data", str(place))
+    place = shutil.move(place.parent, tmp_path / "job2") / "toy"
+    run(script, place, out, "--data", f"{place}/")
+    assert untimed(out) == untimed(whole) and equal(checkpoint(out)["parts"], checkpoint(whole)["parts"])
+    a, b = ((made(script, folder) / "predictions.csv").read_text() for folder in (whole, out))
+    assert a == b
+    place = shutil.move(place.parent, tmp_path / "job3") / "toy"  # a finished run is tested again
+    before = (made(script, out) / "predictions.csv").stat().st_mtime_ns
+    printed, _ = run(script, place, out, "--data", str(place))
+    assert "RESULT" in printed and (made(script, out) / "predictions.csv").stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize("script", ["cmpl", "tg_distill"])
+def test_a_changed_unlabelled_list_is_refused(script, toy_root, tmp_path):
+    root, out = shutil.copytree(toy_root, tmp_path / "toy"), tmp_path / "out"
+    few = [line for line in (root / "train.txt").read_text().splitlines() if "_0003" not in line]
+    (tmp_path / "few.txt").write_text("\n".join(few))
+    with pytest.MonkeyPatch.context() as patch:
+        call = TINY[script].replace("--per_class 2", f"--labelled_list {tmp_path}/few.txt")
+        patch.setitem(TINY, script, call)
+        stopped(script, root, out)
+        next(root.glob("train/*_0003.mp4")).unlink()
+        _, err = run(script, root, out, status=2)
+    assert "the unlabelled videos are not those of " in err.splitlines()[-1]
+
+
+TESTS = {
+    "cmpl": ["--keep_every 2"],
+    "tg_distill": ["--average softmax", "--corrupt contrast", "--no-train_accuracy"],
+    "mml": ["--uniform 3", "--test_crop 8", "--average softmax"],
+    "motionfit": ["--average softmax"],
+    "jedi": [],
+}
+
+
+def test_every_test_has_a_folder_of_its_own_and_names_what_it_was_asked(finished, toy_root):
+    script, out, _ = finished
+    folders, model = [], made(script, out) / "model.pt"
+    for flag in ("--clips 1", "--clips 2", "--crops 3", *TESTS[script]):
+        words = f"--data toy --root {toy_root} --workers 0 --eval {model} {flag}".split()
+        process = start([sys.executable, f"{HERE / script}.py", *words])
+        printed, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        said = dict(word.split("=", 1) for word in printed.splitlines()[-1].split() if "=" in word)
+        name, value = (flag.removeprefix("--").split() if " " in flag else ("train_accuracy", "False"))
+        assert said[name] == value and said["split"] == "1" and said["eval"] == str(model)
+        folders.append(sorted(path for path in model.parent.glob("eval_*/result.json")))
+    assert len(folders[-1]) == len(folders)
+    words += ["--clips", "7", "--out", str(folders[0][0].parent)]
+    process = start([sys.executable, f"{HERE / script}.py", *words])
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 2 and "choose another --out" in err
+
+
 SIGNAL_IN_A_TEST = """
 import os, runpy, signal, sys
 from common.run import Run
@@ -669,6 +738,7 @@ MISTAKES = {
     },
     "jedi": {
         "--expert /nowhere.pt": "/nowhere.pt",
+        "--expert_lr 1e30 --expert_optimizer sgd": "lower --expert_lr in another --out",
         "--expert tsn50:/nowhere.pth": "--expert tsn50:/nowhere.pth",
         "--distill nowhere": "--distill",
         "--stage train": "--stage experts",
