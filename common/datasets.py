@@ -290,9 +290,12 @@ def _in_list(data, listfile):
 
 
 def digest(videos, indices=None):
-    """sha256 (hex) of the lines of `Videos.lines`."""
-    lines = "\n".join(videos.lines(indices))
-    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+    """sha256 (hex) of the names, spans and labels of the videos `indices`, or of all, in order."""
+    sha = hashlib.sha256()
+    for i in range(len(videos)) if indices is None else indices:
+        line = f"{_nfc(videos.name(i))}\t{videos.span(i)}\t{videos.labels[i].tolist()}\n"
+        sha.update(line.encode("utf-8", "surrogateescape"))
+    return sha.hexdigest()
 
 
 def as_list(videos):
