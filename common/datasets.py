@@ -208,7 +208,8 @@ def labelled(data, ratio=None, per_class=None, seed=0, listfile=None):
         mean = n if data.multilabel else n / len(data.classes)
         enough = math.ceil(ratio * mean - 1e-9)  # 0.1 x 30 is 3, whatever the last bit says
         per_class = PER_CLASS.get((data.name, ratio), enough)
-    rng = np.random.default_rng(list(hashlib.sha256(key.encode()).digest()))
+    key = _nfc(key).encode("utf-8", "surrogateescape")
+    rng = np.random.default_rng(list(hashlib.sha256(key).digest()))
     order = sorted(range(n), key=lambda i: (_nfc(stem_of(videos.name(i))), videos.span(i)))
     order = np.array(order, dtype=np.int64)
     if data.multilabel:
