@@ -961,8 +961,6 @@ READERS |= {f"toy:{variant}": _toy for variant in ("a", "b", "c", "busy", "multi
 
 # ---- commands --------------------------------------------------------------------------------------
 
-CHUNK = 256  # frames decoded at a time: the decoder starts again at a key frame for each chunk
-
 
 def main(argv=None):
     """`check` and `shrink`; returns the exit status: 1 if check found bad videos, 2 after a UserError."""
@@ -1009,7 +1007,7 @@ def _paths(args):
     root = args.root or default_root(name)
     data = load(name, root, args.split)
     for note in data.notes:
-        print(note, flush=True)
+        print(printable(note), flush=True)
     return root, sorted({part.path(i) for part in (data.train, data.test) for i in range(len(part))})
 
 
@@ -1027,7 +1025,8 @@ def _report(out, bad, total, verb):
     """Write bad_videos.txt (path, tab, reason; empty if all is well), and say how many there are."""
     path = os.path.join(out, "bad_videos.txt")
     files.write(path, "".join(f"{name}\t{reason}\n" for name, reason in sorted(bad)))
-    print(f"{total - len(bad)} of {total} videos {verb}" + (f"; the others are in {path}" if bad else ""))
+    listed = f"; the others are in {path}" if bad else ""
+    print(printable(f"{total - len(bad)} of {total} videos {verb}{listed}"))
 
 
 def _check_one(path, all_windows=False):
@@ -1132,10 +1131,12 @@ def _small(video, short_side):
         sides = video.height, video.width
         if min(sides) < 2:
             raise VideoError(f"pictures of {sides[1]} x {sides[0]} pixels are too small to encode")
-        for start in range(0, len(video), CHUNK):
-            clip = video.get(range(start, min(start + CHUNK, len(video))), min(short_side, *sides))
-            clip = clip[..., : clip.shape[2] // 2 * 2, : clip.shape[3] // 2 * 2]
-            yield from clip.permute(0, 2, 3, 1).numpy()
+        waiting, n = {}, 0  # a file can be so damaged that its frames come in another order
+        for i, picture in video.one_pass(min(short_side, *sides)):
+            waiting[i] = picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]
+            while n in waiting:
+                yield waiting.pop(n)
+                n += 1
 
 
 def _parallel(job, items, workers, text):

@@ -25,6 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import UserError, augment, backbones, files, flow, modality, video
+from common.datasets import printable
 
 VIEWS_PER_BATCH = 64  # how many views go through the network at once, about
 
@@ -499,7 +500,7 @@ def main():
         for path in args.videos:
             try:
                 for name, p in predict(model, path, device):
-                    print(f"{path}\t{name}\t{p:.4f}")
+                    print(printable(f"{path}\t{name}\t{p:.4f}"))
             except UserError as error:
                 print(error, file=sys.stderr)
                 status = 2

@@ -614,7 +614,8 @@ def main(argv=None):
         signal.signal(signal.SIGTERM, before)
     share = f"rank {rank} of {world}: " * (world > 1)
     listed = f" (listed in {os.path.join(args.out, 'bad_videos.txt')})" * (counts["bad"] > 0)
-    print(f"{share}{counts['made']} made, {counts['there']} were there, {counts['bad']} unreadable{listed}")
+    made, there, bad = (counts[key] for key in ("made", "there", "bad"))
+    print(printable(f"{share}{made} made, {there} were there, {bad} unreadable{listed}"))
     return 0
 
 
@@ -625,7 +626,7 @@ def _extract_data(args, rank, world):
     if Path(args.out).resolve().is_relative_to(Path(root).resolve()):
         raise UserError(f"--out {args.out} lies in {root}: its files would be taken for videos of that")
     for note in data.notes if rank == 0 else ():
-        print(note, flush=True)
+        print(printable(note), flush=True)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

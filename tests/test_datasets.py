@@ -22,9 +22,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common import UserError, datasets
+from common import UserError, datasets, flow, video
 from common.datasets import Data, Videos, digest, labelled, load
-from common.video import Video
+from common.video import Clips, Video
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 LISTS = SHARED / "splits"
@@ -1259,6 +1259,47 @@ def test_unfitting_root_of_ucf101():
 
 
 @pytest.fixture
+def unnamable(tmp_path, make):
+    """A data set whose folder, classes and videos have names that are not UTF-8."""
+    root = tmp_path / os.fsdecode(b"set\xff")
+    root.mkdir()
+    names = [os.fsdecode(b"%d\xfe.mp4" % i) for i in range(6)]
+    for i, name in enumerate(names):
+        make.write(root / name, frames=8 + i)
+    (root / names[1]).write_text("<html>")
+    lines = [f"{name} {i % 2}" for i, name in enumerate([*names[:5], os.fsdecode(b"gone\xfd.mp4")])]
+    return lists(root, lines, [f"{names[5]} 1"], [os.fsdecode(b"k\xe9"), "l"])
+
+
+def test_names_that_are_not_utf_8(unnamable, tmp_path, capsys):
+    """Paths are bytes to the system: what is printed of them is escaped, what is written is as it was."""
+    data, out = load(str(unnamable)), tmp_path / os.fsdecode(b"out\xff")
+    out.mkdir()
+    assert len(labelled(data, per_class=1)) == 2
+    clips = video.train_loader([(Clips(data.train, whole_video, first_number, seed=0), 5)], 0, 1, workers=1)
+    (batch,) = next(iter(clips))
+    assert {i for i, _ in batch["bad"]} == {1} and len(batch["views"][0]) == 5
+    assert datasets.main(["check", str(unnamable), "--out", str(out), "--workers", "0"]) == 1
+    said = capsys.readouterr().out
+    assert "gone\\xfd.mp4" in said and "5 of 6 videos decode" in said and "out\\xff" in said
+    listed = (out / "bad_videos.txt").read_bytes()
+    assert listed.startswith(os.fsencode(data.train.path(1)) + b"\t") and listed.count(b"\n") == 1
+    small = ["shrink", str(unnamable), "--out", str(out / "small"), "--workers", "0"]
+    assert datasets.main(small) == 0 and "5 of 6 videos are in" in capsys.readouterr().out
+    assert len(load(str(out / "small")).train) == 4
+    flow_of = [str(unnamable), "--out", str(out / "flow"), "--short_side", "16"]
+    assert flow.main(flow_of) == 0 and "5 made" in capsys.readouterr().out
+
+
+def whole_video(source, rng):
+    return [np.arange(8)]
+
+
+def first_number(clips):
+    return (clips[0][:1],)
+
+
+@pytest.fixture
 def videos(tmp_path, make):
     """A data set of real files: wide, rotated, of variable frame rate, odd, small, pictures, and bad."""
     root = tmp_path / "set"
@@ -1435,8 +1476,7 @@ def stamped(path, make, stamps, **options):
 
 
 def shrunk(path, target):
-    reason = datasets._shrink_one((str(path), str(target), dict(short_side=64, gop=12, crf=23)))
-    assert reason is None
+    assert datasets._shrink_one((str(path), str(target), dict(short_side=64, gop=12, crf=23))) is None
     with Video(target) as copy:
         return copy.times, copy.fps, copy.get(range(len(copy)))
 
