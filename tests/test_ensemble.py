@@ -249,6 +249,18 @@ def test_views_are_the_models_own_or_those_asked_for(data, tmp_path, monkeypatch
     assert [result[name] for name in ("clips", "uniform", "crops", "size")] == [0, 2, 3, 8]
 
 
+def test_another_test_has_another_folder(data, tmp_path):
+    saved(tmp_path / "a.pt", "rgb", 0)
+    saved(tmp_path / "b.pt", "rgb", 1)
+    line = ["--data", "set", "--out", f"{tmp_path}/out", "--workers", "0"]
+    ensemble.main([f"{tmp_path}/a.pt", *line])
+    ensemble.main([f"{tmp_path}/a.pt", *line])
+    for other in ([f"{tmp_path}/b.pt", *line], [f"{tmp_path}/a.pt", *line, "--average", "softmax"]):
+        with pytest.raises(SystemExit, match="choose another --out"):
+            ensemble.main(other)
+        dist.destroy_process_group()
+
+
 def test_a_signal_ends_the_test_without_a_result(data, tmp_path, monkeypatch):
     saved(tmp_path / "a.pt", "rgb", 0)
     monkeypatch.setattr(evaluate, "score", lambda *_, **__: None)

@@ -20,7 +20,7 @@ import torch
 
 from common import UserError, datasets, evaluate, modality
 from common.flags import Parser
-from common.run import Run
+from common.run import Run, agreed
 
 VIEWS = ("clips", "uniform", "crops", "size")  # fields of evaluate.Recipe
 METRICS = ("top1", "top5", "mean_class", "mAP")  # of evaluate.metrics those that an ensemble has
@@ -50,7 +50,7 @@ def parse_args(argv=None):
 
 def test(args, run):
     """Score the models one after the other, combine the scores, write the tables."""
-    data = datasets.load(args.data, args.root, args.split)
+    data = agreed(datasets.load, args.data, args.root, args.split)
     views = {name: getattr(args, name) for name in VIEWS if getattr(args, name) is not None}
     recipes = {path: evaluate.load_for(path, data, "cpu", **views)[1] for path in args.models}
     modalities = {path: recipe.modality for path, recipe in recipes.items()}
@@ -137,7 +137,7 @@ def sums_of_positions(rows, modalities):
 
 def main(argv=None):
     args = parse_args(argv)
-    with Run("ensemble", args.out, vars(args), free=vars(args)) as run:
+    with Run("ensemble", args.out, vars(args), free=("out", "workers")) as run:
         test(args, run)
 
 
