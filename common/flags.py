@@ -147,18 +147,16 @@ class Parser(argparse.ArgumentParser):
     def labelled_share(self, args):
         """The share of the training videos that `datasets.labelled` chooses.
 
-        Where the data set is not there, that of the papers' counts; the run will then say what is missing.
+        Where they or their list cannot be read, that of the papers' counts; the run will say what is wrong.
         """
         try:
-            data = datasets.load(args.data, args.root, args.split)
             with warnings.catch_warnings(action="ignore"):  # the run says them
+                data = datasets.load(args.data, args.root, args.split)
                 few = datasets.labelled(data, args.ratio, args.per_class, args.seed, args.labelled_list)
             return len(few) / len(data.train)
-        except UserError as error:
+        except UserError:
             sizes = {name: count / ratio for (name, ratio), count in datasets.PER_CLASS.items()}
-            if args.labelled_list:
-                self.error(str(error))
-            return args.ratio or args.per_class / sizes[Path(args.data).name]
+            return args.ratio or (args.per_class or 1) / sizes[Path(args.data).name.partition(":")[0]]
 
     def share(self, args, *names):
         """Refuse what is not in [0, 1]."""

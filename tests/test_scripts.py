@@ -359,6 +359,8 @@ def test_a_run_goes_on_where_its_data_are_now(finished, toy_root, tmp_path):
     assert untimed(out) == untimed(whole) and equal(checkpoint(out)["parts"], checkpoint(whole)["parts"])
     a, b = ((made(script, folder) / "predictions.csv").read_text() for folder in (whole, out))
     assert a == b
+    if script != FIRST:
+        return
     place = shutil.move(place.parent, tmp_path / "job3") / "toy"  # a finished run is tested again
     before = (made(script, out) / "predictions.csv").stat().st_mtime_ns
     printed, _ = run(script, place, out, "--data", str(place))
@@ -575,8 +577,9 @@ def test_ranks_with_other_labelled_lists(script, two_roots):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TINY, script, f"{call} --labelled_list {two_roots}/RANK/few.txt")
         (two_roots / "0" / "few.txt").write_text("\n".join(lines[:30]))
-        said = differing(script, two_roots)
-        assert f"{two_roots}/1/few.txt" in said and "(on rank 1, " in said
+        if script == FIRST:
+            said = differing(script, two_roots)
+            assert f"{two_roots}/1/few.txt" in said and "(on rank 1, " in said
         (two_roots / "1" / "few.txt").write_text("\n".join(lines[:29]))
         assert "lacks 1 labelled videos of rank 0" in differing(script, two_roots)
 
@@ -738,7 +741,7 @@ MISTAKES = {
     },
     "jedi": {
         "--expert /nowhere.pt": "/nowhere.pt",
-        "--expert_lr 1e30 --expert_optimizer sgd": "lower --expert_lr in another --out",
+        "--expert_epochs 4 --expert_lr 1e30 --expert_optimizer sgd": "lower --expert_lr in another --out",
         "--expert tsn50:/nowhere.pth": "--expert tsn50:/nowhere.pth",
         "--distill nowhere": "--distill",
         "--stage train": "--stage experts",
