@@ -342,13 +342,14 @@ def stem_of(name):
     return stem if dot + suffix.lower() in SUFFIXES else name
 
 
-def forms(name):
-    """A name as it is, composed (NFC) and decomposed (NFD, as a Mac writes it): "é" has two spellings."""
-    return dict.fromkeys([name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)])
-
-
 def _nfc(name):
+    """A name in the Unicode form in which names are compared: an accented letter is one character."""
     return unicodedata.normalize("NFC", name)
+
+
+def forms(name):
+    """The spellings under which a file can be found: as given, composed, and decomposed as a Mac writes it."""
+    return dict.fromkeys([name, _nfc(name), unicodedata.normalize("NFD", name)])
 
 
 def _parts(name):
@@ -417,8 +418,10 @@ def _scan(root, notes=None, deep=6):
                     continue
                 if lower.endswith(SUFFIXES) and entry.is_file():
                     found.append(name)
+                elif entry.is_dir() and depth < deep:
+                    todo.append((name, depth + 1))
                 elif entry.is_dir():
-                    todo.append((name, depth + 1)) if depth < deep else deeper.append(name)
+                    deeper.append(name)
                 elif lower.endswith(PICTURES):
                     pictures[folder or "."] += 1
                 elif not lower.endswith((*SUFFIXES, *LISTS)):
@@ -597,13 +600,19 @@ def _read_classes(path):
     return names
 
 
-def _hint(rows):
-    """What the labels of the rows may be, to end a sentence with: numbers of frames, or labels from 1 on."""
+def _like_frames(rows):
+    """Whether the labels of the rows look like numbers of frames: many, most far from 0, many only once."""
     counts = Counter(y for row in rows for y in row.labels if isinstance(y, int))
     numbers, rank, once = sorted(counts), len(counts) // 10, sum(n == 1 for n in counts.values())
-    if len(counts) >= 10 and numbers[rank] >= rank + 10 and 10 * once >= len(counts):
-        return " (they look like numbers of frames: many different ones, far from 0, and many only once)"
-    return " (the labels look 1-based: subtract 1)" if numbers[:1] == [1] else ""
+    return len(counts) >= 10 and numbers[rank] >= rank + 10 and 10 * once >= len(counts)
+
+
+def _hint(rows):
+    """What may be wrong with the labels of the rows, to end a sentence with."""
+    if _like_frames(rows):
+        return " (the labels look like numbers of frames: many different ones, far from 0)"
+    labels = [y for row in rows for y in row.labels if isinstance(y, int)]
+    return " (the labels look 1-based: subtract 1)" if labels and min(labels) == 1 else ""
 
 
 def _number(rows, classes, several):
@@ -747,9 +756,9 @@ def _own_classes(root, rows):
         if y - seen > len(rows):
             raise UserError(f"{labels[y].place}: label {y}, but {len(rows)} lines have only {seen} different "
                             f"labels below it{_hint(rows)}: correct it, {mend}")
-    if "frames" in _hint(rows):
-        raise UserError(f"{rows[0].source}: the labels are {numbers[0]} to {numbers[-1]}{_hint(rows)}; lines "
-                        f"'path label' or 'folder frames label' are expected: correct them, {mend}")
+    if _like_frames(rows):
+        raise UserError(f"{rows[0].source}: labels {numbers[0]} to {numbers[-1]}{_hint(rows)}: correct them "
+                        f"(lines are 'path label' or 'folder frames label'), {mend}")
     if numbers[:1] == [1]:
         raise UserError(f"{rows[0].source}: the labels begin at 1, but must begin at 0: subtract 1, {mend}")
     return [str(y) for y in range(numbers[-1] + 1)] if numbers else sorted(labels)

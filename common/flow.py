@@ -38,7 +38,7 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from common import UserError, files
-from common.datasets import default_root, load, printable, stem_of
+from common.datasets import default_root, forms, load, printable, stem_of
 from common.video import FPS, OutOfRange, Video, VideoError, check_size, encode, reason_of, reasons
 
 SMALLEST = 16  # pixels; no level of the pyramid has a shorter side, as in OpenCV
@@ -381,15 +381,16 @@ class Computed(_Fields):
 def find(root, name):
     """The path, for Flow, of the flow of the video `name` (Videos.name) in the folder `root`; or None.
 
-    It is <root>/<name without suffix>.mp4, or a folder of that name that holds flow pictures.
+    It is <root>/<name without suffix>.mp4, or a folder of that name that holds flow pictures, in either
+    Unicode form.
     """
-    stem = os.path.join(root, _stem(name))
-    if os.path.isfile(stem + ".mp4"):
-        return stem + ".mp4"
-    if os.path.isdir(stem):
-        with os.scandir(stem) as entries:
-            if any(entry.name.lower().startswith("flow_x") for entry in entries):
-                return stem
+    for stem in (os.path.join(root, form) for form in forms(_stem(name))):
+        if os.path.isfile(stem + ".mp4"):
+            return stem + ".mp4"
+        if os.path.isdir(stem):
+            with os.scandir(stem) as entries:
+                if any(entry.name.lower().startswith("flow_x") for entry in entries):
+                    return stem
     return None
 
 

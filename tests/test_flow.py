@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import unicodedata
 from pathlib import Path
 
 import av
@@ -540,6 +541,10 @@ def test_find(tmp_path):
         assert find(tmp_path, name) == str(tmp_path / "walk" / "a.b.mp4"), name
     assert find(tmp_path, "walk/c.avi") == find(tmp_path, "walk/c") == str(tmp_path / "walk" / "c")
     assert find(tmp_path, "walk/frames") is None and find(tmp_path, "walk/a") is None
+    for form, other in (("NFC", "NFD"), ("NFD", "NFC")):  # a Mac decomposes names
+        path = tmp_path / unicodedata.normalize(form, f"é{form}.mp4")
+        path.write_bytes(b"")
+        assert find(tmp_path, unicodedata.normalize(other, f"é{form}.avi")) == str(path)
     assert find(tmp_path / "nowhere", "walk/c.avi") is None
 
 
