@@ -348,7 +348,7 @@ def _nfc(name):
 
 
 def forms(name):
-    """The spellings under which a file can be found: as given, composed, and decomposed as a Mac writes it."""
+    """The spellings under which a file may be found: as given, composed, or decomposed as on a Mac."""
     return dict.fromkeys([name, _nfc(name), unicodedata.normalize("NFD", name)])
 
 
