@@ -1157,32 +1157,31 @@ def _parallel(job, items, workers, text):
     from tqdm import tqdm
 
     every = 0.5 if sys.stderr.isatty() else 60
-    bar = tqdm(total=len(items), desc=text, unit="video", mininterval=every, dynamic_ncols=True)
     todo, suspects = deque(items), deque()
-    while todo and not workers:
-        yield todo[0], job(todo.popleft())
-        bar.update()
-    while todo or suspects:
-        queue, limit = (suspects, 1) if suspects else (todo, 2 * workers)
-        pool = ProcessPoolExecutor(min(limit, workers), multiprocessing.get_context("spawn"), _worker)
-        running = {}
-        try:
-            while queue or running:
-                while queue and len(running) < limit:
-                    running[pool.submit(job, queue[0])] = queue[0]
-                    queue.popleft()
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    result = future.result()
-                    yield running.pop(future), result
+    with tqdm(total=len(items), desc=text, unit="video", mininterval=every, dynamic_ncols=True) as bar:
+        while todo and not workers:
+            yield todo[0], job(todo.popleft())
+            bar.update()
+        while todo or suspects:
+            queue, limit = (suspects, 1) if suspects else (todo, 2 * workers)
+            pool = ProcessPoolExecutor(min(limit, workers), multiprocessing.get_context("spawn"), _worker)
+            running = {}
+            try:
+                while queue or running:
+                    while queue and len(running) < limit:
+                        running[pool.submit(job, queue[0])] = queue[0]
+                        queue.popleft()
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        result = future.result()
+                        yield running.pop(future), result
+                        bar.update()
+            except BrokenProcessPool:
+                if queue is suspects and running:
+                    yield running.popitem()[1], "the process that decoded it died"
                     bar.update()
-        except BrokenProcessPool:
-            if queue is suspects and running:
-                yield running.popitem()[1], "the process that decoded it died"
-                bar.update()
-            suspects += running.values()
-        finally:
-            pool.shutdown(cancel_futures=True)
-    bar.close()
+                suspects += running.values()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 def _worker():
