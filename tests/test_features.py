@@ -279,6 +279,22 @@ def test_no_video_can_be_read(root, run, folder, tmp_path):
         extracted(folder / "empty", videos_in(root, []), run)
 
 
+def test_no_video_ends_an_extraction(videos, run, folder, whole, monkeypatch):
+    """Whatever decoding raises: the others have their features, and the list names its type."""
+    get = video.Video.get
+
+    def fails(self, *args):
+        if self.path.endswith("v2.mp4"):
+            raise TypeError("of another\nkind")
+        return get(self, *args)
+
+    monkeypatch.setattr(video.Video, "get", fails)
+    found, _ = extracted(folder, videos, run)
+    assert found.bad == whole.bad | {2: "TypeError: of another"} and found.counts[2] == 0
+    rest = np.arange(len(whole.rows)) - whole.first[2]
+    assert np.array_equal(found.rows, whole.rows[(rest < 0) | (rest >= whole.counts[2])])
+
+
 # ---- kills and signals -----------------------------------------------------------------------------
 
 
