@@ -182,9 +182,10 @@ def build(
     return net
 
 
-# oneDNN 3.12, the library of torch 2.14.1 for the CPU, writes past the end of memory in the gradients of two
-# kinds of convolutions (`python tests/bench/onednn.py --plain`), and the process dies sooner or later. Said
-# in other words, they are computed rightly.
+# oneDNN 3.12, the library of torch 2.14.1 for the CPU, reads and writes past the ends of tensors when it
+# makes the weights' gradients of two kinds of convolutions. They are wrong, or the process dies sooner or
+# later. The command `python tests/bench/onednn.py --plain` shows it. Said in other words, both kinds are
+# computed rightly.
 
 
 class Subsampled(nn.Conv2d):
@@ -195,11 +196,11 @@ class Subsampled(nn.Conv2d):
 
 
 class Padded(nn.Conv3d):
-    """A convolution before which a clip that is shorter than the kernel is padded in time."""
+    """A convolution whose clip is padded in time before it, unless it has more frames than the kernel."""
 
     def forward(self, x):
         t, *padding = self.padding
-        if x.shape[2] >= self.kernel_size[0]:
+        if x.shape[2] >= self.kernel_size[0] + self.stride[0] - 1:
             return super().forward(x)
         return F.conv3d(F.pad(x, (0, 0, 0, 0, t, t)), self.weight, self.bias, self.stride, (0, *padding))
 
@@ -209,8 +210,8 @@ def avoid_onednn_faults(module: nn.Module) -> None:
     if type(module) is nn.Conv2d:  # in channels_last, uxlfoundation/oneDNN issue 6035
         if module.kernel_size == (1, 1) and max(module.stride) > 1 and module.in_channels < 16:
             module.__class__ = Subsampled
-    elif type(module) is nn.Conv3d:  # known of a kernel of 7 frames, a stride of 2 and a clip of 5 frames
-        if module.stride[0] > 1 and module.padding[0] > 0:
+    elif type(module) is nn.Conv3d:  # seen with a kernel of 7, a stride of 2 and clips of 5 to 7 frames
+        if module.padding[0] > module.stride[0] > 1:
             module.__class__ = Padded
 
 

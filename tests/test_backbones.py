@@ -704,12 +704,14 @@ def test_gates_learn_from_the_start():
 
 
 @pytest.mark.parametrize("T", range(1, 10))
-@pytest.mark.parametrize(("kernel", "stride"), [(7, 2), (5, 2), (3, 2), (3, 1)])
+@pytest.mark.parametrize(("kernel", "stride"), [(7, 2), (5, 2), (7, 1)])
 def test_a_clip_padded_before_a_convolution_changes_nothing(T, kernel, stride):
     conv = nn.Conv3d(2, 3, (kernel, 3, 1), (stride, 1, 2), (kernel // 2, 1, 0)).double()
-    found = gradients(conv, clips(2, 2, T, 6))
+    x = clips(2, 2, T, 6)
+    found = gradients(conv, x)
     avoid_onednn_faults(conv)
-    assert isinstance(conv, Padded) == (stride == 2) and alike(gradients(conv, clips(2, 2, T, 6)), found)
+    assert isinstance(conv, Padded) == (kernel == 7 and stride == 2)
+    assert alike(gradients(conv, x), found)
 
 
 @pytest.mark.parametrize(
@@ -749,9 +751,11 @@ print(max(((own - other).abs().max() / own.abs().max()).item() for other in othe
 """
 
 
-@pytest.mark.parametrize("case", ["s3dg 0.25 2 3 5 32 32", "tsm10-small 0.0625 4 3 8 128 128"])
-def test_no_convolution_writes_where_it_must_not(case):
-    """Under glibc's checking allocator, where it is installed, the process would end at once."""
+@pytest.mark.parametrize(
+    "case", [*(f"s3dg 0.25 2 3 {T} 32 32" for T in (5, 6, 7, 8)), "tsm10-small 0.0625 4 3 8 128 128"]
+)
+def test_no_convolution_reads_or_writes_where_it_must_not(case):
+    """Gradients are right; under glibc's checking allocator, if it is installed, the process lives."""
     process = subprocess.run(
         [sys.executable, "-c", TRAINS, *case.split()],
         cwd=Path(__file__).parent.parent,
