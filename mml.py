@@ -61,7 +61,7 @@ D9  With several labels per video p is a sigmoid for each class and Eq. 3 the di
     paper gives its normaliser only (Appendix 2).
 D10 MARS: mean squared difference of the last stage's output before pooling. D3D: squared distance of the
     logits, mean over the clips. Their weights are 50 and 1, divided by K with several labels (Appendix 2);
-    on the toy set D3D's is 0.003: with 1 its term starts a hundred times as large as cross-entropy.
+    on the toy set D3D's is 0.001: with 1 its term starts hundreds of times as large as cross-entropy.
 D11 All networks step in one process per GPU; the code has a process per modality. Batch norm is each GPU's.
 D12 The last weights are kept; the code keeps the best of the test set.
 D13 Views' logits are averaged, as in the code; `--average softmax`.
@@ -98,7 +98,7 @@ RECIPES = {
     "toy": dict(
         per_class=8, net="tsm10", width=0.25, init="none", size=40, batch=16, lr=0.015, lr_batch=16,
         optimizer="adamw", weight_decay=0.05, lr_steps=[], epochs=32, warmup=3, fc_lr=1, dropout=0.0,
-        test_size=48, eval_every=16, workers=1, channels_last=True, lam=LAM | {"d3d": 0.003},  # D10
+        test_size=48, eval_every=16, workers=1, channels_last=True, lam=LAM | {"d3d": 0.001},  # D10
     ),
 }  # fmt: skip
 RECIPES["toy:multi"] = RECIPES["toy"] | dict(per_class=None, ratio=0.1, lam=LAM)

@@ -755,11 +755,11 @@ def test_recipes_of_other_sets():
 
 @pytest.mark.parametrize("line, lam", [
     ("", 1.0), ("--lam 0", 0.0), ("--mutual mars --teacher t.pt", 50.0),
-    ("--mutual d3d --teacher t.pt", 0.003),
+    ("--mutual d3d --teacher t.pt", 0.001),
     ("--mutual mars --teacher t.pt --lam 3", 3.0), ("--mutual d3d --teacher t.pt --data ssv2", 1.0),
     ("--mutual d3d --teacher t.pt --data charades", 1.0), ("--mutual d3d --teacher t.pt --lam 1", 1.0),
     ("--mutual d3d --teacher t.pt --data toy:multi", 1.0), ("--mutual mars --teacher t.pt --data ssv2", 50.0),
-    ("--mutual d3d --teacher t.pt --data weizmann", 0.003),
+    ("--mutual d3d --teacher t.pt --data weizmann", 0.001),
 ])  # fmt: skip
 def test_lam_follows_from_mutual_and_data(line, lam):
     """Appendix 2's weights, but D3D's on the toy set (D10)."""
