@@ -56,6 +56,8 @@ D11 "3D-ResNet50" is read as SlowFast's slow pathway alone: 41.7 GMAC for 8 fram
 """
 
 import math
+import os
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -64,6 +66,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.elastic.multiprocessing.errors import record
 
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
 from common import UserError, augment, backbones, datasets, evaluate, optim, video
 from common.flags import Parser, free_flags, wanted
 from common.run import Run, agreed
@@ -385,8 +388,8 @@ def quick_test(args, run, data, pri, aux, step):
 @record
 def main():
     args = parse_args()
-    free = free_flags(args, TEST)
-    with Run("cmpl", args.out, vars(args), free, args.log_every, args.max_bad) as run:
+    often = args.log_every, args.max_bad, args.save_minutes
+    with Run("cmpl", args.out, vars(args), free_flags(args, TEST), *often) as run:
         if args.eval or not run.finished():
             train(args, run)
 

@@ -75,6 +75,7 @@ import copy
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -85,6 +86,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
 from common import UserError, augment, backbones, datasets, evaluate, features, files, modality, optim, video
 from common.flags import LABELS, Parser, free_flags, wanted
 from common.run import PLACES, Run, agreed, leave
@@ -1096,8 +1098,8 @@ def one_run(stage, args, out):
     free = {*free_flags(args), "recipe"}
     if stage != "eval":
         free |= {"stage", "cache", "memory", *(UNUSED if stage == "experts" else ())}
-    places = (*PLACES, "extra", "extra_root")
-    with Run("jedi", out, vars(args), free, args.log_every, args.max_bad, places) as run:
+    often, places = (args.log_every, args.max_bad, args.save_minutes), (*PLACES, "extra", "extra_root")
+    with Run("jedi", out, vars(args), free, *often, places) as run:
         run.lr_flag = "--expert_lr" if stage == "experts" else "--lr"
         if stage == "extract":
             return extract(args, run) and not run.told_to_stop()

@@ -73,6 +73,8 @@ D14 Charades (Sec. 3.1.2) has the optimiser, epochs and batch of SlowFast's sett
 """
 
 import argparse
+import os
+import sys
 from dataclasses import replace
 from functools import partial
 from math import ceil
@@ -82,6 +84,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
 from common import UserError, augment, backbones, datasets, evaluate, modality, optim, video
 from common.flags import Parser, free_flags, wanted
 from common.modality import MODALITIES
@@ -528,7 +531,7 @@ def pipeline(args):
 def one_run(args, free=()):
     """Train, or test, in the folder args.out; whether there is a result, and no signal to stop after it."""
     free = {*free_flags(args, TEST), *([] if args.eval else ["flow", *free])}
-    with Run("mml", args.out, vars(args), free, args.log_every, args.max_bad) as run:
+    with Run("mml", args.out, vars(args), free, args.log_every, args.max_bad, args.save_minutes) as run:
         if args.eval or not run.finished():
             train(args, run)
         return run.ended and not run.told_to_stop()

@@ -80,6 +80,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -95,6 +96,7 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
 from common import UserError, augment, backbones, datasets, evaluate, features, files, modality, optim, show
 from common.flags import Parser, free_flags, wanted
 from common.modality import MODALITIES
@@ -1148,7 +1150,8 @@ def one_run(args, stage):
     if not args.eval:
         free = (*free, "stage", "flow", "source_flow", "features", "sheet", *UNUSED.get(stage, ()))
     places = (*PLACES, "source", "source_root", "source_list")
-    with Run("motionfit", out, config, free, args.log_every, args.max_bad, places) as run:
+    often = args.log_every, args.max_bad, args.save_minutes
+    with Run("motionfit", out, config, free, *often, places) as run:
         if args.eval:
             test_only(args, run)
         elif not run.finished():

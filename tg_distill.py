@@ -77,6 +77,8 @@ D14 Corruptions (Table 5) have imgaug's range, a factor in 0.5 to 1.5, drawn onc
 
 import argparse
 import math
+import os
+import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -89,6 +91,7 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchvision.transforms.v2 import functional as V
 
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
 from common import UserError, augment, backbones, datasets, evaluate, optim, show, video
 from common.flags import Parser, free_flags, wanted
 from common.run import Run, agreed
@@ -636,8 +639,8 @@ def test_only(args, data, run):
 @record
 def main():
     args = parse_args()
-    free = free_flags(args, TEST)
-    with Run("tg_distill", args.out, vars(args), free, args.log_every, args.max_bad) as run:
+    often = args.log_every, args.max_bad, args.save_minutes
+    with Run("tg_distill", args.out, vars(args), free_flags(args, TEST), *often) as run:
         if args.eval or not run.finished():
             train(args, run)
 

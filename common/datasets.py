@@ -973,7 +973,8 @@ READERS |= {f"toy:{variant}": _toy for variant in ("a", "b", "c", "busy", "multi
 
 def main(argv=None):
     """`check` and `shrink`; returns the exit status: 1 if check found bad videos, 2 after a UserError."""
-    parser = argparse.ArgumentParser(prog="python -m common.datasets", description=__doc__.partition("\n")[0])
+    description = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m common.datasets", description=description)
     commands = parser.add_subparsers(dest="command", required=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     texts = {"check": "decode every file and list the bad ones in bad_videos.txt; deletes nothing",

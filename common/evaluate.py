@@ -395,9 +395,8 @@ def write_csv(path, header, rows):
 
 def save_model(path, net, build, classes, recipe, **more):
     """Write model.pt: weights, the arguments of `backbones.build`, class names, input recipe, and `more`."""
-    with files.replacing(path) as file:
-        torch.save({"net": net.state_dict(), "build": dict(build), "classes": list(classes),
-                    "input": asdict(recipe), **more}, file)  # fmt: skip
+    files.save({"net": net.state_dict(), "build": dict(build), "classes": list(classes),
+                "input": asdict(recipe), **more}, path)  # fmt: skip
 
 
 def digest_of(net):
@@ -486,7 +485,8 @@ class OneFile:
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m common.evaluate", description=__doc__.split("\n")[0])
+    description = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m common.evaluate", description=description)
     commands = parser.add_subparsers(required=True, metavar="predict")
     one = commands.add_parser("predict", help="print the top five classes of video files")
     one.add_argument("model", help="a model.pt")

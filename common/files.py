@@ -1,26 +1,29 @@
 """Files that are complete or absent, and checkpoints that are safe to read."""
 
 import errno
+import math
 import os
 import pickle
 import tempfile
 import threading
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from common import UserError
 
+FULL = errno.ENOSPC, errno.EDQUOT  # errors of a full disk, and of a full share of it
 # Errors of a file's name alone; after any other, the disk takes no other file either.
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ENOTDIR)
 OLD = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # what torch.save wrote first before 1.6
 
 
 def free_bytes(folder):
-    """Bytes that can still be written to the disk of `folder`."""
+    """Bytes that can still be written to the disk of `folder`; inf where the file system does not say."""
     disk = os.statvfs(folder)
-    return disk.f_bavail * disk.f_frsize
+    return disk.f_bavail * disk.f_frsize if disk.f_blocks else math.inf
 
 
 def lock(file, wait=True):
@@ -49,45 +52,69 @@ def make_folder(path):
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-class replacing:
+@contextmanager
+def replacing(path, keep=None):
     """Open a file for writing (binary) that takes the place of `path` only once it is complete.
 
     With `keep`, the file that stood there before remains under that name. On an error nothing is
-    left behind and `path` is untouched.
+    left behind and `path` is untouched; an OSError of the disk names `path`.
     """
+    path = Path(path)
+    temp = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        with open(temp, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temp, path)
+        _sync(path.parent)
+    except OSError as error:
+        if error.filename in (None, str(temp)):
+            error.filename = str(path)
+        raise
+    finally:
+        temp.unlink(missing_ok=True)
 
-    def __init__(self, path, keep=None):
-        self.path, self.keep = Path(path), keep
-        self.temp = self.path.with_name(f"{self.path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
 
-    def __enter__(self):
-        self.file = open(self.temp, "wb")
-        return self.file
-
-    def __exit__(self, kind, error, trace):
-        try:
-            if error is None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                self.file.close()
-                if self.keep and self.path.exists():
-                    os.replace(self.path, self.keep)
-                os.replace(self.temp, self.path)
-                folder = os.open(self.path.parent, os.O_RDONLY)
-                os.fsync(folder)
-                os.close(folder)
-        finally:
-            try:
-                self.file.close()
-            finally:
-                self.temp.unlink(missing_ok=True)
-        return False
+def _sync(folder):
+    """Make the names in a folder last, where the file system can: CIFS and VirtualBox's cannot."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write(path, text):
     """Write a text file that is complete or absent."""
     with replacing(path) as file:
         file.write(text.encode("utf-8", "surrogateescape"))
+
+
+def size(state):
+    """Bytes of the tensors in a state_dict, or in dicts and lists of some."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return sum(map(size, values))
+
+
+def save(state, path, keep=None):
+    """torch.save, complete or absent; see `replacing`. The OSError of a full disk names the space needed."""
+    try:
+        with replacing(path, keep) as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:
+        fault = error if isinstance(error, OSError) else error.__context__  # torch hides a full disk's error
+        if not isinstance(fault, OSError):
+            raise
+        needed = f", {size(state) / 1e6:.1f} MB are needed" if fault.errno in FULL else ""
+        raise OSError(fault.errno, f"{fault.strerror}{needed}", str(path)) from None
 
 
 def load(path):

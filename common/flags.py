@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 
 from common import UserError, datasets
-from common.run import leave
+from common.run import leave, survive_output
 
 LABELS = "ratio", "per_class", "labelled_list"  # ways to say which videos have a label
 TEST = "split", "clips", "crops"  # flags of --eval that make it another test, for every script
 # What may change between a run and its resumption.
-FREE = ("out", "workers", "log_every", "eval_every", "max_bad", "compile")
+FREE = ("out", "workers", "log_every", "eval_every", "save_minutes", "max_bad", "compile")
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,8 +34,9 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, script, doc, recipes):
+        survive_output()
         super().__init__(
-            description=doc.split("\n")[0], allow_abbrev=False,
+            description=(doc or script).split("\n")[0], allow_abbrev=False,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             epilog="Recipes (other defaults): " + "; ".join(f"{k}: {v}" for k, v in recipes.items()),
         )  # fmt: skip
@@ -73,6 +74,7 @@ class Parser(argparse.ArgumentParser):
         g.add_argument("--workers", type=int, default=8, help="loader processes per GPU")
         g.add_argument("--log_every", type=int, default=10, help="steps between rows of log.jsonl")
         g.add_argument("--eval_every", type=float, default=10.0, help="epochs between quick tests; 0: none")
+        g.add_argument("--save_minutes", type=float, default=15.0, help="minutes between checkpoints")
         g.add_argument("--max_bad", type=float, default=0.05, help="unreadable share that stops")
         g.add_argument("--clips", type=int, default=10, help="test clips per video")
         g.add_argument("--crops", type=int, choices=[1, 3], default=3, help="test crops per clip")
@@ -120,7 +122,9 @@ class Parser(argparse.ArgumentParser):
 
         self.at_least(1, args, "size", "log_every")
         self.at_least(0 if getattr(args, "uniform", 0) else 1, args, "clips")
-        self.at_least(0, args, "seed", "workers", "eval_every", "max_bad")
+        self.at_least(0, args, "seed", "workers", "eval_every", "save_minutes", "max_bad")
+        if args.seed >= 2**63:
+            self.error(f"--seed must be below 2^63, not {args.seed}")
         args.test_size = args.test_size or round(args.size * self.test_scale)
         data, labels = Path(args.data).name.replace(":", "-"), args.ratio or args.per_class or "list"
         model = Path(args.eval or "")

@@ -13,9 +13,9 @@ The run folder (all of it readable without this package):
     last.pt           newest checkpoint, last.prev.pt the one before, model.pt and result.json at the end
 """
 
-import errno
 import gc
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -39,32 +39,29 @@ from tqdm import tqdm
 
 from common import UserError, files, video
 
-try:
-    import fcntl
-except ImportError:  # not POSIX: two runs in one folder are then not noticed
-    fcntl = None
-
 # Flags that say where something is, when what is there counts.
 PLACES = "data", "root", "labelled_list"
 RUNS = itertools.count()  # of this process
 PARENT = os.getppid()  # torchrun, while it lives
 
-# What an error of torch means to the person who started the run: (text in the error, our sentence).
+# What an error of torch means to the person who started the run: (text in the error, our sentence, status).
 TROUBLES = (
+    (("Expected more than 1 value per channel",),
+     "batch norm needs more than one value of each channel: raise --batch, --frames or --size", 2),
     (
         ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL error",
          "Socket Timeout", "Timed out waiting", "remote process exited"),
-        "another rank has died; its own message says why. The same command resumes from last.pt",
+        "another rank has died; its own message says why. The same command resumes from last.pt", 1,
     ),
     (
         ("DataLoader worker (pid", "DataLoader timed out", "shared memory", "unable to mmap",
          "unable to write to file", "unable to resize file"),
         "a loader worker died or hung (memory or /dev/shm full, stalled storage, or a file that crashes "
         "the decoder, which python -m common.datasets check names): try fewer --workers. The same command "
-        "resumes from last.pt",
+        "resumes from last.pt", 1,
     ),
-    (("out of memory",), "the GPU is out of memory: lower --batch, --frames or --size, or use more GPUs"),
-)
+    (("out of memory",), "the GPU is out of memory: lower --batch, --frames or --size, or use more GPUs", 1),
+)  # fmt: skip
 
 
 class Run:
@@ -75,38 +72,42 @@ class Run:
         out: the run folder, made if missing.
         config: every argument by name (JSON values). A folder of another configuration is refused.
         free: names in `config` that may change between a run and its resumption.
-        places: names in `config` of data, which a checkpoint knows by what they are: a list or a data set may
-            be elsewhere, under the same name, and a "..root" anywhere.
         log_every: steps between two rows of log.jsonl.
         max_bad: share of the training videos that may be unreadable before the run stops.
+        save_minutes: minutes between two checkpoints, at most.
+        places: names in `config` of data, which a checkpoint knows by what they are: a list or a data set may
+            be elsewhere, under the same name, and a "..root" anywhere.
 
     Inside the block a UserError becomes one sentence and exit status 2, the death of a rank or of a
-    loader worker one sentence and status 1. SIGTERM, SIGINT and SIGUSR1 end `steps` after the
+    loader worker one sentence and status 1. SIGTERM, SIGINT, SIGUSR1 and SIGHUP end `steps` after the
     current step on all ranks (a second SIGINT ends the process at once).
     """
 
-    def __init__(self, script, out, config, free=(), log_every=10, max_bad=0.05, places=PLACES):
+    def __init__(self, script, out, config, free=(), log_every=10, max_bad=0.05, save_minutes=15,
+                 places=PLACES):  # fmt: skip
         self.script, self.out, self.config, self.free = script, Path(out), dict(config), set(free)
-        self.log_every, self.max_bad, self.places = log_every, max_bad, set(places)
-        self.moved = False  # what one of `places` names is elsewhere than it was
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main = self.rank == 0
+        self.log_every, self.max_bad, self.save_minutes = log_every, max_bad, save_minutes
+        self.places, self.moved = set(places), False  # what one of `places` names is elsewhere than it was
+        self.rank, self.world, self.main = 0, 1, os.environ.get("RANK", "0") == "0"
         self.stop = False  # this rank has got a signal
         self.stopped = False  # all ranks have agreed to stop
         self.sums, self.count, self.wait, self.elapsed, self.mark = {}, 0, 0.0, 0.0, 0.0
         self.bad, self.new_bad, self.videos, self.total = set(), {}, 0, None
         self.ended = False  # there is a result
         self.kept = {}, {}  # what checkpoints are of: identity, parts
-        self.save_failed = self.log_failed = None
+        self.unwritten = {}  # file of the run folder -> lines that the disk has not taken yet
+        self.save_failed = None
         self.lr_flag = "--lr"  # of what is trained
-        self.began, self.seconds_before = time.time(), 0.0
+        self.began, self.seconds_before, self.saved = time.monotonic(), 0.0, time.monotonic()
         self.lock = self.bar = None
 
     # ---------------------------------------------------------------------------- begin and end
 
     def __enter__(self):
+        survive_output()
         for number in video.SIGNALS:
-            signal.signal(number, self._on_signal)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # what nohup asks for
+                signal.signal(number, self._on_signal)
         if not self.main:
             warnings.simplefilter("ignore")  # rank 0 has the same to say
         try:
@@ -120,9 +121,10 @@ class Run:
         return self
 
     def _join_group(self):
-        local = int(os.environ.get("LOCAL_RANK", 0))
+        group = os.environ if "RANK" in os.environ else {}
+        local = int(group.get("LOCAL_RANK", 0))
         cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
-        if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
+        if cuda and int(group.get("LOCAL_WORLD_SIZE", 1)) > gpus:
             raise UserError(f"there are more processes than GPUs on this node: use --nproc_per_node {gpus}")
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
@@ -134,17 +136,23 @@ class Run:
                             "set SLURM_NTASKS=1 for one process")  # fmt: skip
         if self._orphaned():  # between two runs: nobody would answer
             raise UserError("torchrun has ended; the same command goes on where it was")
-        if "RANK" in os.environ:
-            store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=15)))
+        if group:
+            try:
+                store, self.rank, self.world = next(dist.rendezvous("env://", timeout=timedelta(minutes=15)))
+            except (ValueError, dist.DistError) as error:
+                raise UserError("RANK is set, but the ranks cannot meet: start with torchrun, "
+                                f"or unset RANK ({first_line(error)})") from None  # fmt: skip
             # A restarted attempt, or the next run of one process, must not read the addresses that the one
             # before left in the store.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
             store = dist.PrefixStore(f"attempt{attempt}/{next(RUNS)}", store)
         else:
-            store, rank, world = dist.HashStore(), 0, 1
+            store = dist.HashStore()
+            if os.environ.get("WORLD_SIZE", "1") != "1":
+                self.say("WORLD_SIZE is set without RANK: one process trains alone; torchrun starts several")
         # Small CPU tensors (stop flags, names of bad videos) go over gloo and never wait for the GPU.
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=self.rank, world_size=self.world,
             timeout=timedelta(minutes=30), device_id=self.device if cuda else None,
         )  # fmt: skip
 
@@ -154,19 +162,20 @@ class Run:
             self.lock = open(self.out / ".lock", "w")
         except OSError as error:
             raise UserError(f"--out {self.out} cannot be written: {error.strerror}") from None
-        if fcntl:
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"--out {self.out} is in use by another run") from None
-            except OSError:  # a file system without locks
-                self.say(f"{self.out} cannot be locked: do not start two runs there")
+        locked = files.lock(self.lock, wait=False)
+        if locked is False:
+            raise UserError(f"--out {self.out} is in use by another run")
+        if locked is None:
+            self.say(f"{self.out} cannot be locked: do not start two runs there")
         for stale in self.out.glob("*.tmp"):
             stale.unlink()
         self._check_config()
         bad = self.out / "bad_videos.txt"
-        lines = bad.read_text(errors="surrogateescape").splitlines() if bad.exists() else []
-        return {line.split("\t")[0] for line in lines}
+        lines = bad.read_text(errors="surrogateescape").splitlines(keepends=True) if bad.exists() else []
+        whole = [line for line in lines if "\t" in line and line.endswith("\n")]
+        if whole != lines:  # cut short by a full disk
+            files.write(bad, "".join(whole))
+        return {line.split("\t")[0] for line in whole}
 
     def _check_config(self):
         path = self.out / "config.json"
@@ -212,8 +221,11 @@ class Run:
             dist.destroy_process_group()
             if self.lock:
                 self.lock.close()
-            for failed in filter(None, (self.save_failed, self.log_failed)):
-                print(f"{self.script}: {failed}", file=sys.stderr)
+            for name in list(self.unwritten):
+                self._append(name)
+            failed = [f"{self.out / name} could not be written" for name in self.unwritten]
+            for sentence in filter(None, (self.save_failed, *failed)):
+                print(f"{self.script}: {sentence}", file=sys.stderr)
                 status = 1
             if status:
                 sys.exit(status)
@@ -225,7 +237,6 @@ class Run:
         """Print a line from rank 0, above the progress bar."""
         if self.main:
             tqdm.write(sentence.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
-            sys.stdout.flush()
 
     def on_main(self, function, *args):
         """Run `function` on rank 0 alone; its value, or its UserError, reaches every rank.
@@ -248,7 +259,7 @@ class Run:
     @property
     def seconds(self):
         """Wall seconds of this run, the time before a resumption included."""
-        return self.seconds_before + time.time() - self.began
+        return self.seconds_before + time.monotonic() - self.began
 
     # ---------------------------------------------------------------------------- networks
 
@@ -283,9 +294,9 @@ class Run:
 
         Before each step torch's generators are seeded from (seed, step, rank); after it the ranks
         agree whether a signal has come, and the loop ends if so (`stopped` is then True). What `resume` was
-        given is saved every `save_every` steps, after the last and when the loop is stopped. Waiting
-        for the loader and computing are timed apart. Unreadable videos, (index, reason) in the "bad" of
-        each dict, are named in bad_videos.txt at the next logged step.
+        given is saved every `save_every` steps (None: never), every `save_minutes`, after the last and when
+        the loop is stopped. Waiting for the loader and computing are timed apart. Unreadable videos, (index,
+        reason) in the "bad" of each dict, are named in bad_videos.txt at the next logged step.
 
         test(n) is called after n steps, n a multiple of `test_every` (0: never), not below `first` and not
         `total`. A signal during a test ends the loop there, and a resumption tests again.
@@ -294,7 +305,7 @@ class Run:
         self.videos = len({source.name(i) for source in videos for i in range(len(source))})
         self.bar = tqdm(total=total, initial=start, dynamic_ncols=True, smoothing=0.05,
                         disable=not (self.main and sys.stderr.isatty()))  # fmt: skip
-        self.mark = time.perf_counter() - self.elapsed
+        self.mark, self.saved = time.perf_counter() - self.elapsed, time.monotonic()
         batches = video.watched(loader)
         for step in range(start, total):
             if test_every and step % test_every == 0 and step >= first:
@@ -321,8 +332,9 @@ class Run:
 
     def _ends(self, step, save_every, due):
         """Whether a signal has reached any rank; what `resume` was given is then saved, as when it is due."""
-        self.stopped = self.told_to_stop()
-        if due or save_every and self.stopped:
+        late = self.main and time.monotonic() - self.saved >= 60 * self.save_minutes
+        self.stopped, late = self._on_any_rank(self._told_to_stop(), late)
+        if due or save_every and (self.stopped or late):
             self.save(step, self.kept[0], **self.kept[1])
         if self.stopped:
             self.say(f"stopped by a signal after step {step}")
@@ -338,9 +350,16 @@ class Run:
 
     def told_to_stop(self):
         """Whether a signal has reached any rank; all ranks must ask."""
-        flag = torch.tensor(int(self.stop or self._orphaned()))
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())
+        return self._on_any_rank(self._told_to_stop())[0]
+
+    def _told_to_stop(self):
+        return self.stop or self._orphaned()
+
+    def _on_any_rank(self, *flags):
+        """Whether each of some flags is set on any rank; all ranks must ask."""
+        flags = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return flags.bool().tolist()
 
     def _orphaned(self):
         """Whether torchrun is gone: some signals end it and leave its processes alone."""
@@ -390,14 +409,20 @@ class Run:
         return UserError(f"{what}; start again with a lower {self.lr_flag} in another --out, or here after "
                          f"deleting {self.out}/last*.pt")  # fmt: skip
 
-    def _append(self, name, line):
-        """Add a line to a file of the run folder; a full disk does not end the run for it."""
+    def _append(self, name, *lines):
+        """Add lines to a file of the run folder. What the disk does not take goes with the next ones."""
+        late, path, end = self.unwritten.pop(name, []), self.out / name, None
         try:
-            with open(self.out / name, "a", encoding="utf-8", errors="surrogateescape") as file:
-                file.write(line)
+            with open(path, "a", encoding="utf-8", errors="surrogateescape") as file:
+                end = file.tell()
+                file.writelines([*late, *lines])
         except OSError as error:
-            self.log_failed = f"{self.out / name} could not be written: {error.strerror}"
-            self.say(self.log_failed)
+            self.unwritten[name] = [*late, *lines]
+            if not late:
+                self.say(f"{path} cannot be written: {error.strerror}; training goes on")
+            if end is not None:
+                with suppress(OSError):
+                    os.truncate(path, end)  # no half a line
 
     def _gather_bad(self):
         """Let all ranks know all unreadable videos; rank 0 names each once in bad_videos.txt.
@@ -426,9 +451,9 @@ class Run:
         """Write last.pt: `step` finished steps, the state_dict of every part, and `identity`.
 
         `identity` is a flat dict of what a resumption must share (labelled list, classes, networks).
-        The file is complete or absent, and the one before is kept. A disk that cannot take it is
-        reported; training goes on, and the run ends with status 1. Raises UserError on every rank
-        when the weights are not finite.
+        The file is complete or absent, and the one before is kept, but on a full disk, where it makes room.
+        A disk that cannot take it is reported; training goes on, and the run ends with status 1. Raises
+        UserError on every rank when the weights are not finite.
         """
         nets = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
         if not all(torch.isfinite(p).all() for net in nets for p in net.parameters()):  # equal on all ranks
@@ -443,16 +468,20 @@ class Run:
                  "seconds": self.seconds, "since_row": since}  # fmt: skip
         last, previous = self.out / "last.pt", self.out / "last.prev.pt"
         try:
-            with files.replacing(last, keep=previous) as file:
-                torch.save(state, file)
+            if step == self.total:
+                self.out.mkdir(exist_ok=True)  # a folder that is gone: the last chance to keep the weights
+            try:
+                files.save(state, last, keep=previous)
+            except OSError as error:
+                if error.errno not in files.FULL or not previous.exists():
+                    raise
+                previous.unlink()  # a full disk has room for the new one without the oldest
+                files.save(state, last)
             self.save_failed = None
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            free = files.free_bytes(self.out)
-            self.save_failed = (
-                f"the checkpoint of step {step} could not be written to {last} ({free / 1e6:.0f} MB free): "
-                f"{str(error).splitlines()[0]}"
-            )
+        except OSError as error:
+            self.save_failed = f"the checkpoint of step {step} is not in {last}: {error.strerror}"
             self.say(self.save_failed + "; training goes on, the older one is kept")
+        self.saved = time.monotonic()
 
     def resume(self, identity, samples=True, **parts):
         """Load last.pt into `parts` if it is there; returns the number of finished steps, else 0.
@@ -466,6 +495,7 @@ class Run:
         self.kept = identity, parts
         state = self.on_main(self._read_checkpoint, identity)
         self.on_main(self._truncate_log, state["step"] if state else 0)
+        self.on_main(self._check_space, parts)
         if state is None:
             return 0
         try:
@@ -511,12 +541,35 @@ class Run:
         return None
 
     def _truncate_log(self, step):
-        path = self.out / "log.jsonl"
-        if path.exists():
-            rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            # A row about step n was written after n steps; an evaluation there is done again.
-            keep = [r for r in rows if json.loads(r)["step"] < step + ("eval" not in json.loads(r))]
-            files.write(path, "".join(r + "\n" for r in keep))
+        """Drop the rows of log.jsonl that the run is about to write again, and what is no row."""
+        path, rows, damaged = self.out / "log.jsonl", [], 0
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        for line in lines:
+            try:
+                row = json.loads(line.decode())
+                # A row about step n was written after n steps; an evaluation there is done again.
+                rows += [line] * (row["step"] < step + ("eval" not in row))
+            except (ValueError, KeyError, TypeError):
+                damaged += 1
+        if damaged:
+            self.say(f"{path}: {damaged} of {len(lines)} lines are damaged and were dropped")
+        if rows != lines:
+            files.write(path, "".join(row.decode() + "\n" for row in rows))
+
+    def _check_space(self, parts):
+        """Raise UserError where what the run is going to keep does not fit on the disk."""
+        nets = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+        need = model = files.size([net.state_dict() for net in nets])
+        for part in parts.values():
+            if isinstance(part, torch.optim.Optimizer):  # Adam's two moments or SGD's momentum
+                moments = 2 if "betas" in part.defaults else 1
+                need += moments * files.size([group["params"] for group in part.param_groups])
+        # last.pt, last.prev.pt, and a new one while it is written.
+        need *= 3 - sum((self.out / name).exists() for name in ("last.pt", "last.prev.pt"))
+        free = files.free_bytes(self.out)
+        if free < need + model:
+            raise UserError(f"--out {self.out} is on a disk with {free / 1e6:.1f} MB free; last.pt, "
+                            f"last.prev.pt and model.pt need {(need + model) / 1e6:.1f} MB")  # fmt: skip
 
     # ---------------------------------------------------------------------------- results
 
@@ -539,7 +592,11 @@ class Run:
         path = self.out / "result.json"
         if self.moved:
             return None
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except ValueError:
+            self.say(f"{path} is damaged: the test is made again")
+            return None
 
     def result(self, row):
         """Write result.json and print the final RESULT line (rank 0)."""
@@ -642,13 +699,45 @@ def explain(error):
     """(sentence, exit status) for an error that a user can understand, else (None, None)."""
     if isinstance(error, UserError):  # one from a loader worker has the worker's traceback before it
         return re.sub(r"^[\w.]+Error: ", "", str(error).strip().splitlines()[-1]), 2
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full, {error.filename or 'a file'} could not be written", 1
-    if isinstance(error, RuntimeError):
-        for texts, sentence in TROUBLES:
+    if isinstance(error, OSError) and error.errno in files.FULL:
+        return (f"{error.filename or 'a file'} could not be written: {error.strerror}. Free some space; the "
+                "same command resumes from last.pt"), 1  # fmt: skip
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}", 1
+    if isinstance(error, RuntimeError | ValueError):
+        for texts, sentence, status in TROUBLES:
             if any(text in str(error) for text in texts):
-                return f"{sentence} ({str(error).strip().splitlines()[0][:120]})", 1
+                return f"{sentence} ({first_line(error)})", status
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            return f"--compile fails: install what is missing or leave it out ({first_line(error)})", 2
     return None, None
+
+
+def first_line(error):
+    return str(error).strip().partition("\n")[0][:120]
+
+
+class Output(io.FileIO):
+    """Standard output or error; drops what a closed pipe, a lost terminal or a full disk does not take."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def survive_output():
+    """Let the process go on when nobody takes what it prints (`| head -1`, `>&-`, a full disk)."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # in place of those that are closed
+        pass
+    os.close(descriptor)
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):  # None too; but not what a notebook or a test has put there
+            file = io.BufferedWriter(Output(number, "w", closefd=False))
+            encoding = getattr(stream, "encoding", None)
+            setattr(sys, name, io.TextIOWrapper(file, encoding, "backslashreplace", line_buffering=True))
 
 
 def versions():

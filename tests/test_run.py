@@ -1,16 +1,22 @@
 """The frame of a run: checkpoints, resumption, logs, signals, errors."""
 
+import errno
+import io
 import json
 import os
 import re
 import resource
+import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
 import time
 import zipfile
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import forks
 import numpy as np
@@ -20,7 +26,7 @@ import torch
 from common import UserError, files
 from common.datasets import Videos
 from common.run import Run, explain, step_seed
-from common.video import VideoError
+from common.video import SIGNALS, VideoError
 
 
 @pytest.fixture(autouse=True)
@@ -180,21 +186,105 @@ def test_kill_9_while_saving(tmp_path):
         assert not list(out.glob("*.tmp"))
 
 
+@contextmanager
+def largest_file(size):
+    """A write that would make a file larger is cut there, as on a full disk."""
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old)
+
+
+class FullDisk(io.FileIO):
+    def write(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_disk_that_cannot_take_a_checkpoint(tmp_path):
     """Training goes on with the old file, and the run ends with status 1 and a sentence."""
     saved(tmp_path, 1.0)
-    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.raises(SystemExit) as end, Run("cmpl", tmp_path, {}) as run:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
-        try:
+        with largest_file(500):
             run.save(2, IDENTITY, net=small_net(2.0))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            signal.signal(signal.SIGXFSZ, old)
-        assert "step 2 could not be written" in run.save_failed
+        assert "step 2 is not in" in run.save_failed
     assert end.value.code == 1
     assert resumed(tmp_path) == (1, 1.0) and not list(tmp_path.glob("*.tmp"))
+
+
+def test_on_a_full_disk_the_oldest_checkpoint_makes_room(tmp_path, monkeypatch):
+    saved(tmp_path, 1.0, 2.0)
+    with Run("cmpl", tmp_path, {}) as run, monkeypatch.context() as patch:
+        def full(path, mode):
+            return (FullDisk if (tmp_path / "last.prev.pt").exists() else io.FileIO)(path, mode)
+
+        patch.setattr(files, "open", full, raising=False)
+        run.save(3, IDENTITY, net=small_net(3.0))
+    assert resumed(tmp_path) == (3, 3.0) and not (tmp_path / "last.prev.pt").exists()
+
+
+def test_model_on_a_full_disk(tmp_path, monkeypatch):
+    """torch.save hides what the disk says; the sentence names the file and the space needed."""
+    monkeypatch.setattr(files, "open", FullDisk, raising=False)
+    with pytest.raises(OSError) as failed:
+        files.save({"net": torch.nn.Linear(1000, 1000).state_dict()}, tmp_path / "model.pt")
+    sentence, status = explain(failed.value)
+    assert str(tmp_path / "model.pt") in sentence and "4.0 MB are needed" in sentence and status == 1
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError) as failed:
+        files.write(tmp_path / "result.json", "{}")
+    assert str(tmp_path / "result.json") in explain(failed.value)[0]
+
+
+@pytest.mark.parametrize("free, fits", [(190e3, False), (200e3, True)])
+def test_space_is_checked_before_training(tmp_path, monkeypatch, free, fits):
+    """For three checkpoints with Adam's two moments, and for model.pt: 10 times 20 kB of weights."""
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_blocks=9, f_bavail=free, f_frsize=1))
+    net = torch.nn.Linear(1000, 5, bias=False)
+    optimizer = torch.optim.AdamW(net.parameters())
+    with Run("cmpl", tmp_path, {}) as run:
+        with nullcontext() if fits else pytest.raises(UserError, match=r"0.2 MB free.* need 0.2 MB"):
+            run.resume(IDENTITY, net=net, optimizer=optimizer)
+
+
+def test_a_run_folder_that_disappears(tmp_path, capsys):
+    """Training goes on; what was not written is, once the folder is back."""
+    out, away = tmp_path / "out", tmp_path / "away"
+    with Run("cmpl", out, {}, log_every=1) as run:
+        run.resume(IDENTITY, net=small_net(1.0))
+        for step, _ in run.steps(loader(8, [(0, "x")]), 0, 8, 0, [videos(100)], 2):
+            run.track(step, 0.1, loss=0.0)
+            if step in (0, 5):
+                out.rename(away) if step == 0 else away.rename(out)
+    assert [row["step"] for row in rows(out)] == list(range(1, 9))
+    assert (out / "bad_videos.txt").exists() and files.load(out / "last.pt")["step"] == 8
+    said = capsys.readouterr().out
+    assert said.count("log.jsonl cannot be written") == 1 and "step 4 is not in" in said
+
+
+def test_weights_of_a_run_folder_that_is_gone(tmp_path):
+    with Run("cmpl", tmp_path / "out", {}) as run:
+        run.resume(IDENTITY, net=small_net(1.0))
+        for step, _ in run.steps(loader(4), 0, 4, 0, [videos(1)], 4):
+            if step == 1:
+                shutil.rmtree(run.out)
+    assert resumed(tmp_path / "out") == (4, 1.0)
+
+
+@pytest.mark.parametrize("number, tolerated", [(errno.EINVAL, True), (errno.EIO, False)])
+def test_folder_that_cannot_be_synced(tmp_path, monkeypatch, number, tolerated):
+    """CIFS and VirtualBox say EINVAL; a disk that fails is no such file system."""
+    def fsync(descriptor, real=os.fsync):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with nullcontext() if tolerated else pytest.raises(OSError, match="Input/output error"):
+        files.write(tmp_path / "a.txt", "a")
 
 
 def test_other_configuration_is_refused(tmp_path, capfd):
@@ -276,9 +366,9 @@ def test_a_mistake_before_the_first_checkpoint_can_be_mended(tmp_path):
 
 def test_file_system_without_locks(tmp_path, monkeypatch, capsys):
     def unable(*_):
-        raise OSError(38, "Function not implemented")
+        raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("common.run.fcntl.flock", unable)
+    monkeypatch.setattr("fcntl.flock", unable)
     with Run("cmpl", tmp_path, {}):
         pass
     assert "cannot be locked" in capsys.readouterr().out
@@ -295,20 +385,34 @@ def test_other_number_of_ranks_goes_on_at_the_same_sample(tmp_path, capsys):
 def test_more_processes_than_gpus(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="nproc_per_node 1"):
         Run("cmpl", tmp_path, {})._join_group()
 
 
-def test_log_on_a_full_disk(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit) as end, Run("cmpl", tmp_path, {}) as run:
-        with monkeypatch.context() as patch:
-            def full(*_, **__):
-                raise OSError(28, "No space left on device")
+def rows(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
-            patch.setattr("builtins.open", full)
-            run.log({"step": 1})
-    assert end.value.code == 1 and "log.jsonl" in run.log_failed
+
+def test_log_on_a_full_disk(tmp_path, monkeypatch):
+    """No half a row is left, and the next row that the disk takes brings those before it."""
+    with Run("cmpl", tmp_path, {}) as run:
+        monkeypatch.setattr(run, "say", lambda _: None)  # standard output is a file here
+        run.log({"step": 1})
+        with largest_file(len('{"step": 1}\n') + 5):
+            run.log({"step": 2})
+            run.log({"step": 3})
+        assert rows(tmp_path) == [{"step": 1}]
+        run.log({"step": 4})
+        assert rows(tmp_path) == [{"step": n} for n in (1, 2, 3, 4)]
+
+
+def test_log_on_a_disk_that_stays_full(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end, Run("cmpl", tmp_path, {}) as run:
+        shutil.rmtree(tmp_path)
+        run.log({"step": 1})
+    assert end.value.code == 1 and "log.jsonl could not be written" in capsys.readouterr().err
 
 
 def test_two_runs_in_one_folder(tmp_path):
@@ -356,10 +460,39 @@ def test_a_resumed_run_logs_the_same_rows(tmp_path, stop):
                 for step, _ in run.steps(loader(7 - start), start, 7, 0, [videos(9)], 100):
                     run.track(step, 0.1, loss=losses[step], top1=step)
                     run.stop = step + 1 == until < 7
-    rows = [[json.loads(line) for line in open(tmp_path / out / "log.jsonl")] for out in ("whole", "cut")]
-    whole, cut = ([{k: v for k, v in row.items() if "seconds" not in k} for row in found] for found in rows)
+    logs = [rows(tmp_path / out) for out in ("whole", "cut")]
+    whole, cut = ([{k: v for k, v in row.items() if "seconds" not in k} for row in found] for found in logs)
     assert cut == whole and [row["step"] for row in whole] == [3, 6, 7]
-    assert all(row["seconds_compute"] > 0 for found in rows for row in found)
+    assert all(row["seconds_compute"] > 0 for found in logs for row in found)
+
+
+@pytest.mark.parametrize("line", [
+    b'{"step": 2, "lo{"step": 2}', b'{"step": 2, "loss": 0.5', b"\0" * 64, b'{"step": 2, "eval": "\xff"}',
+    b"3", b"{}",
+])  # fmt: skip
+def test_damaged_log(tmp_path, capsys, line):
+    """A full disk or a power cut leaves such lines; last.pt decides where the run resumes."""
+    saved(tmp_path, 1.0, 1.0, 1.0)
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    assert resumed(tmp_path) == (3, 1.0)
+    assert rows(tmp_path) == [{"step": 1}, {"step": 3}]
+    assert "log.jsonl: 1 of 3 lines are damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", [b"", b"\0\0", b'{"top1": "\xff"}', b'{"top1": 1'])
+def test_damaged_result(tmp_path, capsys, text):
+    (tmp_path / "result.json").write_bytes(text)
+    with Run("cmpl", tmp_path, {}) as run:
+        assert not run.finished()
+    assert "result.json is damaged" in capsys.readouterr().out
+
+
+def test_damaged_list_of_bad_videos(tmp_path):
+    (tmp_path / "bad_videos.txt").write_text("v1.mp4\tno frames\nv3.m")
+    with Run("cmpl", tmp_path, {}, log_every=1) as run:
+        for step, _ in run.steps(loader(3, [(3, "x")]), 0, 3, 0, [videos(100)]):
+            run.track(step, 0.1, loss=0.0)
+    assert (tmp_path / "bad_videos.txt").read_text() == "v1.mp4\tno frames\nv3.mp4\tx\n"
 
 
 def test_loss_that_is_not_finite(tmp_path):
@@ -427,13 +560,143 @@ def test_a_stop_is_saved_once(tmp_path, monkeypatch):
     assert found == [4, 6]
 
 
-def test_signal_ends_after_the_step(tmp_path):
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        with Run("cmpl", tmp_path, {}) as run:
-            for step, _ in run.steps(loader(9), 0, 9, 0, [videos(1)]):
-                if step == 2:
-                    os.kill(os.getpid(), number)
-            assert run.stopped and step == 2
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_ends_after_the_step(tmp_path, number):
+    before = signal.signal(number, signal.SIG_DFL)
+    with Run("cmpl", tmp_path, {}) as run:
+        for step, _ in run.steps(loader(9), 0, 9, 0, [videos(1)]):
+            if step == 2:
+                os.kill(os.getpid(), number)
+        assert run.stopped and step == 2
+    signal.signal(number, before)
+
+
+def test_nohup_keeps_its_promise(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Run("cmpl", tmp_path, {}):
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
+    """Besides those of each epoch, one after the first step that ends so many minutes after the last."""
+    saved_after, clock = [], [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with Run("cmpl", tmp_path, {}, save_minutes=10) as run:
+        run.resume(IDENTITY, net=small_net(1.0))
+        monkeypatch.setattr(files, "save", lambda state, *_, **__: saved_after.append(state["step"]))
+        for _ in run.steps(loader(9), 0, 9, 0, [videos(1)], 7):
+            clock[0] += 60 * 4
+    assert saved_after == [3, 6, 7, 9]
+
+
+BY_THE_CLOCK = """
+import sys, torch
+from common.run import Run
+with Run("cmpl", sys.argv[1], {}) as run:
+    run.save_minutes = run.rank * 1e9  # only the clock of rank 0 counts
+    run.resume({}, net=torch.nn.Linear(2, 2))
+    for step, _ in run.steps([[]] * 4, 0, 4, 0, [], 9):
+        if run.main:
+            print("saved", torch.load(run.out / "last.pt")["step"] if step else 0)
+"""
+
+
+def test_ranks_agree_about_the_clock(tmp_path):
+    process = start(tmp_path / "clock.py", BY_THE_CLOCK, tmp_path / "out", ranks=2)
+    printed, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert [line for line in printed.splitlines() if "saved" in line] == [f"saved {n}" for n in range(4)]
+
+
+def test_seconds_when_the_clock_is_set_back(tmp_path, monkeypatch):
+    with Run("cmpl", tmp_path, {}) as run:
+        monkeypatch.setattr(time, "time", lambda: 0.0)
+        assert 0 <= run.seconds < 600
+
+
+TALKS = """
+import os, sys
+sys.stdout.flush()
+how, out = sys.argv[1:]
+if how == "closed":
+    for number in (0, 1, 2):
+        os.close(number)
+    sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = None  # as an interpreter then has it
+elif how == "broken":
+    reader, writer = os.pipe()
+    os.close(reader)
+else:
+    writer = os.open("/dev/full", os.O_WRONLY)
+if how != "closed":
+    os.dup2(writer, 1)
+    os.dup2(writer, 2)
+
+import warnings
+from common.run import Run
+with Run("cmpl", out, {}, log_every=1) as run:
+    for step, _ in run.steps([[]] * 99, 0, 99, 0, []):
+        run.track(step, 0.1, loss=0.0)
+        print("x" * 99, file=sys.stderr)
+    warnings.warn("y")
+    assert min(os.open(os.devnull, os.O_RDONLY), run.lock.fileno()) > 2
+"""
+
+
+@pytest.mark.parametrize("how", ["closed", "broken", "full"])
+def test_output_that_nobody_takes(tmp_path, how):
+    """`>&-`, `| head -1`, a full disk: the run goes on and ends with status 0."""
+    process = start(tmp_path / "talks.py", TALKS, how, tmp_path / "out")
+    process.communicate(timeout=120)
+    assert process.returncode == 0 and len(rows(tmp_path / "out")) == 99
+
+
+ALONE = """
+import sys
+from common.run import Run
+with Run("cmpl", sys.argv[1], {}) as run:
+    print("ranks", run.world)
+"""
+
+
+@pytest.mark.parametrize("left, status, words", [
+    ({"RANK": "0"}, 2, "unset RANK"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, 2, "unset RANK"),
+    ({"WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, 0, "WORLD_SIZE is set without RANK"),
+])  # fmt: skip
+def test_environment_of_ranks_without_the_ranks(tmp_path, monkeypatch, left, status, words):
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    process = start(tmp_path / "alone.py", ALONE, tmp_path / "out")
+    printed, err = process.communicate(timeout=120)
+    assert process.returncode == status and words in printed + err and "Traceback" not in err
+    assert status or "ranks 1" in printed
+
+
+COMPILES = """
+import sys, torch
+from common.run import Run
+with Run("cmpl", sys.argv[1], {}) as run:
+    run.distribute(torch.nn.Linear(2, 2), compile=True)(torch.zeros(1, 2))
+"""
+
+
+def test_compile_without_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    process = start(tmp_path / "compiles.py", COMPILES, tmp_path / "out")
+    _, err = process.communicate(timeout=240)
+    last = err.strip().splitlines()[-1]
+    assert process.returncode == 2 and "--compile" in last and "compiler" in last and "Traceback" not in err
+
+
+def test_one_value_of_a_channel_in_batch_norm():
+    with pytest.raises(ValueError) as failed:
+        torch.nn.BatchNorm3d(2)(torch.zeros(1, 2, 1, 1, 1))
+    sentence, status = explain(failed.value)
+    assert sentence.startswith("batch norm needs more than one value") and status == 2
 
 
 FAILS = """

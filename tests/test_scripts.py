@@ -240,6 +240,47 @@ def test_the_learning_rate_follows_the_clips_of_a_step_over_all_ranks(script, to
     assert said[0] == said[1] and said[0].startswith(rule) and rates[0] == rates[1] <= clips / 80
 
 
+HELP = """
+import runpy, sys
+path, scripts = sys.path[:], sys.argv[1:]
+for script in scripts:
+    sys.path[:], sys.argv = path, [script, "--help"]
+    for name in [name for name in sys.modules if name.split(".")[0] == "common"]:
+        del sys.modules[name]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        assert not end.code
+"""
+
+
+def bare(words, folder):
+    """(standard output, standard error, status) of a command of bash in which `python` has no docstrings,
+    and does not look for modules beside a script.
+    """
+    env = environment() | {"PYTHONOPTIMIZE": "2", "PYTHONSAFEPATH": "1"}
+    del env["PYTHONPATH"]
+    call = ["bash", "-c", f"set -o pipefail; {words}"]
+    done = subprocess.run(call, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+    return done.stdout, done.stderr, done.returncode
+
+
+def test_help_of_a_bare_interpreter(tmp_path):
+    call = [sys.executable, "-c", HELP, *(f"{HERE / script}.py" for script in SCRIPTS)]
+    printed, err, status = bare(shlex.join(call), tmp_path)
+    assert (err, status) == ("", 0)
+    assert [line.split()[1] for line in printed.splitlines() if line.startswith("usage: ")] == [
+        f"{script}.py" for script in SCRIPTS
+    ]
+
+
+def test_run_of_a_bare_interpreter_whose_output_nobody_reads(toy_root, tmp_path):
+    call = command(FIRST, toy_root, tmp_path / "out", "--epochs", "1", "--workers", "1")
+    line, err, status = bare(f"{shlex.join(call)} | head -1", tmp_path)
+    assert line.startswith("toy: ") and "Traceback" not in err and status == 0
+    assert (tmp_path / "out" / "result.json").exists()
+
+
 def test_finished_run_shows_its_result_again_and_does_nothing(finished, toy_root):
     script, out, printed = finished
     before = (out / "last.pt").stat().st_mtime_ns
@@ -314,7 +355,8 @@ def test_resumed_run_is_the_uninterrupted_one(finished, toy_root, tmp_path, rank
         whole = tmp_path / "whole"
         run(script, toy_root, whole, ranks=ranks)
     out, agent = tmp_path / "cut", bool(ranks) and script == FIRST
-    process = start(command(script, toy_root, out), ranks, fresh=agent)
+    often = ("--save_minutes", "0.002") if number == signal.SIGKILL else ()  # not only after each epoch
+    process = start(command(script, toy_root, out, *often), ranks, fresh=agent)
     wait_for_rows(out, 4, process)
     if number == signal.SIGKILL:
         for victim in [*children(process), process.pid] if agent else process.pids:
@@ -718,6 +760,8 @@ MISTAKES = {
         "--split 4": "split",
         "--labelled_list /nowhere.txt": "/nowhere.txt",
         "--eval /nowhere.pt": "/nowhere.pt",
+        f"--seed {2**63}": "--seed",
+        "--lam 0 --batch 1 --frames 1": "--batch",  # one value of each channel
         "--jitter 24 20": "--jitter",
         "--workers -1": "--workers",
         "--out /proc/nowhere": "--out",
