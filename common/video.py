@@ -253,8 +253,11 @@ def _display_matrix(frame):
 
 
 @contextmanager
-def _open(path):
-    """Open a video file for one decoder thread. Yields (container, the best of its video streams)."""
+def _open(path, strict=True):
+    """Open a video file for one decoder thread. Yields (container, the best of its video streams).
+
+    strict: the decoder raises an error where it would else conceal damage.
+    """
     if not os.path.isfile(path):  # av.open would also take URLs and lists of files
         raise VideoError("not a file" if os.path.exists(path) else "no such file")
     # An absolute path is never taken for a protocol, whatever colons the name has.
@@ -280,6 +283,8 @@ def _open(path):
         if best in readable and (stream.frames < 5 or stream.disposition != best.disposition):
             stream = best
         stream.codec_context.thread_count = 1  # the workers are parallel; more threads deadlock
+        if strict:
+            stream.codec_context.options = {"err_detect": "explode"}
         yield container, stream
 
 
@@ -338,7 +343,7 @@ class _File:
             or not self.keys
             or packed
             or (reordered and stamps == sorted(stamps))
-            or context.pix_fmt == "pal8"
+            or getattr(context.format, "name", None) == "pal8"
         )
         self.by_count = self.counted or avi and context.has_b_frames  # where a file is damaged
         rates = [rate for rate in (context.framerate, stream.average_rate) if rate and rate <= 240]
@@ -364,7 +369,7 @@ class _File:
         jumps = np.diff(self.times)
         jumps = jumps[jumps > HOUR]
         seconds = float(self.times[-1] - jumps.sum()) if pts else 0
-        self.fps = (len(pts) - 1 - len(jumps)) / seconds if seconds > 0 else rate
+        self.fps = (len(clock) - 1 - len(jumps)) / seconds if seconds > 0 else rate
 
     def _packets(self, container, stream):
         """Yield the packets, up to where the file is so damaged that no more are found."""
@@ -465,7 +470,7 @@ class _File:
         Unless strict, it goes on after an error, as the ffmpeg command does: what follows refers to what came
         before. Where frames are counted their pts are the numbers of their packets.
         """
-        with _open(self.path) as (container, stream):
+        with _open(self.path, strict) as (container, stream):
             for k, packet in enumerate(chain(self._packets(container, stream), [None])):
                 if packet and self.by_count:
                     packet.pts = k
