@@ -29,7 +29,7 @@ from multiprocessing import forkserver
 import av
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as TF
 
@@ -601,8 +601,8 @@ class _Folder:
         self.fps, self.expected, self.times = fps, len(names), np.arange(len(names)) / fps
         self.fault = self.size = None
         for path in self.paths:
-            with suppress(Exception), _upright(path) as image:
-                self.size = image.height, image.width
+            with suppress(Exception), _picture(path) as (image, orientation):
+                self.size = image.size if orientation in (5, 6, 7, 8) else image.size[::-1]
                 return
         _read_picture(self.paths[0])  # raises what is wrong
 
@@ -626,22 +626,26 @@ class _Folder:
         return ((n, _read_picture(self.paths[self.places[n]])) for n in numbers)
 
 
+@contextmanager
+def _picture(path):
+    """Open a picture. Yields (image, its EXIF orientation)."""
+    with Image.open(path) as image:
+        check_size(image.height, image.width)
+        orientation = 1
+        with suppress(Exception):  # the EXIF data can be damaged where the picture is not
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        yield image, orientation
+
+
 def _read_picture(path):
-    """uint8 (H, W, 3)"""
-    with _upright(path) as image:
+    """uint8 (H, W, 3), turned as the EXIF orientation says."""
+    with _picture(path) as (image, orientation):
+        with suppress(Exception):  # when it has turned the picture it writes EXIF data
+            if orientation != 1:
+                ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16 bits of grey, of which Pillow would take the lower ones
             return (np.array(image)[..., None].repeat(3, 2) // 256).astype(np.uint8)
         return np.array(image.convert("RGB"))
-
-
-@contextmanager
-def _upright(path):
-    """A picture, turned as its EXIF orientation says."""
-    with Image.open(path) as image:
-        check_size(image.height, image.width)
-        with suppress(Exception):  # EXIF can be damaged where the picture is not
-            ImageOps.exif_transpose(image, in_place=True)
-        yield image
 
 
 def _by_number(names):
