@@ -603,8 +603,9 @@ def _read_classes(path):
 def _like_frames(rows):
     """Whether the labels of the rows look like numbers of frames: many, most far from 0, many only once."""
     counts = Counter(y for row in rows for y in row.labels if isinstance(y, int))
-    numbers, rank, once = sorted(counts), len(counts) // 10, sum(n == 1 for n in counts.values())
-    return len(counts) >= 10 and numbers[rank] >= rank + 10 and 10 * once >= len(counts)
+    numbers, once = sorted(counts), sum(n == 1 for n in counts.values())
+    rank = max(1, len(counts) // 10)  # a few may be labels
+    return len(counts) >= 5 and numbers[rank] >= rank + 10 and once >= max(4, len(counts) / 10)
 
 
 def _hint(rows):

@@ -374,7 +374,7 @@ def test_a_label_far_from_all_others_is_refused(tmp_path, label):
 FRAME_COUNTS = np.random.default_rng(0).normal(180, 60, 1000).astype(int).clip(29)
 
 
-@pytest.mark.parametrize("n", [20, 300, 1000])
+@pytest.mark.parametrize("n", [6, 20, 300, 1000])
 @pytest.mark.parametrize("columns", ["{}", "0 {}", "{} 0"])
 def test_numbers_of_frames_are_no_labels(tmp_path, n, columns):
     name = numbered(tmp_path, FRAME_COUNTS[:n], None, columns)
