@@ -91,6 +91,7 @@ class Run:
         self.rank, self.world, self.main = 0, 1, os.environ.get("RANK", "0") == "0"
         self.stop = False  # this rank has got a signal
         self.stopped = False  # all ranks have agreed to stop
+        self.late = False  # more than `save_minutes` since the last checkpoint
         self.sums, self.count, self.wait, self.elapsed, self.mark = {}, 0, 0.0, 0.0, 0.0
         self.bad, self.new_bad, self.videos, self.total = set(), {}, 0, None
         self.ended = False  # there is a result
@@ -332,9 +333,8 @@ class Run:
 
     def _ends(self, step, save_every, due):
         """Whether a signal has reached any rank; what `resume` was given is then saved, as when it is due."""
-        late = self.main and time.monotonic() - self.saved >= 60 * self.save_minutes
-        self.stopped, late = self._on_any_rank(self._told_to_stop(), late)
-        if due or save_every and (self.stopped or late):
+        self.stopped = self.told_to_stop()
+        if due or save_every and (self.stopped or self.late):
             self.save(step, self.kept[0], **self.kept[1])
         if self.stopped:
             self.say(f"stopped by a signal after step {step}")
@@ -349,17 +349,12 @@ class Run:
         self.mark += time.perf_counter() - began
 
     def told_to_stop(self):
-        """Whether a signal has reached any rank; all ranks must ask."""
-        return self._on_any_rank(self._told_to_stop())[0]
-
-    def _told_to_stop(self):
-        return self.stop or self._orphaned()
-
-    def _on_any_rank(self, *flags):
-        """Whether each of some flags is set on any rank; all ranks must ask."""
-        flags = torch.tensor(flags, dtype=torch.int32)
+        """Whether a signal has reached any rank; all ranks must ask. `late` is then by rank 0's clock."""
+        late = self.main and time.monotonic() - self.saved >= 60 * self.save_minutes
+        flags = torch.tensor([self.stop or self._orphaned(), late], dtype=torch.int32)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return flags.bool().tolist()
+        stop, self.late = flags.bool().tolist()
+        return stop
 
     def _orphaned(self):
         """Whether torchrun is gone: some signals end it and leave its processes alone."""
