@@ -47,8 +47,8 @@ FLOW = re.compile(r"(?i)flow_?([xy]_?)?\d")  # pictures of optical flow, beside 
 FPS = 25.0  # pictures of a folder in a second, unless something else is said
 PLAYLISTS = {"concat", "dash", "hls", "imf"}  # formats that open other files
 TEXTS = {"tty", "bin", "xbin", "adf", "idf"}  # formats that draw a text
-STILLS = {"gif", "apng", "mjpeg", "avif", "heic", "heix", "mif1"}  # pictures, if they have one frame
-HOUR = 3600  # seconds; a clock that jumps by more was set anew, which says nothing of the frame rate
+STILLS = {"gif", "apng", "mjpeg", "avif", "heic", "heix", "mif1"}  # formats of pictures, if of one frame
+HOUR = 3600  # seconds; longer steps of a clock are left out of the frame rate
 # What av, PIL and the system raise for a bad file. Anything else is named with its type.
 FAULTS = (av.FFmpegError, OSError, IndexError, ValueError, EOFError, MemoryError)
 FAULTS += (Image.DecompressionBombError,)
@@ -92,7 +92,7 @@ class Video:
     span: (start, end) in seconds from the first frame; only the frames in it count, at least one.
     min_share: a damaged file, or one cut short, is used if this share of its frames is good. For a frame that
     does not decode the last good one before it stands in, else the first good one after it.
-    stand_ins: the set of those frames, of all that were given so far. fps: the rate of a folder of pictures.
+    stand_ins: the set of such frames among all that were given so far. fps: the rate of a folder of pictures.
     Pictures are turned and mirrored as players show them; pixels are taken as square.
     Raises VideoError on entering and on reading.
     """
@@ -256,7 +256,7 @@ def _display_matrix(frame):
 def _open(path, strict=True):
     """Open a video file for one decoder thread. Yields (container, the best of its video streams).
 
-    strict: the decoder raises an error where it would else conceal damage.
+    strict: the decoder raises an error where it would otherwise conceal damage.
     """
     if not os.path.isfile(path):  # av.open would also take URLs and lists of files
         raise VideoError("not a file" if os.path.exists(path) else "no such file")
@@ -278,8 +278,8 @@ def _open(path, strict=True):
             raise VideoError(f"no decoder for codec {_codec_of(container, streams[0])}")
         readable = [stream for stream in readable if stream.frames != 1] or readable  # no single picture
         stream, best = readable[0], container.streams.best("video")
-        # FFmpeg goes by the disposition, by whether there are five frames, and by the bits. Here the first of
-        # several that differ in their bits alone is taken.
+        # FFmpeg compares the disposition, then whether there are five frames, then the bit rate. Of streams
+        # that differ in the bit rate alone the first is taken here.
         if best in readable and (stream.frames < 5 or stream.disposition != best.disposition):
             stream = best
         stream.codec_context.thread_count = 1  # the workers are parallel; more threads deadlock
@@ -335,8 +335,8 @@ class _File:
         reordered = context.has_b_frames and (avi or self.codec in ("h264", "hevc"))
         total, stamps, packed = len(dts), list(self.order), max(self.shown, default=0) > 1
         # Where time stamps are absent (raw streams), repeated (broken files) or in decoding order
-        # (packed pictures; AVI has none, and libavformat guesses), frames can only be counted. So they are
-        # if there is a palette: it comes with the first packet, which a seek leaves out.
+        # (packed pictures; AVI has none, and libavformat guesses), frames can only be counted. Videos with a
+        # palette are counted, too: it comes with the first packet, which a seek leaves out.
         self.counted = (
             None in stamps
             or len(stamps) < total
@@ -345,7 +345,7 @@ class _File:
             or (reordered and stamps == sorted(stamps))
             or getattr(context.format, "name", None) == "pal8"
         )
-        self.by_count = self.counted or avi and context.has_b_frames  # where a file is damaged
+        self.by_count = self.counted or avi and context.has_b_frames  # how the frames of a damaged file go
         rates = [rate for rate in (context.framerate, stream.average_rate) if rate and rate <= 240]
         rate = float(rates[0]) if rates else 25.0
         clock = pts
@@ -360,8 +360,8 @@ class _File:
             self.keys.sort()
             self.pts, self.place = pts, {t: i for i, t in enumerate(pts)}
             self.place |= {t: self.place[first] for t, first in self.seconds.items() if first in self.place}
-        # The header of an AVI counts ticks of its clock: frames dropped when it was made, too, and all those
-        # for which the last frame is shown.
+        # The header of an AVI counts ticks of its clock, also those of frames that were dropped when it was
+        # made, and all for which the last frame is shown.
         slots = max(total, 1)
         if avi and dts and None not in dts:
             slots = dts[-1] + int(np.diff(dts).max(initial=1))
@@ -410,7 +410,7 @@ class _File:
                     key_came = key_came or frame.pts == key and frame.key_frame
                     if frame.pts in needed:
                         if not key_came:
-                            return  # it is damaged or none, and what refers to it is not to be trusted
+                            return  # it is damaged, or no key frame: what refers to it would be wrong
                         yield self.place[frame.pts], frame
                 if not ahead:
                     break
@@ -428,7 +428,7 @@ class _File:
         return runs
 
     def from_start(self, wanted):
-        """Yield (position, frame) for the sorted positions `wanted` up to the first sign of damage."""
+        """Yield (position, frame) for the sorted positions `wanted` from the start, until damage shows."""
         chosen = set(wanted)
         for n, frame in enumerate(self._frames(strict=True)):
             if not self.by_count and self.place.get(frame.pts) != n:
@@ -444,7 +444,7 @@ class _File:
         stamps = [frame.pts for frame in self._frames()]
         if not self.by_count:
             return [self.place.get(stamp) for stamp in stamps]
-        # The stamps are the numbers of packets. Those that gave no frame belong before the later ones.
+        # Stamps are numbers of packets. Those without a frame come before the frames of later packets.
         last, order, newest = {k: n for n, k in enumerate(stamps)}, [], -1
         lost = deque(k for k, shown in enumerate(self.shown) if shown and k not in last)
         for k in sorted(last, key=last.get):
@@ -467,8 +467,8 @@ class _File:
     def _frames(self, strict=False):
         """Yield what decodes from the start, by a fresh decoder.
 
-        Unless strict, it goes on after an error, as the ffmpeg command does: what follows refers to what came
-        before. Where frames are counted their pts are the numbers of their packets.
+        Unless strict, it goes on with the next packet after an error, as the ffmpeg command does. Where
+        frames are counted, their pts are the numbers of their packets.
         """
         with _open(self.path, strict) as (container, stream):
             for k, packet in enumerate(chain(self._packets(container, stream), [None])):
@@ -640,8 +640,8 @@ def _picture(path):
 def _read_picture(path):
     """uint8 (H, W, 3), turned as the EXIF orientation says."""
     with _picture(path) as (image, orientation):
-        with suppress(Exception):  # when it has turned the picture it writes EXIF data
-            if orientation != 1:
+        if orientation != 1:
+            with suppress(Exception):  # once the picture is turned, Pillow writes its EXIF data anew
                 ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16 bits of grey, of which Pillow would take the lower ones
             return (np.array(image)[..., None].repeat(3, 2) // 256).astype(np.uint8)
