@@ -71,8 +71,8 @@ def replacing(path, keep=None):
         os.replace(temp, path)
         _sync(path.parent)
     except OSError as error:
-        if error.filename in (None, str(temp)):
-            error.filename = str(path)
+        if error.filename is None or os.path.abspath(error.filename) == os.path.abspath(temp):
+            raise OSError(error.errno, error.strerror, str(path)) from None  # av's takes no other name
         raise
     finally:
         temp.unlink(missing_ok=True)
