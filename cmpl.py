@@ -68,7 +68,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
 from common import UserError, augment, backbones, datasets, evaluate, optim, video
-from common.flags import Parser, free_flags, wanted
+from common.flags import Parser, at_least, free_flags, share, wanted
 from common.run import Run, agreed
 
 # Defaults per data set, and what the nearest labelled share adds to them (the flags' own defaults are
@@ -97,46 +97,40 @@ TEST = ("keep_every",)  # flags of --eval that make it another test
 def parse_args(argv=None):
     p = Parser("cmpl", __doc__, RECIPES)
     g = p.data()
-    g.add_argument("--jitter", type=int, nargs=2, default=[256, 320], help="short side before the crop, D4")
-    g.add_argument("--weak_side", type=int, help="short side before a weak view's crop; 8/7 of --size, D4")
+    g.add_argument("--jitter", type=at_least(1), nargs=2, default=[256, 320],
+                   help="range of the short side before a random crop, in pixels (D4)")  # fmt: skip
+    g.add_argument("--weak_side", type=at_least(1), help="short side of weak views, D4; 8/7 of --size")
     g = p.add_argument_group("method")
-    g.add_argument("--lam", type=float, default=5.0, help="weight of L_u, Eq. 6; 0: supervised baseline")
-    g.add_argument("--tau", type=float, default=0.9, help="confidence threshold, Eq. 1, 4, 5 and Fig. 4a")
-    g.add_argument("--mu", type=int, default=5, help="B_u / B_l, Fig. 4b")
-    g.add_argument("--net", default="resnet3d50", help="primary network F, D11")
-    g.add_argument("--width", type=float, default=1.0, help="width of F")
-    g.add_argument("--aux", default="resnet3d50", help="auxiliary network A; none: FixMatch; same: F")
-    g.add_argument("--aux_width", type=float, default=0.25, help="width of A, Table 3")
-    g.add_argument("--dropout", type=float, default=0.5, help="before the classifier, D9")
-    g.add_argument("--frames", type=int, default=8, help="frames of a clip for F")
-    g.add_argument("--stride", type=int, default=8, help="frames from one to the next for F")
-    g.add_argument("--aux_frames", type=int, default=16, help="the same for A, Table 4")
-    g.add_argument("--aux_stride", type=int, default=4, help="the same for A, Table 4")
-    g.add_argument("--offset", type=float, default=10.0, help="t_s in seconds, Table 5, D6")
+    g.add_argument("--lam", type=at_least(0.0), default=5.0, help="weight of L_u, Eq. 6; 0: supervised only")
+    g.add_argument("--tau", type=share, default=0.9, help="confidence threshold, Eq. 1, 4, 5, Fig. 4a")
+    g.add_argument("--mu", type=at_least(1), default=5, help="unlabelled clips per labelled clip, Fig. 4b")
+    g.add_argument("--net", default="resnet3d50", help="backbone of the primary network F (D11)")
+    g.add_argument("--width", type=float, default=1.0, help="channel multiplier of F")
+    g.add_argument("--aux", default="resnet3d50", help="backbone of the auxiliary A, or none, or same")
+    g.add_argument("--aux_width", type=float, default=0.25, help="channel multiplier of A, Table 3")
+    g.add_argument("--dropout", type=float, default=0.5, help="dropout before the classifiers (D9)")
+    g.add_argument("--frames", type=at_least(1), default=8, help="frames of a clip for F")
+    g.add_argument("--stride", type=at_least(1), default=8, help="video frames from one to the next for F")
+    g.add_argument("--aux_frames", type=at_least(1), default=16, help="frames of a clip for A, Table 4")
+    g.add_argument("--aux_stride", type=at_least(1), default=4, help="video frames to the next for A")
+    g.add_argument("--offset", type=at_least(0.0), default=10.0, help="t_s in seconds, Table 5, D6")
     g.add_argument("--aux_losses", choices=["both", "sup", "unsup"], default="both", help="Table 6")
-    g.add_argument("--joint", action="store_true", help="D7: weak views in the same forward pass as the rest")
-    g.add_argument("--rand_augment", type=int, nargs=2, default=[2, 9], help="operations, magnitude, D5")
+    g.add_argument("--joint", action="store_true", help="put weak views through with the other views, D7")
+    g.add_argument("--rand_augment", type=at_least(0), nargs=2, default=[2, 9], help="how many, magnitude")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=float, default=200, help="D1; 50 in the ablations, Sec. 4.3")
-    g.add_argument("--batch", type=int, default=2, help="labelled clips per GPU and step (B_l)")
+    g.add_argument("--epochs", type=at_least(0.0), default=200, help="passes over the unlabelled videos, D1")
+    g.add_argument("--batch", type=at_least(1), default=2, help="labelled clips per GPU and step, B_l")
     g.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
-    g.add_argument("--lr", type=float, default=0.1, help="for --lr_batch clips a step, D2; cosine to 0")
-    g.add_argument("--lr_batch", type=int, default=32, help="labelled clips of a step, of all GPUs, for --lr")
-    g.add_argument("--weight_decay", type=float, default=1e-4, help="1e-3 on UCF-101")
-    g.add_argument("--warmup", type=float, default=0.0, help="epochs of linear warm-up, D9")
+    g.add_argument("--lr", type=at_least(0.0), default=0.1, help="learning rate for --lr_batch clips, D2")
+    g.add_argument("--lr_batch", type=at_least(1), default=32, help="clips per step that --lr is for")
+    g.add_argument("--weight_decay", type=at_least(0.0), default=1e-4, help="weight decay of all parameters")
+    g.add_argument("--warmup", type=at_least(0.0), default=0.0, help="epochs of linear warm-up, D9")
     g = p.run()
-    g.add_argument("--keep_every", type=int, default=1, help="thin test clips, Fig. 5")
+    g.add_argument("--keep_every", type=at_least(1), default=1, help="repeat every n-th test frame, Fig. 5")
     args = p.parse(argv, also=TEST)
-    args.weak_side = args.weak_side or round(args.size * 8 / 7)
-    p.share(args, "tau")
     p.rand_augment(args)
-    p.at_least(1, args, "batch", "mu", "frames", "stride", "aux_frames", "aux_stride", "keep_every",
-               "weak_side", "lr_batch")  # fmt: skip
-    p.at_least(0, args, "lam", "offset", "epochs", "lr", "weight_decay", "warmup")
-    if not 1 <= args.jitter[0] <= args.jitter[1]:
+    if args.jitter[0] > args.jitter[1]:
         p.error(f"--jitter is a range such as 256 320, not {args.jitter[0]} {args.jitter[1]}")
-    if args.lam == 0:
-        args.aux = "none"  # without Eq. 4 the auxiliary network teaches nobody
     return args
 
 
@@ -157,7 +151,7 @@ def unlabelled_loss(logits_s, y, mask):
 
     logits_s (B_u, K) of the strong views, gradient flows into them only; y, mask (B_u,) from
     `pseudo_label`, of the other network (Eq. 4, 5) or of the same (Eq. 1, FixMatch). The mean is over
-    all B_u clips, so no confident clip means loss 0.
+    all B_u clips, so a step without a confident clip has loss 0.
     """
     return (F.cross_entropy(logits_s, y, reduction="none") * mask).mean()
 
@@ -175,43 +169,45 @@ def total_loss(loss_s, loss_u, lam):
     return sum(loss_s) + lam * sum(loss_u)
 
 
-def forward(net, x_l, x_w, x_s, joint):
-    """(logits_l, p_w, logits_s) of the clips of one network; the probabilities p_w have no gradient."""
-    if x_w is None:
-        return net(x_l), None, None
+def forward(net, x, joint):
+    """(logits_l, p_w, logits_s) of the clips x of one network; the probabilities p_w have no gradient.
+
+    x: {view: clips (B, C, T, H, W)}, the labelled view alone for the supervised baseline.
+    """
+    if "w" not in x:
+        return net(x["l"]), None, None
     if joint:
-        logits_l, logits_w, logits_s = net(torch.cat([x_l, x_w, x_s])).split([len(x_l), len(x_w), len(x_s)])
+        logits = net(torch.cat([x["l"], x["w"], x["s"]]))
+        logits_l, logits_w, logits_s = logits.split([len(x["l"]), len(x["w"]), len(x["s"])])
     else:
         with torch.no_grad():
-            logits_w = net(x_w)  # D7
-        logits_l, logits_s = net(torch.cat([x_l, x_s])).split([len(x_l), len(x_s)])  # D8
+            logits_w = net(x["w"])  # D7
+        logits_l, logits_s = net(torch.cat([x["l"], x["s"]])).split([len(x["l"]), len(x["s"])])  # D8
     return logits_l, logits_w.detach().float().softmax(dim=1), logits_s
 
 
-def train_step(pri, aux, x_pri, x_aux, y_l, args):
-    """The loss of one step, its terms by name, and {net: pseudo-labels and mask} for the log.
+def train_step(nets, x, y_l, args):
+    """The loss of one step, its terms by name, and {net: (pseudo-labels, mask)} for the log.
 
-    x_pri, x_aux: (labelled, weak, strong) clips (B, C, T, H, W) for each network. `aux` is None for
-    FixMatch and for the supervised baseline, and `pri` itself for `--aux same`.
+    nets: "pri" is F and "aux" is A, which FixMatch and the supervised baseline do not have and which is F
+    itself for `--aux same`; x: {net: {view: clips (B, C, T, H, W)}}, view l, w or s.
     """
     loss_s, loss_u, labels = {}, {}, {}
-    logits_l_pri, p_w_pri, logits_s_pri = forward(pri, *x_pri, args.joint)
-    if args.lam:
-        y_pri, mask_pri = pseudo_label(p_w_pri, args.tau)
-        labels["pri"] = y_pri, mask_pri
-        if aux is None:
-            loss_u["pri"] = unlabelled_loss(logits_s_pri, y_pri, mask_pri)  # Eq. 1: F labels for itself
+    logits_l_pri, p_w_pri, logits_s_pri = forward(nets["pri"], x["pri"], args.joint)
     loss_s["pri"] = supervised_loss(logits_l_pri, y_l)  # Eq. 2
-    if aux is not None:
-        logits_l_aux, p_w_aux, logits_s_aux = forward(aux, *x_aux, args.joint)
-        y_aux, mask_aux = pseudo_label(p_w_aux, args.tau)
-        labels["aux"] = y_aux, mask_aux
+    if args.lam:
+        y_pri, mask_pri = labels["pri"] = pseudo_label(p_w_pri, args.tau)
+        if "aux" not in nets:
+            loss_u["pri"] = unlabelled_loss(logits_s_pri, y_pri, mask_pri)  # Eq. 1: F labels for itself
+    if "aux" in nets:
+        logits_l_aux, p_w_aux, logits_s_aux = forward(nets["aux"], x["aux"], args.joint)
+        y_aux, mask_aux = labels["aux"] = pseudo_label(p_w_aux, args.tau)
         loss_s["aux"] = supervised_loss(logits_l_aux, y_l)  # Eq. 3
         loss_u["pri"] = unlabelled_loss(logits_s_pri, y_aux, mask_aux)  # Eq. 4: A labels for F
         loss_u["aux"] = unlabelled_loss(logits_s_aux, y_pri, mask_pri)  # Eq. 5: F labels for A
     terms = {f"loss_s_{net}": loss for net, loss in loss_s.items()}
     terms |= {f"loss_u_{net}": loss for net, loss in loss_u.items()}
-    if aux is not None:  # a loss that Table 6 leaves out has weight 0: every parameter keeps a gradient
+    if "aux" in nets:  # a loss that Table 6 leaves out has weight 0: every parameter keeps a gradient
         loss_s["aux"] = loss_s["aux"] * (args.aux_losses != "unsup")
         loss_u["aux"] = loss_u["aux"] * (args.aux_losses != "sup")
     return total_loss(loss_s.values(), loss_u.values(), args.lam), terms, labels  # Eq. 6
@@ -223,77 +219,81 @@ def pseudo_label_report(labels, y_true):
     kept_*: confident; right_*: confident and right (Fig. 2); agree: both say the same class;
     aux_kept_pri_right: confident for A, and F is right (Fig. 6, where A's own curve is right_aux).
     """
-    found = {}
-    for name, (y, mask) in labels.items():
-        found[f"kept_{name}"] = mask.mean()
-        found[f"right_{name}"] = (mask * (y == y_true)).mean()
+    shares = {}
+    for net, (y, mask) in labels.items():
+        shares[f"kept_{net}"] = mask.mean()
+        shares[f"right_{net}"] = (mask * (y == y_true)).mean()
     if "aux" in labels:
         y_pri, y_aux, mask_aux = labels["pri"][0], *labels["aux"]
-        found["agree"] = (y_pri == y_aux).float().mean()
-        found["aux_kept_pri_right"] = (mask_aux * (y_pri == y_true)).mean()
-    return found
+        shares["agree"] = (y_pri == y_aux).float().mean()
+        shares["aux_kept_pri_right"] = (mask_aux * (y_pri == y_true)).mean()
+    return shares
 
 
-# -------------------------------------------------------------------------------- networks and data
+# -------------------------------------------------------------------------------- networks
 
 
 def build_networks(args, classes, run):
-    """{net: network under DDP}, {net: what builds it}: F is "pri", and A, where it is not F, "aux"."""
+    """{net: network under DDP}, F as "pri" and A, if there is one, as "aux"; {net: how it was built}."""
     builds = {"pri": dict(name=args.net, classes=classes, width=args.width, dropout=args.dropout)}
-    if args.aux not in ("none", "same"):
+    if args.lam and args.aux not in ("none", "same"):  # without Eq. 4 A would teach nobody
         builds["aux"] = builds["pri"] | dict(name=args.aux, width=args.aux_width)
     nets = {net: backbones.build(**build) for net, build in builds.items()}
-    return {net: run.distribute(x, args.channels_last, args.compile) for net, x in nets.items()}, builds
+    nets = {net: run.distribute(module, args.channels_last, args.compile) for net, module in nets.items()}
+    if args.lam and args.aux == "same":
+        nets["aux"] = nets["pri"]
+    return nets, builds
+
+
+# -------------------------------------------------------------------------------- data
 
 
 def windows(source, rng, args):
-    """Frame indices for F and for A: windows of the same length at two frame rates, t_s apart (Sec. 3.3)."""
+    """Frame indices of F's and A's clip: windows of one length at two frame rates, t_s apart (Sec. 3.3)."""
     n, span = len(source), args.frames * args.stride
     pri = video.dense(n, args.frames, args.stride, rng)
-    if args.aux == "none":
+    if args.aux == "none" or not args.lam:
         return [pri]
     starts = source.times[: max(n - span, 0) + 1]  # in seconds, of all windows
     start = rng.choice(np.flatnonzero(abs(starts - starts[pri[0]]) <= args.offset))  # D6
     return [pri, (start + np.arange(args.aux_frames) * args.aux_stride) % n]
 
 
-def standard(clip, args):
+def standard(clip, args, flip):
     """T_standard (D4)."""
     clip = augment.jitter_crop(clip, args.size, args.jitter)
-    return augment.random_flip(clip) if args.flip else clip
+    return augment.random_flip(clip) if flip else clip
 
 
 def weak(clip, args):
     """T_weak (D4)."""
-    return augment.resize_crop(clip, args.size, args.weak_side)
+    return augment.resize_crop(clip, args.size, args.weak_side or round(args.size * 8 / 7))
 
 
-def strong(clip, args):
+def strong(clip, args, flip):
     """T_strong (D5): T_standard, RandAugment, Cutout."""
-    clip = augment.rand_augment(standard(clip, args), *args.rand_augment)
+    clip = augment.rand_augment(standard(clip, args, flip), *args.rand_augment)
     return augment.cutout(clip, args.size // 2)
 
 
-def labelled_views(clips, args):
-    """The clip of F and, if there is A, of A."""
-    return tuple(standard(clip, args) for clip in clips)
+def labelled_views(clips, args, flip):
+    """{net: {view: clip}} of a labelled video's clips, one for each network."""
+    return {net: {"l": standard(clip, args, flip)} for net, clip in zip(("pri", "aux"), clips, strict=False)}
 
 
-def unlabelled_views(clips, args):
-    """(weak, strong) of F and, if there is A, (weak, strong) of A."""
-    return tuple(view(clip, args) for clip in clips for view in (weak, strong))
-
-
-def clips_of_networks(views_l, views_u):
-    """(labelled, weak, strong) clips for F and for A, out of what the two functions above return."""
-    if not views_u:  # supervised
-        return (views_l[0], None, None), None
-    if len(views_l) == 1:  # FixMatch: no A
-        return (views_l[0], *views_u), None
-    return (views_l[0], *views_u[:2]), (views_l[1], *views_u[2:])
+def unlabelled_views(clips, args, flip):
+    """{net: {view: clip}} of an unlabelled video's clips, one for each network."""
+    return {net: {"w": weak(clip, args), "s": strong(clip, args, flip)}
+            for net, clip in zip(("pri", "aux"), clips, strict=False)}  # fmt: skip
 
 
 # -------------------------------------------------------------------------------- training
+
+
+def recipes_of(args):
+    """{net: what it sees of a test video}; D10: the short side is the side of the crop."""
+    pri = evaluate.Recipe(args.frames, args.stride, args.clips, args.crops, args.test_size, args.test_size)
+    return {"pri": pri, "aux": replace(pri, frames=args.aux_frames, stride=args.aux_stride)}
 
 
 def train(args, run):
@@ -301,88 +301,87 @@ def train(args, run):
     data = agreed(datasets.load, args.data, args.root, args.split)
     if data.multilabel:
         raise UserError(f"{data.name} has several labels per video; CMPL needs one (mml.py takes it)")
-    args.flip = data.flip if args.flip is None else args.flip
-    side = args.test_size  # short side and crop, D10
-    recipe = evaluate.Recipe(args.frames, args.stride, args.clips, args.crops, side, side, args.keep_every)
     if args.eval:
-        changes = dict(clips=args.clips, crops=args.crops, keep_every=args.keep_every)
+        changes = {name: getattr(args, name) for name in ("clips", "crops", *TEST)}
         net, recipe = evaluate.load_for(args.eval, data, run.device, **changes)
         evaluate.report(net, data, recipe, run, args.workers, **wanted(args, also=TEST))
         return
 
+    # 1. Data: labelled videos, unlabelled videos (D3), and how many steps an epoch has.
     videos_l, videos_u = datasets.semi_supervised(
         data, args.ratio, args.per_class, args.seed, args.labelled_list, args.unlabelled, run.say
-    )  # D3
+    )
     if args.lam and len(videos_l) == len(data.train):
         raise UserError("every training video has a label: add --lam 0, or lower --ratio")
     if not args.lam:
-        run.say("supervised: of the unlabelled videos only the number counts, for the steps (D1)")
-    sample, view_l, view_u = (partial(f, args=args) for f in (windows, labelled_views, unlabelled_views))
+        run.say("supervised: the unlabelled videos only set the number of steps (D1)")
+    flip = data.flip if args.flip is None else args.flip
+    sample = partial(windows, args=args)
+    view_l, view_u = (partial(view, args=args, flip=flip) for view in (labelled_views, unlabelled_views))
     sources = [(video.Clips(videos_l, sample, view_l, 2 * args.seed), args.batch)]
     if args.lam:
         sources.append((video.Clips(videos_u, sample, view_u, 2 * args.seed + 1), args.batch * args.mu))
     epoch = math.ceil(len(videos_u) / (args.batch * args.mu * run.world))  # D1
     total, every = (optim.steps_of(epochs, epoch) for epochs in (args.epochs, args.eval_every))
 
+    # 2. Networks and optimiser.
     torch.manual_seed(args.seed)
     nets, builds = build_networks(args, len(data.classes), run)
-    pri = nets["pri"]
-    aux = pri if args.aux == "same" else nets.get("aux")
-    parameters = [p for net in nets.values() for p in net.parameters()]
+    recipes = recipes_of(args)
+    parameters = [p for net in builds for p in nets[net].parameters()]
     lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, args.lr_batch, "labelled clips")  # D2
     optimizer = optim.build(args.optimizer, parameters, lr, args.weight_decay)
-    parts = {name: net.module for name, net in nets.items()} | {"optimizer": optimizer}
+    parts = {net: nets[net].module for net in builds} | {"optimizer": optimizer}
     identity = dict(labelled=datasets.digest(videos_l), unlabelled=datasets.digest(videos_u),
                     classes=len(data.classes), net=f"{args.net} x{args.width}", aux=args.aux)  # fmt: skip
 
+    # 3. Steps.
     start = run.resume(identity, **parts)
     run.write("labelled.txt", datasets.as_list(videos_l))
     clips = " + ".join(f"{batch * run.world}" for _, batch in sources)
     run.say(f"{total} steps, {epoch} an epoch, of {clips} clips; {rule}; {run.device.type}")
     loader = video.train_loader(sources, start, total, run.rank, run.world, args.workers)
-    lists, test = [clips.videos for clips, _ in sources], partial(quick_test, args, run, data, pri, aux)
-    for step, (batch_l, *batch_u) in run.steps(loader, start, total, args.seed, lists, epoch, test, every):
-        views_l = [recipe.to_input(x, run.device) for x in batch_l["views"]]
-        views_u = [recipe.to_input(x, run.device) for part in batch_u for x in part["views"]]
-        x_pri, x_aux = clips_of_networks(views_l, views_u)
-        y_l = batch_l["label"].to(run.device)
+    lists, test = [clips.videos for clips, _ in sources], partial(quick_test, args, run, data, nets)
+    for step, batches in run.steps(loader, start, total, args.seed, lists, epoch, test, every):
+        x = {net: {view: recipes[net].to_input(clips, run.device)
+                   for batch in batches for view, clips in batch["views"][net].items()}
+             for net in nets}  # fmt: skip
         with run.autocast():
-            loss, terms, labels = train_step(pri, aux, x_pri, x_aux, y_l, args)
+            loss, terms, labels = train_step(nets, x, batches[0]["label"].to(run.device), args)
         optim.set_lr(optimizer, lr * optim.warmup_cosine(step, total, args.warmup * epoch))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if labels:
-            terms |= pseudo_label_report(labels, batch_u[0]["label"].to(run.device))
+            terms |= pseudo_label_report(labels, batches[1]["label"].to(run.device))
         run.track(step, optimizer.param_groups[0]["lr"], loss=loss, **terms)
     if run.stopped:
         return
+
+    # 4. Models and the final test of F.
     if run.main:
-        whole = replace(recipe, keep_every=1)
-        recipes = {"pri": whole, "aux": replace(whole, frames=args.aux_frames, stride=args.aux_stride)}
-        for name, net in nets.items():
-            path = run.out / {"pri": "model.pt", "aux": "model_aux.pt"}[name]
-            evaluate.save_model(path, net.module, builds[name], data.classes, recipes[name])
+        for net, file in (("pri", "model.pt"), ("aux", "model_aux.pt")):
+            if net in builds:
+                evaluate.save_model(run.out / file, nets[net].module, builds[net], data.classes, recipes[net])
     if every:
         test(total)
-    evaluate.report(pri.module, data, recipe, run, args.workers, **wanted(args))
+    recipe = replace(recipes["pri"], keep_every=args.keep_every)
+    evaluate.report(nets["pri"].module, data, recipe, run, args.workers, **wanted(args))
 
 
-def quick_test(args, run, data, pri, aux, step):
-    """One view per test video for F and A into the log: accuracies, and how they would label."""
+def quick_test(args, run, data, nets, step):
+    """One view per test video for F and A into the log: accuracies, and what their pseudo-labels would be."""
     row, labels = {"step": step, "eval": "quick"}, {}
-    frames = {"pri": (pri, args.frames, args.stride), "aux": (aux, args.aux_frames, args.aux_stride)}
-    for name, (net, t, stride) in frames.items():
-        if net is not None:
-            recipe = evaluate.Recipe(t, stride, 1, 1, args.test_size, args.test_size)
-            scores = evaluate.score(net.module, data.test, recipe, run, args.workers)
-            if scores is None:
-                return
-            found = evaluate.metrics(scores)
-            row |= {f"{name}_{key}": round(found[key], 4) for key in ("top1", "top5", "mean_class")}
-            labels[name] = pseudo_label(torch.from_numpy(scores.probs), args.tau)
-    report = pseudo_label_report(labels, torch.from_numpy(data.test.labels))
-    run.log(row | {key: round(share.item(), 4) for key, share in report.items()})
+    for net, module in nets.items():
+        recipe = replace(recipes_of(args)[net], clips=1, crops=1)
+        scores = evaluate.score(module.module, data.test, recipe, run, args.workers)
+        if scores is None:
+            return
+        metrics = evaluate.metrics(scores)
+        row |= {f"{net}_{key}": round(metrics[key], 4) for key in ("top1", "top5", "mean_class")}
+        labels[net] = pseudo_label(torch.from_numpy(scores.probs), args.tau)
+    shares = pseudo_label_report(labels, torch.from_numpy(data.test.labels))
+    run.log(row | {f"test_{key}": round(value.item(), 4) for key, value in shares.items()})
 
 
 @record

@@ -187,6 +187,25 @@ def free_flags(args, also=()):
     return vars(args).keys() - {"eval", "data", "root", "flow", *TEST, *also} if args.eval else FREE
 
 
+def at_least(least):
+    """An argparse type: a finite number of the type of `least` that is not below it."""
+
+    def number(text):
+        value = type(least)(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return value
+
+    return number
+
+
+def share(text):
+    """An argparse type: a number in [0, 1]."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"is a share in [0, 1], not {text}")
+    return float(text)
+
+
 def wanted(args, also=()):
     """What was asked for, {flag: value}, for the RESULT line: labels and seed, or which model to test."""
     names = dict.fromkeys(("eval", *TEST, *also)) if args.eval else (*LABELS, "seed")

@@ -817,9 +817,9 @@ class Clips(Dataset):
 
     sample(video, rng) -> list of index arrays, one per clip; they are decoded in one call.
     open(videos, index) -> what gives them, a context manager like Video, which it is by default.
-    view(list of uint8 (T, C, H, W)) -> tuple of tensors. Its randomness is torch's default
-    generator, here a function of (seed, index, pass) and put back afterwards.
-    clips[p] = dict(views=tuple, label=int64 () or float32 (K,), index=int, bad=[(index, reason)]).
+    view(list of uint8 (T, C, H, W)) -> tensors in tuples or dicts, such as {net: {view: clip}}. Its
+    randomness is torch's default generator, here a function of (seed, index, pass) and put back afterwards.
+    clips[p] = dict(views=what view gives, label=int64 () or float32 (K,), index=int, bad=[(index, reason)]).
     For an unreadable video the next position stands in, in another draw, lest a batch hold one clip
     twice; STAND_INS in a row raise VideoError. A video is unreadable whatever opening or decoding it raises;
     what `sample` and `view` raise is a bug and surfaces.
@@ -845,7 +845,7 @@ class Clips(Dataset):
                 continue
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(torch_seed)
-                views = tuple(self.view(clips))
+                views = self.view(clips)
             return dict(views=views, label=_label(self.videos, index), index=index, bad=bad)
         path, reason = self.videos.path(bad[0][0]), bad[0][1]
         raise VideoError(f"{path}: {reason} (and so for the {STAND_INS - 1} videos drawn after it)")
@@ -889,7 +889,7 @@ def train_loader(sources, start, stop, rank=0, world=1, workers=0):
     """Batches start..stop-1 of sources = [(Clips, batch size per rank), ...], one set of workers.
 
     Batch k holds for a batch size of B the positions (k * world + rank) * B + 0..B-1; nothing
-    before `start` is decoded. Yields a list with one dict per source: views=tuple of (B, ...),
+    before `start` is decoded. Yields a list with one dict per source: views, each (B, ...),
     label (B, ...), index (B,), bad=[(index, reason), ...].
     """
     clips, sizes = zip(*sources, strict=True)
@@ -931,7 +931,7 @@ def _joint_batch(items):
 def _train_batch(items):
     batch = {k: default_collate([item[k] for item in items]) for k in ("views", "label", "index")}
     bad = [fault for item in items for fault in item["bad"]]
-    return dict(batch, views=tuple(batch["views"]), bad=bad)
+    return dict(batch, bad=bad)
 
 
 def test_loader(views, block, rank=0, world=1, workers=0, done=()):
