@@ -39,7 +39,7 @@ import numpy as np
 import torch
 
 from common import UserError, files, toy
-from common.run import agreed
+from common.run import agreed, survive_output
 from common.video import FLOW, FPS, PICTURES, Video, VideoError, encode, end_with_parent, reason_of, reasons
 
 SUFFIXES = tuple(  # of what PyAV reads
@@ -974,6 +974,7 @@ READERS |= {f"toy:{variant}": _toy for variant in ("a", "b", "c", "busy", "multi
 
 def main(argv=None):
     """`check` and `shrink`; returns the exit status: 1 if check found bad videos, 2 after a UserError."""
+    survive_output()
     description = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m common.datasets", description=description)
     commands = parser.add_subparsers(dest="command", required=True)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from common import UserError, augment, backbones, files, flow, modality, video
 from common.datasets import printable
+from common.run import survive_output
 
 VIEWS_PER_BATCH = 64  # how many views go through the network at once, about
 
@@ -485,6 +486,7 @@ class OneFile:
 
 
 def main():
+    survive_output()
     description = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m common.evaluate", description=description)
     commands = parser.add_subparsers(required=True, metavar="predict")

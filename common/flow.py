@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from common import UserError, files
 from common.datasets import default_root, forms, load, printable, stem_of
+from common.run import survive_output
 from common.video import FPS, OutOfRange, Video, VideoError, check_size, encode, reason_of, reasons
 
 SMALLEST = 16  # pixels; no level of the pyramid has a shorter side, as in OpenCV
@@ -600,7 +601,9 @@ def main(argv=None):
     )
     parser.add_argument("--bound", type=float, default=BOUND, help="pixels of motion that a byte can hold")
     args = parser.parse_args(argv)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    survive_output()
+    group = os.environ if "RANK" in os.environ else {}
+    rank, world = int(group.get("RANK", 0)), int(group.get("WORLD_SIZE", 1))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # no file is left half-written
     try:
         counts = _extract_data(args, rank, world)

@@ -279,6 +279,10 @@ def test_run_of_a_bare_interpreter_whose_output_nobody_reads(toy_root, tmp_path)
     line, err, status = bare(f"{shlex.join(call)} | head -1", tmp_path)
     assert line.startswith("toy: ") and "Traceback" not in err and status == 0
     assert (tmp_path / "out" / "result.json").exists()
+    call = [sys.executable, "-m", "common.evaluate", "predict", tmp_path / "out" / "model.pt"]
+    call += [toy_root / name for name in (toy_root / "test.txt").read_text().split()[::2]]
+    _, err, status = bare(f"PYTHONPATH={HERE} {shlex.join(map(str, call))} | true", tmp_path)
+    assert (err, status) == ("", 0)
 
 
 def test_finished_run_shows_its_result_again_and_does_nothing(finished, toy_root):
