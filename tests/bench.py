@@ -10,7 +10,6 @@ import random
 import sys
 import tempfile
 import time
-import warnings
 from fractions import Fraction
 from functools import partial
 from types import SimpleNamespace
@@ -20,7 +19,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import av
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
@@ -364,83 +362,6 @@ def flow(args):
               f"{len(batch)}; {np.linalg.norm(apart, axis=1).mean():.5f} px from the CPU")  # fmt: skip
 
 
-# ---- kmeans --------------------------------------------------------------------------------------
-
-
-def features(rows, dim, clusters):
-    """float32 (rows, dim): overlapping clusters in 16 directions, and noise in all."""
-    rng = np.random.default_rng(0)
-    places = rng.standard_normal((clusters, 16))[rng.integers(0, clusters, rows)]
-    x = (places + 0.3 * rng.standard_normal((rows, 16))) @ rng.standard_normal((16, dim))
-    return (x + 0.5 * rng.standard_normal((rows, dim))).astype(np.float32)
-
-
-def with_sklearn(x, start, iterations):
-    import sklearn.cluster
-    from threadpoolctl import threadpool_limits
-
-    means = sklearn.cluster.KMeans(len(start), init=start, n_init=1, max_iter=iterations, tol=0)
-    with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # not converged
-        return means.fit(x).cluster_centers_, means.labels_
-
-
-def with_faiss(x, start, iterations):
-    import faiss
-
-    faiss.omp_set_num_threads(1)
-    means = faiss.Kmeans(x.shape[1], len(start), niter=iterations, min_points_per_centroid=1,
-                         max_points_per_centroid=len(x))  # fmt: skip
-    means.train(x, init_centroids=start)
-    return means.centroids, means.assign(x)[1]
-
-
-def kmeans(args):
-    """KMeans of motionfit.py against scikit-learn and faiss: CPU s of all iterations and the assignment."""
-    from motionfit import KMeans
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    run = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), say=print)
-
-    def ours(x, start, iterations):
-        means = begun(x, start)
-        for _ in range(iterations):
-            means.step()
-        return means.centres.numpy(), means.assign()
-
-    def begun(x, start):
-        means = KMeans(x, len(start), 0, run)
-        means.centres.copy_(torch.as_tensor(start))
-        return means
-
-    x = features(args.rows, args.dim, args.clusters)
-    start = x[np.random.default_rng(0).choice(len(x), args.clusters, replace=False)]
-    variants = {"ours": ours, "scikit-learn": with_sklearn, "faiss": with_faiss}
-    for name in list(variants):
-        try:
-            variants[name](x[:500], start[:10], 1)  # the first call is slower
-        except ImportError as error:
-            print(f"without {name} ({error})")
-            del variants[name]
-    jobs = list(variants) * args.repeats
-    random.Random(0).shuffle(jobs)
-    seconds, inertia, same = {name: [] for name in variants}, {}, {}
-    for name in jobs:
-        begin = time.process_time()
-        centres, labels = variants[name](x, start, args.iterations)
-        seconds[name].append(time.process_time() - begin)
-        inertia[name], same[name] = begun(x, centres).step()["inertia"], labels
-    print(f"{args.rows} x {args.dim}, {args.clusters} clusters, {args.iterations} iterations, one thread")
-    print(f"{'':15}{'CPU s':>7}{'to ours':>9}{'inertia to ours':>17}{'same label':>12}")
-    for name, times in seconds.items():
-        ratio = inertia[name] / inertia["ours"]
-        print(f"{name:15}{np.median(times):7.2f}{np.median(times) / np.median(seconds['ours']):9.2f}"
-              f"{ratio:17.5f}{(same[name] == same['ours']).mean():12.2%}"
-              f"{'' if abs(ratio - 1) < 0.005 else '  ANOTHER RESULT'}")  # fmt: skip
-    dist.destroy_process_group()
-
-
 # ---- jedi ----------------------------------------------------------------------------------------
 
 
@@ -585,7 +506,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for run in (decode, shrink, flow, kmeans, jedi):
+    for run in (decode, shrink, flow, jedi):
         command = commands.add_parser(run.__name__, help=run.__doc__)
         command.set_defaults(run=run, folder=None)
         if run is flow:
@@ -593,13 +514,6 @@ def main():
         if run is jedi:
             command.add_argument("--batch", type=int, default=512)
             command.add_argument("--repeats", type=int, default=5, help="epochs of each variant")
-            continue
-        if run is kmeans:
-            command.add_argument("--rows", type=int, default=50_000, help="features")
-            command.add_argument("--dim", type=int, default=512, help="of a feature")
-            command.add_argument("--clusters", type=int, default=1000)
-            command.add_argument("--iterations", type=int, default=10, help="of Lloyd")
-            command.add_argument("--repeats", type=int, default=3, help="of each variant")
             continue
         command.add_argument("--windows", type=int, default=16, help="random clips per file")
         command.add_argument("--frames", type=int, default=300, help="frames per file")
