@@ -42,6 +42,7 @@ from common import UserError, files, video
 # Flags that say where something is, when what is there counts.
 PLACES = "data", "root", "labelled_list"
 RUNS = itertools.count()  # of this process
+PATIENCE = timedelta(days=30)  # of ranks that wait for work of rank 0 alone
 PARENT = os.getppid()  # torchrun, while it lives
 
 # What an error of torch means to the person who started the run: (text in the error, our sentence, status).
@@ -156,6 +157,7 @@ class Run:
             "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=self.rank, world_size=self.world,
             timeout=timedelta(minutes=30), device_id=self.device if cuda else None,
         )  # fmt: skip
+        self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def _open_folder(self):
         try:
@@ -242,7 +244,7 @@ class Run:
     def on_main(self, function, *args):
         """Run `function` on rank 0 alone; its value, or its UserError, reaches every rank.
 
-        A file that cannot be written is a UserError, too.
+        The others wait without a time-out. A file that cannot be written is a UserError, too.
         """
         box = [None, None]
         if self.main:
@@ -252,7 +254,7 @@ class Run:
                 box[1] = str(error)
             except OSError as error:
                 box[1] = f"{error.filename or f'a file of {self.out}'} cannot be written: {error.strerror}"
-        dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box, group=self.patient)
         if box[1] is not None:
             raise UserError(box[1])
         return box[0]
