@@ -1,6 +1,7 @@
 """Files that are complete or absent, and checkpoints that are safe to read."""
 
 import errno
+import hashlib
 import math
 import os
 import pickle
@@ -40,6 +41,12 @@ def lock(file, wait=True):
     except OSError:
         return None
     return True
+
+
+def digest(path):
+    """sha256 (hex) of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_folder(path):

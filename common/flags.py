@@ -11,6 +11,8 @@
 import argparse
 import math
 import os
+import re
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -24,16 +26,64 @@ TEST = "split", "clips", "crops"  # flags of --eval that make it another test, f
 FREE = ("out", "workers", "log_every", "eval_every", "save_minutes", "max_bad", "compile")
 
 
+def at_least(least, kind=int, most=math.inf):
+    """An argparse type: a number from `least` to `most`, not infinite."""
+
+    def number(text):
+        value = kind(text)
+        if not (least <= value <= most and value < math.inf):  # NaN neither
+            limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
+        return value
+
+    number.__name__ = kind.__name__  # for argparse's own sentence
+    return number
+
+
+share = at_least(0, float, 1)
+
+
+def epochs(text):
+    """An argparse type: epochs such as 40,60,80 as a list of numbers, which is empty for "cosine"."""
+    if not re.fullmatch(r"cosine|\d+(\.\d+)?(,\d+(\.\d+)?)*", text):
+        raise argparse.ArgumentTypeError(f"must be epochs such as 40,60,80, or cosine, not {text}")
+    return [] if text == "cosine" else [float(epoch) for epoch in text.split(",")]
+
+
+def by_stage(argv, parsers, without=()):
+    """{stage: the words of argv that are flags of its parser}, for a command that runs all stages.
+
+    without: flags that a single stage must be given. What no stage has is an error.
+    """
+    if {"-h", "--help"} & set(argv):
+        for parser in parsers.values():
+            parser.print_help()
+        sys.exit()
+    words, error, takers = {stage: [] for stage in parsers}, next(iter(parsers.values())).error, []
+    for word in argv:
+        if word.startswith("--"):
+            flag = word.partition("=")[0]
+            takers = [stage for stage, parser in parsers.items() if flag in parser.flags()]
+            if flag in without:
+                error(f"{flag} is for one stage: name that first, one of {', '.join(parsers)}")
+        if not takers:
+            error(f"there is no flag or stage {word}; the stages are {', '.join(parsers)}")
+        for stage in takers:
+            words[stage].append(word)
+    return words
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser of one script.
 
     recipes: name of a data set, or of its variant, -> other defaults for it. "name 0.01" and "name 0.1" add
     what depends on the labelled share of the training videos: the nearest, on a log scale, to the share that
-    results, however it is asked for. So between 1 % and 10 % the boundary is 3.16 %.
+    results, however it is asked for. So between 1 % and 10 % the boundary is 3.16 %. stage: of a script that
+    has several, each with a parser; recipes may have flags of other stages, and dicts of a value per stage.
     A mistake is one sentence from rank 0 and exit status 2.
     """
 
-    def __init__(self, script, doc, recipes):
+    def __init__(self, script, doc, recipes, stage=None):
         survive_output()
         super().__init__(
             description=(doc or script).split("\n")[0], allow_abbrev=False,
@@ -41,6 +91,12 @@ class Parser(argparse.ArgumentParser):
             epilog="Recipes (other defaults): " + "; ".join(f"{k}: {v}" for k, v in recipes.items()),
         )  # fmt: skip
         self.script, self.recipes, self.error = script, recipes, partial(leave, script)
+        self.stage = stage
+        self.prog += f" {stage}" if stage else ""
+
+    def flags(self):
+        """All flags, such as "--data"."""
+        return self._option_string_actions.keys()
 
     def data(self, unlabelled="rest", ratio=0.01):
         """Add the flags that say which videos and labels; the group, for more of them.
@@ -99,6 +155,9 @@ class Parser(argparse.ArgumentParser):
         recipe = self.recipes.get(self.recipe, {})
         if any(getattr(known, label) is not None for label in LABELS):
             recipe = {flag: value for flag, value in recipe.items() if flag not in LABELS}
+        if self.stage:
+            recipe = {flag: value[self.stage] if isinstance(value, dict) else value
+                      for flag, value in recipe.items() if f"--{flag}" in self.flags()}  # fmt: skip
         self.set_defaults(**recipe)
         args = self.parse_args(argv)
         given = [label for label in LABELS if getattr(args, label) is not None]

@@ -1,0 +1,139 @@
+"""Clip retrieval: clips of the test videos ask for training clips (MotionFit, Sec. 4.5 and Table 7).
+
+    python -m common.tools.retrieve runs/x/selftrain/model.pt --data toy
+    torchrun --nproc_per_node 8 -m common.tools.retrieve MODEL.PT --data ucf101 --split 1
+
+The model.pt may be of any script. Features are the maxima of the last stage over time and space, and compared
+by their cosine. R@n is the share of queries with a clip of their class among the n nearest training clips;
+videos_R@n asks with the mean of a video's clips, as the code of VCOP does (Xu et al. 2019).
+
+The folder --out gets result.json, the features in train/ and test/, and sheet.png: for some test videos the
+training videos that are found first (Fig. S1).
+"""
+
+from dataclasses import replace
+from functools import partial
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common import UserError, datasets, evaluate, features, modality, show
+from common.flags import Parser, at_least
+from common.run import Run, agreed
+from common.video import Views
+
+NEAREST = 1, 5, 10, 20, 50  # n of R@n
+SHOWN = 3  # training videos of a query on the sheet
+
+
+def parse_args(argv=None):
+    p = Parser("retrieve", __doc__, {})
+    p.prog, p.epilog = "python -m common.tools.retrieve", None
+    p.add_argument("model", metavar="MODEL.PT", help="model of any script, with any classes")
+    p.add_argument("--data", required=True, help="data set whose videos are searched, or a folder")
+    p.add_argument("--root", help="where the data set is; data/<name> if not given")
+    p.add_argument("--split", type=int, default=1, help="official split of UCF-101 and HMDB-51")
+    p.add_argument("--flow", metavar="DIR", help="extracted optical flow, for a model that sees flow")
+    p.add_argument("--out", help="folder of the results; retrieve_<data> beside the model if not given")
+    p.add_argument("--clips", type=at_least(1), default=10, help="clips of a video")
+    p.add_argument("--sheet", type=at_least(0), default=8, help="queries on sheet.png; 0: no sheet")
+    p.add_argument("--workers", type=at_least(0), default=8, help="loader processes per GPU")
+    args = p.parse_args(argv)
+    args.out = args.out or str(Path(args.model).parent / f"retrieve_{Path(args.data).name.replace(':', '-')}")
+    return args
+
+
+def retrieve(args, run):
+    """Features of all training and test videos, by all ranks; the recall, the sheet and RESULT."""
+    data = agreed(datasets.load, args.data, args.root, args.split)
+    if data.multilabel:
+        raise UserError(f"{data.name} has several labels per video, which retrieval does not know")
+    net, _, _, recipe = evaluate.load_model(args.model)
+    kinds, models = (recipe.modality,), {args.model: recipe}
+    data, _ = modality.with_flow(data, args.data, args.root, args.flow, run, kinds, models)
+    recipe = replace(recipe, clips=args.clips, crops=1, uniform=0)
+    identity, found = {"weights": evaluate.digest_of(net), "pooled": "max"}, []
+    net = net.to(run.device)
+    for part, videos in (("train", data.train), ("test", data.test)):
+        call = partial(max_features, net)
+        found.append(features.extract(run.out / part, net, call, videos, recipe, run, args.workers, identity))
+        if found[-1] is None:
+            return
+    row = run.on_main(recalls, data, recipe, *found, run.device)
+    run.result({"script": run.script, "data": data.name, "model": args.model, "clips": args.clips, **row,
+                "videos": len(data.test), "unreadable": len(found[1].bad), "seconds": round(run.seconds)})
+    if args.sheet:
+        run.on_main(sheet, run.out / "sheet.png", args.sheet, data, recipe, *found)
+
+
+def max_features(net, x):
+    """(B, C, T, H, W) to (B, D) float32: the maxima of the last stage over time and space."""
+    return net.features(x)[-1].float().amax((2, 3, 4))
+
+
+def recall(z, y, z_train, y_train):
+    """{n: per cent of the queries with a row of their class among the n nearest training rows, by cosine}.
+
+    z (Q, D), y (Q,): the queries; z_train (N, D), y_train (N,).
+    """
+    most = min(max(NEAREST), len(z_train))
+    z, z_train = F.normalize(z.float(), dim=1), F.normalize(z_train.float(), dim=1)
+    nearest = torch.cat([(part @ z_train.T).topk(most).indices for part in z.split(1024)])
+    hits = (y_train[nearest] == y[:, None]).cummax(1).values  # (Q, n)
+    return {n: 100 * hits[:, min(n, most) - 1].double().mean().item() for n in NEAREST}
+
+
+def recalls(data, recipe, train, test, device):
+    """{"R@1": %, ...} of clips, {"videos_R@1": %, ...} of videos; unreadable test videos find nothing."""
+    z_train, z = (torch.tensor(part.rows, device=device) for part in (train, test))
+    y_train, y = (torch.from_numpy(videos.labels[part.counts > 0]).to(device)
+                  for videos, part in ((data.train, train), (data.test, test)))  # fmt: skip
+    clips, readable = recipe.clips, len(y) / len(data.test)
+    found = recall(z, y.repeat_interleave(clips), z_train, y_train.repeat_interleave(clips))
+    row = {f"R@{n}": readable * share for n, share in found.items()}
+    z, z_train = (part.unflatten(0, (-1, clips)).mean(1) for part in (z, z_train))
+    found = recall(z, y, z_train, y_train)
+    return row | {f"videos_R@{n}": readable * share for n, share in found.items()}
+
+
+def sheet(path, count, data, recipe, train, test):
+    """Fig. S1: the middle clips of `count` test videos, and the nearest clips of distinct training videos."""
+    z_train = F.normalize(torch.tensor(train.rows).float(), dim=1)
+    video_of = np.repeat(np.arange(len(data.train)), train.counts)
+    rows, captions, asked = [], [], np.flatnonzero(test.counts)
+    for i in asked[np.linspace(0, len(asked) - 1, min(count, len(asked))).round().astype(int)].tolist():
+        middle = recipe.clips // 2
+        rows.append(clip_of(data.test, i, middle, recipe))
+        captions.append(f"{data.test.name(i)}: {data.classes[data.test.labels[i]]}")
+        cosines = z_train @ torch.tensor(test.rows[test.first[i] + middle]).float()
+        order = cosines.argsort(descending=True, stable=True).numpy()
+        _, first = np.unique(video_of[order], return_index=True)  # the nearest clip of each video
+        for place, clip in enumerate(order[np.sort(first)[:SHOWN]].tolist(), 1):
+            k = int(video_of[clip])
+            hit = "hit" if data.train.labels[k] == data.test.labels[i] else "miss"
+            rows.append(clip_of(data.train, k, clip - int(train.first[k]), recipe))
+            captions.append(f"  {place} {hit}: {data.classes[data.train.labels[k]]}, {data.train.name(k)}")
+    show.contact_sheet(path, rows, captions)
+
+
+def clip_of(videos, i, clip, recipe):
+    """RGB of clip number `clip` of video i, uint8 (T, 3, H, W), eight frames at most."""
+    recipe = replace(recipe, modality="rgb")
+    item = Views(videos, recipe.sample, recipe.view, recipe.short_side, recipe.open)[i]
+    if item["bad"]:  # its flow may be readable
+        raise UserError(f"{videos.path(i)} cannot be shown on the sheet: {item['bad']}")
+    view = item["views"][clip]
+    return view[:: ceil(len(view) / 8)]
+
+
+def main():
+    args = parse_args()
+    with Run("retrieve", args.out, vars(args), ("out", "root", "workers", "sheet", "flow")) as run:
+        retrieve(args, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""common.tools.retrieve: recall by hand and by brute force, clips and videos, the sheet, a run."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import backbones, datasets, evaluate, show
+from common.datasets import Data, Videos
+from common.features import Features
+from common.tools import retrieve
+
+pytestmark = pytest.mark.usefixtures("leave", "group")
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def naive_recall(z, y, z_train, y_train, n):
+    """For a query the n nearest training clips; any of its class makes it correct."""
+    correct = 0
+    for q, label in zip(z.tolist(), y.tolist(), strict=True):
+        cosines = [sum(a * b for a, b in zip(q, k, strict=True)) / (math.hypot(*q) * math.hypot(*k))
+                   for k in z_train.tolist()]  # fmt: skip
+        nearest = sorted(range(len(cosines)), key=lambda i: -cosines[i])[:n]
+        correct += label in [int(y_train[i]) for i in nearest]
+    return 100 * correct / len(z)
+
+
+def test_recall_known_value(monkeypatch):
+    # By cosine the first query is nearest to the first clip, though the third is at its side.
+    monkeypatch.setattr(retrieve, "NEAREST", (1, 2, 3))
+    z_train, y_train = torch.tensor([[9.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), torch.tensor([0, 1, 2])
+    z, y = torch.tensor([[1.0, 0.1], [0.1, 9.0], [0.2, 1.0]]), torch.tensor([0, 2, 0])
+    assert retrieve.recall(z, y, z_train, y_train) == pytest.approx({1: 100 / 3, 2: 200 / 3, 3: 100})
+
+
+@pytest.mark.parametrize("Q, N", [(40, 120), (9, 4), (2500, 3)])
+def test_recall_matches_brute_force(Q, N):
+    """Also with fewer training clips than n."""
+    z, y = random(Q, 6, seed=1), torch.arange(Q) % 9
+    z_train, y_train = random(N, 6, seed=2) * torch.rand(N, 1).add(0.1), torch.arange(N) * 7 % 9
+    found = retrieve.recall(z, y, z_train, y_train)
+    assert list(found) == [1, 5, 10, 20, 50]
+    assert found == pytest.approx({n: naive_recall(z, y, z_train, y_train, n) for n in found})
+
+
+def test_features_are_maxima():
+    f = random(2, 5, 3, 2, 2)
+    net = SimpleNamespace(features=lambda x: [x, f])
+    expected = [[max(f[b, d].flatten().tolist()) for d in range(5)] for b in range(2)]
+    assert retrieve.max_features(net, None).tolist() == expected
+
+
+def part_of(rows, counts):
+    return Features(np.array(rows, np.float32), np.array(counts), {})
+
+
+def directions(*angles):
+    """Unit vectors in the plane, of degrees."""
+    return [[math.cos(math.radians(angle)), math.sin(math.radians(angle))] for angle in angles]
+
+
+def test_recalls_of_clips_and_of_videos():
+    """Two clips of a video may be apart, and their mean in between; a video without clips is wrong."""
+    train, test = Videos.make("", ["t0", "t1"], [0, 1]), Videos.make("", list("qrst"), [0, 0, 1, 0])
+    data, recipe = Data("set", 1, ("a", "b"), train, test, False, True, ()), evaluate.Recipe(2, 1, 2, 1)
+    z_train = part_of(directions(0, 90, 50, 52), [2, 2])  # the means are at 45 and 51
+    # q: both clips are next to the first video, and the mean at 45; r is unreadable; s: both clips are next
+    # to the first video, which is wrong, but the mean at 51 is right; t: all wrong.
+    z = part_of(directions(1, 89, 10, 92, 50, 53), [2, 0, 2, 2])
+    row = retrieve.recalls(data, recipe, z_train, z, "cpu")
+    assert (row["R@1"], row["videos_R@1"]) == pytest.approx((100 * 2 / 8, 100 * 2 / 4))
+    assert (row["R@5"], row["videos_R@5"]) == pytest.approx((75, 75))  # with all there is, all but r
+    assert set(row) == {f"{kind}R@{n}" for kind in ("", "videos_") for n in (1, 5, 10, 20, 50)}
+
+
+def frames(root, name, value, n=9):
+    (root / name).mkdir(parents=True)
+    for t in range(n):
+        Image.new("RGB", (32, 24), (value, 20 * t, 0)).save(root / name / f"{t:03d}.png")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Four training and three test videos of two classes; red tells which, one test video is unreadable."""
+    root = tmp_path_factory.mktemp("set")
+    for part, count in (("train", 4), ("test", 3)):
+        for v in range(count):
+            name = f"{part}/{'ab'[v % 2]}/{v}"
+            if (part, v) == ("test", 1):
+                (root / part / "b").mkdir(parents=True)
+                (root / f"{name}.mp4").write_text("<html>404</html>")
+            else:
+                frames(root, name, (40 if part == "train" else 50) * v + 10)
+    return root
+
+
+def test_the_sheet_shows_distinct_videos(folder, tmp_path, monkeypatch):
+    """The nearest clips of the first query are all of one video, of which the sheet shows the nearest."""
+    data, sheets = datasets.load(str(folder)), []
+    monkeypatch.setattr(show, "contact_sheet", lambda *sheet: sheets.append(sheet))
+    recipe = evaluate.Recipe(4, 1, 3, 1, size=16, stretch=(20, 26))
+    train = part_of(directions(0, 1, 2, 40, 20, 60, 90, 91, 92, 150, 151, 152), [3, 3, 3, 3])
+    test = part_of(directions(3, 0.9, 3, 0, 90, 0), [3, 3, 0])  # the middle clips are at 0.9 and 90
+    retrieve.sheet(tmp_path / "s.png", 5, data, recipe, train, test)
+    (path, rows, captions), = sheets  # fmt: skip
+    videos = [[int(row[0, 0, 0, 0]) for row in rows[k + 1 : k + 4]] for k in (0, 4)]
+    assert videos == [[10, 90, 50], [50, 90, 130]] and len(rows) == len(captions) == 8
+    assert captions[0] == "test/a/0: a" and captions[4] == "test/a/2: a"
+    assert captions[1:4] == ["  1 hit: a, train/a/0", "  2 hit: a, train/a/2", "  3 miss: b, train/b/1"]
+    with recipe.open(data.train, 0) as source:
+        expected = recipe.view([source.get(recipe.sample(source)[1])])[0]  # the clip at 1 degree
+    assert torch.equal(rows[1], expected)
+
+
+@pytest.mark.parametrize("net", ["r3d_10", "tsm10"])
+def test_a_run(net, folder, tmp_path, capsys, monkeypatch):
+    made = dict(name=net, classes=7, in_channels=3, width=1 / 16)
+    model = tmp_path / "m.pt"
+    evaluate.save_model(model, backbones.build(**made), made, "abcdefg", evaluate.Recipe(4, 1, 10, 3, 20, 16))
+    line = f"{model} --data {folder} --clips 2 --sheet 2 --workers 0"
+    monkeypatch.setattr("sys.argv", ["retrieve", *line.split()])
+    retrieve.main()
+    (out,) = tmp_path.glob("retrieve_*")
+    result = json.loads((out / "result.json").read_text())
+    assert result["R@50"] == pytest.approx(200 / 3) and result["unreadable"] == 1
+    assert "RESULT script=retrieve" in capsys.readouterr().out
+    assert np.load(out / "train" / "features.npy").shape[0] == 8
+    with Image.open(out / "sheet.png") as sheet:
+        assert sheet.size == (4 * 16, 8 * (16 + show.CAPTION))
+    made["classes"] = 3
+    evaluate.save_model(model, backbones.build(**made), made, "abc", evaluate.Recipe(4, 1, 10, 3, 20, 16))
+    with pytest.raises(SystemExit, match="other features"):
+        retrieve.main()
+
+
+def test_several_labels_are_refused(folder, tmp_path, monkeypatch):
+    data = datasets.load(str(folder))
+    monkeypatch.setattr(datasets, "load", lambda *_: Data(**vars(data) | {"multilabel": True}))
+    monkeypatch.setattr("sys.argv", ["retrieve", "m.pt", "--data", str(folder), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="several labels"):
+        retrieve.main()
