@@ -26,53 +26,6 @@ TEST = "split", "clips", "crops"  # flags of --eval that make it another test, f
 FREE = ("out", "workers", "log_every", "eval_every", "save_minutes", "max_bad", "compile")
 
 
-def at_least(least, kind=int, most=math.inf):
-    """An argparse type: a number from `least` to `most`, not infinite."""
-
-    def number(text):
-        value = kind(text)
-        if not (least <= value <= most and value < math.inf):  # NaN neither
-            limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
-        return value
-
-    number.__name__ = kind.__name__  # for argparse's own sentence
-    return number
-
-
-share = at_least(0, float, 1)
-
-
-def epochs(text):
-    """An argparse type: epochs such as 40,60,80 as a list of numbers, which is empty for "cosine"."""
-    if not re.fullmatch(r"cosine|\d+(\.\d+)?(,\d+(\.\d+)?)*", text):
-        raise argparse.ArgumentTypeError(f"must be epochs such as 40,60,80, or cosine, not {text}")
-    return [] if text == "cosine" else [float(epoch) for epoch in text.split(",")]
-
-
-def by_stage(argv, parsers, without=()):
-    """{stage: the words of argv that are flags of its parser}, for a command that runs all stages.
-
-    without: flags that a single stage must be given. What no stage has is an error.
-    """
-    if {"-h", "--help"} & set(argv):
-        for parser in parsers.values():
-            parser.print_help()
-        sys.exit()
-    words, error, takers = {stage: [] for stage in parsers}, next(iter(parsers.values())).error, []
-    for word in argv:
-        if word.startswith("--"):
-            flag = word.partition("=")[0]
-            takers = [stage for stage, parser in parsers.items() if flag in parser.flags()]
-            if flag in without:
-                error(f"{flag} is for one stage: name that first, one of {', '.join(parsers)}")
-        if not takers:
-            error(f"there is no flag or stage {word}; the stages are {', '.join(parsers)}")
-        for stage in takers:
-            words[stage].append(word)
-    return words
-
-
 class Parser(argparse.ArgumentParser):
     """An argument parser of one script.
 
@@ -246,13 +199,14 @@ def free_flags(args, also=()):
     return vars(args).keys() - {"eval", "data", "root", "flow", *TEST, *also} if args.eval else FREE
 
 
-def at_least(least):
-    """An argparse type: a finite number of the type of `least` that is not below it."""
+def at_least(least, most=math.inf):
+    """An argparse type: a finite number of the type of `least`, from that to `most`."""
 
     def number(text):
         value = type(least)(text)
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        if not (least <= value <= most and value < math.inf):  # NaN neither
+            limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
         return value
 
     return number
@@ -263,6 +217,36 @@ def share(text):
     if not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"is a share in [0, 1], not {text}")
     return float(text)
+
+
+def epochs(text):
+    """An argparse type: epochs such as 40,60,80 as a list of numbers, which is empty for "cosine"."""
+    if not re.fullmatch(r"cosine|\d+(\.\d+)?(,\d+(\.\d+)?)*", text):
+        raise argparse.ArgumentTypeError(f"must be epochs such as 40,60,80, or cosine, not {text}")
+    return [] if text == "cosine" else [float(epoch) for epoch in text.split(",")]
+
+
+def by_stage(argv, parsers, without=()):
+    """{stage: the words of argv that are flags of its parser}, for a command that runs all stages.
+
+    without: flags that a single stage must be given. What no stage has is an error.
+    """
+    if {"-h", "--help"} & set(argv):
+        for parser in parsers.values():
+            parser.print_help()
+        sys.exit()
+    words, error, takers = {stage: [] for stage in parsers}, next(iter(parsers.values())).error, []
+    for word in argv:
+        if word.startswith("--"):
+            flag = word.partition("=")[0]
+            takers = [stage for stage, parser in parsers.items() if flag in parser.flags()]
+            if flag in without:
+                error(f"{flag} is for one stage: name that first, one of {', '.join(parsers)}")
+        if not takers:
+            error(f"there is no flag or stage {word}; the stages are {', '.join(parsers)}")
+        for stage in takers:
+            words[stage].append(word)
+    return words
 
 
 def wanted(args, also=()):

@@ -803,19 +803,24 @@ def open_video(videos, index):
 
 
 def _decode(dataset, index, *rng):
-    """The clips of a video of Clips or Views. Raises VideoError for the video, and what `sample` raises."""
+    """(clips, the label that `sample` gives them, or None) of a video of Clips or Views.
+
+    Raises VideoError for the video, and what `sample` raises.
+    """
     with ExitStack() as stack:
         with reasons():
             source = stack.enter_context(dataset.open(dataset.videos, index))
-        windows = list(dataset.sample(source, *rng))
+        drawn = dataset.sample(source, *rng)
+        windows, label = drawn if isinstance(drawn, tuple) else (drawn, None)
         with reasons():
-            return source.clips(windows, dataset.short_side)
+            return source.clips(list(windows), dataset.short_side), label
 
 
 class Clips(Dataset):
     """Training clips: clips[p] is position p of an endless shuffled order of `videos`.
 
-    sample(video, rng) -> list of index arrays, one per clip; they are decoded in one call.
+    sample(video, rng) -> list of index arrays, one per clip, which are decoded in one call; or a tuple of
+    that list and a tensor, the label in place of the video's.
     open(videos, index) -> what gives them, a context manager like Video, which it is by default.
     view(list of uint8 (T, C, H, W)) -> tensors in tuples or dicts, such as {net: {view: clip}}. Its
     randomness is torch's default generator, here a function of (seed, index, pass) and put back afterwards.
@@ -839,14 +844,15 @@ class Clips(Dataset):
             rng = np.random.default_rng((self.seed, index, draw, k))
             torch_seed = int(rng.integers(2**63))
             try:
-                clips = _decode(self, index, rng)
+                clips, label = _decode(self, index, rng)
             except VideoError as error:
                 bad.append((index, str(error)))
                 continue
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(torch_seed)
                 views = self.view(clips)
-            return dict(views=views, label=_label(self.videos, index), index=index, bad=bad)
+            label = _label(self.videos, index) if label is None else label
+            return dict(views=views, label=label, index=index, bad=bad)
         path, reason = self.videos.path(bad[0][0]), bad[0][1]
         raise VideoError(f"{path}: {reason} (and so for the {STAND_INS - 1} videos drawn after it)")
 
@@ -869,7 +875,7 @@ class Views(Dataset):
     def __getitem__(self, i):
         item = dict(views=None, label=_label(self.videos, i), index=i, bad=None)
         try:
-            clips = _decode(self, i)
+            clips, _ = _decode(self, i)
         except VideoError as error:
             return dict(item, bad=str(error))
         with torch.random.fork_rng(devices=[]):

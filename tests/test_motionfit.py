@@ -1,39 +1,39 @@
-"""The equations of motionfit.py (a value by hand, a plain loop from the paper, where gradients go), its clips
-and their labels, what its stages learn and leave to each other, retrieval, and its command line. KMeans has a
-file of its own."""
+"""The equations of motionfit.py (a value by hand, a plain loop, where gradients go), its clips and labels,
+what its stages learn and leave to each other, its command line."""
 
 import itertools
 import json
 import math
+import os
+import re
+import sys
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
+from functools import partial
+from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
 import motionfit
-from common import UserError, backbones, datasets, evaluate, flow, optim, show
-from common.datasets import Data, Videos
-from common.features import Features
+from common import UserError, backbones, datasets, evaluate, flags, flow
+from common.datasets import Videos
+from common.kmeans import kmeans, purity
 from common.run import Run
 
-pytestmark = pytest.mark.usefixtures("leave", "group")
+pytestmark = [pytest.mark.usefixtures("leave", "group"),
+              pytest.mark.filterwarnings("ignore:.*rows are few")]  # fmt: skip
 
 
 @pytest.fixture
 def run(tmp_path):
     with Run("motionfit", tmp_path / "out", {}, log_every=1) as run:
         yield run
-
-
-def parsed(line):
-    return motionfit.parse_args(line.split())
 
 
 def random(*shape, seed=0, scale=3.0):
@@ -64,16 +64,6 @@ def test_eq1_known_value():
     by_hand = ((math.log(4 / 3) + math.log(2)) / 2 + (math.log(5) + math.log(10 / 9)) / 2) / 2
     found = motionfit.multi_clip_loss(FOUR, torch.tensor([[1, 0], [0, 1]]))
     assert found.item() == pytest.approx(by_hand, abs=1e-6)
-
-
-def test_eq1_matches_naive_loop():
-    logits, y = random(4, 3, 5), torch.arange(12).view(4, 3) % 5
-    total = 0.0
-    for b in range(4):
-        total += sum(-math.log(softmax(logits[b, i].tolist())[y[b, i]]) for i in range(3)) / 3
-    assert motionfit.multi_clip_loss(logits, y).item() == pytest.approx(total / 4, rel=1e-5)
-    loss = motionfit.multi_clip_loss(logits.bfloat16(), y)  # autocast's
-    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(total / 4, rel=0.02)
 
 
 def test_eq1_averages_losses_not_clips():
@@ -112,20 +102,8 @@ def test_eq2_known_value():
     found = motionfit.clip_order_loss(logits, torch.tensor([0, 1]))
     assert found.item() == pytest.approx(by_hand, abs=1e-6)
     assert motionfit.clip_order_loss(logits.bfloat16(), torch.tensor([0, 1])).dtype == torch.float32
-
-
-def test_eq2_matches_naive_loop():
-    logits, p = random(7, 6), torch.arange(7) % 6
-    naive = sum(-math.log(softmax(row)[k]) for row, k in zip(logits.tolist(), p.tolist(), strict=True)) / 7
-    assert motionfit.clip_order_loss(logits, p).item() == pytest.approx(naive, rel=1e-5)
-
-
-@pytest.mark.parametrize("R", [2, 3, 4])
-def test_eq2_every_order_has_one_number(R):
-    head = motionfit.OrderHead(5, R, hidden=8)
-    orders = [tuple(order) for order in head.orders.tolist()]
-    assert sorted(orders) == sorted(itertools.permutations(range(R))) and len(set(orders)) == len(orders)
-    assert head(random(2, R, 5), torch.tensor([0, 1])).shape == (2, math.factorial(R))
+    y = torch.zeros(1, 2, dtype=torch.int64)
+    assert motionfit.multi_clip_loss(logits[None].bfloat16(), y).dtype == torch.float32  # under autocast
 
 
 class Seen(nn.Module):
@@ -144,6 +122,7 @@ class Seen(nn.Module):
 def test_eq2_the_head_sees_the_order_whose_number_it_shall_tell(R):
     """All pairs, each the features of two clips one after the other (Xu et al. 2019, Sec. 3.3)."""
     head, N = motionfit.OrderHead(3, R, hidden=8), math.factorial(R)
+    assert sorted(map(tuple, head.orders.tolist())) == list(itertools.permutations(range(R)))
     z, p, head.pair = random(N, R, 3), torch.arange(N).flip(0), Seen()
     head(z, p)
     for b in range(N):
@@ -192,7 +171,7 @@ def naive_percentile(values, percentile):
     return values[low] + (place - low) * (above - values[low])
 
 
-@pytest.mark.parametrize("percentile", [10, 50, 75, 90])
+@pytest.mark.parametrize("percentile", [0, 10, 50, 75, 90, 100])
 def test_eq4_matches_naive_loop(percentile):
     for T in range(2, 12):
         f = random(T, 5, seed=T).numpy()
@@ -200,12 +179,6 @@ def test_eq4_matches_naive_loop(percentile):
                   for t in range(1, T)]  # fmt: skip
         tau = naive_percentile(change, percentile)
         assert motionfit.boundaries(f, percentile).tolist() == [False, *(c > tau for c in change)]
-
-
-def test_eq4_ends_of_the_percentile():
-    f = column(0, 3, 4, 4, 9)  # changes 3, 1, 0, 5
-    assert motionfit.boundaries(f, 0).tolist() == [False, True, True, False, True]  # any but the least
-    assert not motionfit.boundaries(f, 100).any()
 
 
 # Features whose changes are 1, 6, 1, 7, 1, 1: two of them are above 3.5, the 75th percentile.
@@ -243,12 +216,6 @@ def test_sec32_thirds_are_equal():
         assert len(sizes) == 3 and sizes.max() - sizes.min() <= 1 and (np.diff(found) >= 0).all()
 
 
-def test_sec32_segment_means_match_naive_loop():
-    f, own = random(9, 4).numpy(), np.array([0, 0, 1, 2, 2, 2, 3, 4, 4])
-    expected = [np.mean([f[t] for t in range(9) if own[t] == s], axis=0) for s in range(5)]
-    assert motionfit.segment_means(f, own) == pytest.approx(np.stack(expected), rel=1e-6)
-
-
 # ---- MERS and MARS ---------------------------------------------------------------------------------
 
 
@@ -267,115 +234,10 @@ def test_feature_loss_known_value_with_the_teacher_detached():
     assert motionfit.feature_loss(z.bfloat16(), teacher.bfloat16()).dtype == torch.float32
 
 
-# ---- retrieval -------------------------------------------------------------------------------------
-
-
-def naive_recall(z, y, z_train, y_train, n):
-    """Sec. 4.5: for a query the n nearest training clips; any of its class makes it correct."""
-    correct = 0
-    for q, label in zip(z.tolist(), y.tolist(), strict=True):
-        cosines = [sum(a * b for a, b in zip(q, k, strict=True)) / (math.hypot(*q) * math.hypot(*k))
-                   for k in z_train.tolist()]  # fmt: skip
-        nearest = sorted(range(len(cosines)), key=lambda i: -cosines[i])[:n]
-        correct += label in [int(y_train[i]) for i in nearest]
-    return 100 * correct / len(z)
-
-
-def test_recall_known_value():
-    # By cosine the first query is nearest to the first clip, though the third is at its side.
-    z_train, y_train = torch.tensor([[9.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), torch.tensor([0, 1, 2])
-    z, y = torch.tensor([[1.0, 0.1], [0.1, 9.0], [0.2, 1.0]]), torch.tensor([0, 2, 0])
-    found, nearest = motionfit.recall(z, y, z_train, y_train, nearest=(1, 2, 3))
-    assert found == pytest.approx({1: 100 / 3, 2: 200 / 3, 3: 100})
-    assert nearest.tolist() == [[0, 2, 1], [1, 2, 0], [1, 2, 0]]
-
-
-def test_recall_matches_brute_force():
-    z, y = random(40, 6, seed=1), torch.arange(40) % 9
-    z_train, y_train = random(120, 6, seed=2) * torch.rand(120, 1).add(0.1), torch.arange(120) * 7 % 9
-    found, nearest = motionfit.recall(z, y, z_train, y_train)
-    assert list(found) == [1, 5, 10, 20, 50] and nearest.shape == (40, 50)
-    assert found == pytest.approx({n: naive_recall(z, y, z_train, y_train, n) for n in found})
-    assert 0 < found[1] < found[5] < found[10] < 100
-
-
-def test_recall_with_fewer_training_clips_than_n():
-    z, y = random(9, 3, seed=1), torch.arange(9) % 4
-    z_train, y_train = random(4, 3, seed=2), torch.tensor([0, 1, 1, 2])
-    found, nearest = motionfit.recall(z, y, z_train, y_train)
-    assert nearest.shape == (9, 4)
-    assert found == pytest.approx({n: naive_recall(z, y, z_train, y_train, n) for n in found})
-    assert found[50] == pytest.approx(700 / 9)  # nothing has class 3
-
-
-def test_recall_of_many_queries():
-    z = torch.eye(3)[torch.arange(2500) % 3]
-    found, nearest = motionfit.recall(z, torch.arange(2500) % 3, torch.eye(3), torch.arange(3), nearest=[1])
-    assert found == {1: 100} and torch.equal(nearest[:, 0], torch.arange(2500) % 3)
-
-
-def part_of(rows, counts):
-    return Features(np.array(rows, np.float32), np.array(counts), {})
-
-
-def directions(*angles):
-    """Unit vectors in the plane, of degrees."""
-    return [[math.cos(math.radians(angle)), math.sin(math.radians(angle))] for angle in angles]
-
-
-def test_recalls_of_clips_and_of_videos(run):
-    """Two clips of a video may be apart, and their mean in between (D15); a video without clips is wrong."""
-    train, test = Videos.make("", ["t0", "t1"], [0, 1]), Videos.make("", list("qrst"), [0, 0, 1, 0])
-    data, recipe = Data("set", 1, ("a", "b"), train, test, False, True, ()), evaluate.Recipe(2, 1, 2, 1)
-    z_train = part_of(directions(0, 90, 50, 52), [2, 2])  # the means are at 45 and 51
-    # q: both clips are next to the first video, and the mean at 45; r is unreadable; s: both clips are next
-    # to the first video, which is wrong, but the mean at 51 is right; t: all wrong.
-    z = part_of(directions(1, 89, 10, 92, 50, 53), [2, 0, 2, 2])
-    row = motionfit.recalls(Namespace(sheet=0), run, data, recipe, z_train, z)
-    assert (row["R1"], row["videos_R1"]) == pytest.approx((100 * 2 / 8, 100 * 2 / 4))
-    assert (row["R5"], row["videos_R5"]) == pytest.approx((75, 75))  # with all there is, all but r
-    assert set(row) == {f"{kind}R{n}" for kind in ("", "videos_") for n in (1, 5, 10, 20, 50)}
-    assert not (run.out / "sheet.png").exists()
-
-
-def test_sheet_shows_queries_and_their_three_nearest(sets, run, monkeypatch):
-    """Middle clips of two of the four readable test videos, the first and the last."""
-    data, sheets = datasets.load(f"{sets}/set"), []
-    monkeypatch.setattr(show, "contact_sheet", lambda *sheet: sheets.append(sheet))
-    recipe = evaluate.Recipe(4, 1, 3, 1, size=16, stretch=(20, 26))
-    z_train = random(24, 5, seed=3).numpy()
-    z = z_train[[0, 7, 1, 2, 3, 4, 5, 6, 8, 9, 22, 10]]  # the middle clips are 7, 3, 6 and 22
-    row = motionfit.recalls(Namespace(sheet=2), run, data, recipe, part_of(z_train, [3] * 8),
-                            part_of(z, [3, 0, 3, 3, 3]))  # fmt: skip
-    assert row["R50"] == 80
-    (path, rows, captions), = sheets  # fmt: skip
-    assert path == run.out / "sheet.png" and len(rows) == len(captions) == 8
-    for k, (test, middle) in enumerate(((0, 7), (4, 22))):
-        with evaluate.Recipe.open(recipe, data.test, test) as source:
-            frames = recipe.sample(source)[1].tolist()
-        assert moment(rows[4 * k]) == (test, frames)
-        assert captions[4 * k] == f"{data.test.name(test)}: {'ab'[test % 2]}"
-        cosines = [float(z_train[middle] @ x / np.linalg.norm(x)) for x in z_train]
-        for place, clip in enumerate(sorted(range(24), key=lambda i: -cosines[i])[:3], 1):
-            with evaluate.Recipe.open(recipe, data.train, clip // 3) as source:
-                frames = recipe.sample(source)[clip % 3].tolist()
-            assert moment(rows[4 * k + place]) == (clip // 3, frames)
-            hit = "hit" if clip // 3 % 2 == test % 2 else "miss"
-            name = data.train.name(clip // 3)
-            assert captions[4 * k + place] == f"  {place} {hit}: {'ab'[clip // 3 % 2]}, {name}"
-
-
-def test_sec45_features_are_maxima():
-    f = random(2, 5, 3, 2, 2)
-    net = SimpleNamespace(features=lambda x: [x, f])
-    expected = [[max(f[b, d].flatten().tolist()) for d in range(5)] for b in range(2)]
-    assert motionfit.max_features(net, None).tolist() == expected
-
-
 # ---- a small data set ------------------------------------------------------------------------------
 
 FRAMES = [13, 24, 5, 17, 13, 21, 9, 13]  # of the training videos; of class a and b by turns
-DENSE = [3, 5, 1, 4, 3, 5, 2, 3]  # clips of 4 fields in the fields, which are one fewer
+CLIPS = [3, 5, 1, 0, 3, 5]  # dense clips of 4 fields of the videos of src: 12, 23, 4, -, 12, 20 fields
 NO_FLOW = 3  # the source video whose flow is missing
 
 
@@ -421,14 +283,19 @@ def sets(tmp_path_factory):
     return root
 
 
-SHORT = ("--generator_net r3d_10-pool --net r3d_10-pool --width 0.0625 --size 16 --stretch 20 26 --frames 4 "
-         "--lr_batch 2 --batch 2 --multi_clips 2 --epochs 1 --lr_steps cosine --optimizer adamw --lr 0.01 "
-         "--clusters 2 --clips 2 --workers 0 --log_every 1 --eval_every 100 --holdout 0 "
-         "--max_bad 0.5")  # fmt: skip
+SHORT = ("--net r3d_10-pool --width 0.0625 --size 16 --stretch 20 26 --frames 4 --lr_batch 2 --batch 2 "
+         "--multi_clips 2 --epochs 1 --lr_steps cosine --optimizer adamw --lr 0.01 --clusters 2 --clips 2 "
+         "--workers 0 --log_every 1 --eval_every 100 --holdout 0 --max_bad 0.5")  # fmt: skip
+
+
+def args_of(stage, line, start=""):
+    """Arguments of a stage: the flags of `line` that it has, and `start`, the files that it starts from."""
+    words = flags.by_stage(line.split(), {stage: motionfit.parser_of(stage) for stage in motionfit.STAGES})
+    return motionfit.parse_args([stage, *words[stage], *start.split()])[stage]
 
 
 def line_of(sets, out, more=""):
-    return parsed(f"--data {sets}/set --source {sets}/src --out {out} {SHORT} {more}")
+    return f"--data {sets}/set --source {sets}/src --out {out} {SHORT} {more}"
 
 
 def rows_of(folder):
@@ -439,30 +306,36 @@ def result_of(folder):
     return json.loads((folder / "result.json").read_text())
 
 
-def go(stage, sets, out, more=""):
+def go(stage, sets, out, more="", start=""):
     """Run one stage; the rows of its log."""
-    assert motionfit.one_run(line_of(sets, out, more), stage)
-    return rows_of(out if stage == "finetune" else out / stage)
+    args = args_of(stage, line_of(sets, out, more), start)
+    assert motionfit.one_run(stage, args, {stage: args})
+    folder = out if stage == "finetune" else out / stage
+    return rows_of(folder) if (folder / "log.jsonl").exists() else []
 
 
 @pytest.fixture(scope="module")
 def whole(sets, tmp_path_factory):
-    """The run folder of all stages, as `main` runs them, and of retrieval."""
+    """The run folder of all stages, as `main` runs them."""
     out = tmp_path_factory.mktemp("whole")
-    flags = f"--data {sets}/set --source {sets}/src --out {out} {SHORT} --holdout 0.2"
+    line = line_of(sets, out, "--holdout 0.2 --epochs 10 --batch 4 --lr_batch 4 --lr 0.02")
     with pytest.MonkeyPatch.context() as patch:
-        for more in ("", "--stage retrieve --sheet 2 --clips 3"):
-            line = f"{flags} --epochs 10 8 16 --batch 4 --lr_batch 4 --lr 0.02 {more}"
-            patch.setattr("sys.argv", ["motionfit.py", *line.split()])
-            motionfit.main()
+        patch.setattr("sys.argv", ["motionfit.py", *line.split()])
+        motionfit.main()
     return out
 
 
 # ---- clips -----------------------------------------------------------------------------------------
 
 
+def train_args(**changes):
+    return Namespace(**dict(multi_clips=2, frames=4, stride=1, size=16, stretch=(20, 26), flip=False, seed=0,
+                            neighbours=False) | changes)  # fmt: skip
+
+
 def drawn(n, R, frames, stride, seeds):
-    return [motionfit.multi_clip(n, R, frames, stride, np.random.default_rng(s)) for s in range(seeds)]
+    args = train_args(multi_clips=R, frames=frames, stride=stride)
+    return [motionfit.multi_clip(range(n), np.random.default_rng(s), args, ("rgb",)) for s in range(seeds)]
 
 
 @pytest.mark.parametrize("n, R, frames, stride", [(12, 3, 4, 1), (40, 3, 4, 1), (27, 3, 5, 2), (9, 1, 4, 2)])
@@ -496,60 +369,36 @@ def test_d3_a_video_shorter_than_a_clip_starts_again(n):
 
 
 @pytest.mark.parametrize("n, frames, stride, hop, expected", [
-    (20, 4, 1, 4, [0, 4, 8, 12, 16]), (19, 4, 1, 4, [0, 4, 8, 12]), (20, 4, 1, 7, [0, 7, 14]),
-    (20, 4, 3, 4, [0, 4, 8]), (4, 4, 1, 1, [0]), (5, 4, 1, 1, [0, 1]), (3, 4, 1, 4, [0]), (0, 4, 1, 4, [0]),
+    (20, 4, 1, 4, [0, 4, 8, 12, 16]), (19, 4, 1, 4, [0, 5, 10, 15]), (20, 4, 1, 7, [0, 8, 16]),
+    (20, 4, 3, 4, [0, 4, 8]), (4, 4, 1, 1, [0]), (5, 4, 1, 1, [0, 1]), (7, 4, 1, 4, [2]),
 ])  # fmt: skip
-def test_d7_dense_clips_by_hand(n, frames, stride, hop, expected):
-    assert motionfit.dense_starts(n, frames, stride, hop).tolist() == expected
+def test_d6_dense_clips_by_hand(n, frames, stride, hop, expected):
+    windows = motionfit.DenseClips(frames, stride, hop=hop).sample(range(n))
+    assert [int(window[0]) for window in windows] == expected
+    assert all((np.diff(window) == stride).all() and len(window) == frames for window in windows)
 
 
-def test_d7_no_more_than_128_dense_clips():
-    assert motionfit.dense_starts(127 * 5 + 6, 4, 1, 5).tolist() == list(range(0, 636, 5))  # 128 of them
-    assert len(motionfit.dense_starts(128 * 5 + 4, 4, 1, 5)) == 128
-    starts = motionfit.dense_starts(1004, 4, 1, 5)
-    assert len(starts) == 128 and (starts[0], starts[-1]) == (0, 1000) and starts.dtype == np.int64
-    assert set(np.diff(starts)) == {7, 8}  # 1000 / 127
+def test_d6_no_more_than_128_dense_clips_without_overlap():
+    for n in range(4, 200):
+        starts = [int(w[0]) for w in motionfit.DenseClips(4, 1, hop=4).sample(range(n))]
+        assert len(starts) == max(n // 4, 1) and all(b - a >= 4 for a, b in itertools.pairwise(starts))
+    starts = [int(w[0]) for w in motionfit.DenseClips(4, 1, hop=5).sample(range(1004))]
+    assert len(starts) == 128 and (starts[0], starts[-1]) == (0, 1000) and set(np.diff(starts)) == {7, 8}
+    (window,) = motionfit.DenseClips(3, 2, hop=6).sample(range(4))
+    assert window.tolist() == [0, 2, 0]  # a short video starts again
 
 
-def test_d7_dense_recipe_gives_their_frames():
-    windows = motionfit.Dense(3, 2, hop=6).sample(range(18))
-    assert [w.tolist() for w in windows] == [[0, 2, 4], [6, 8, 10], [12, 14, 16]]
-    (window,) = motionfit.Dense(3, 2, hop=6).sample(range(4))
-    assert window.tolist() == [0, 2, 0]
-
-
-def pseudo_of(counts, frames=4, stride=1, hop=4, fewer=1, learned=None, videos=""):
-    """The labels of the clips are 100, 101, ..."""
+def pseudo_of(counts, **about):
+    """Pseudo-labels 100, 101, ... of the clips."""
     first = np.concatenate([[0], np.cumsum(counts)])
     labels = np.arange(100, 100 + first[-1], dtype=np.int32)
-    return motionfit.Pseudo(labels, first, 200, frames, stride, hop, fewer, videos, learned or {})
+    about = dict(clusters=200, granularity="clip", unlabelled="", learned={}) | about
+    return motionfit.Pseudo(labels, first, **about)
 
 
-@pytest.mark.parametrize("fewer", [0, 1])
-@pytest.mark.parametrize("n, stride, hop", [(5, 1, 4), (13, 1, 4), (24, 1, 3), (24, 2, 5), (900, 1, 4)])
-def test_d10_a_clip_as_long_as_the_generators_is_the_dense_clip(n, stride, hop, fewer):
-    """Field i is the motion from frame i on."""
-    labels = pseudo_of([1], 4, stride, hop, fewer)
-    clips = motionfit.Dense(4, stride, hop=hop).sample(range(n - fewer))
-    if n - fewer > 3 * stride:
-        assert len(labels.starts(n)) == len(clips)
-        assert all(np.array_equal(labels.window(n, t, 4, stride), clip) for t, clip in enumerate(clips))
-
-
-@pytest.mark.parametrize("n, t, frames, stride, expected", [
-    (24, 2, 8, 1, range(6, 14)), (24, 2, 7, 1, range(7, 14)), (24, 2, 6, 2, range(5, 17, 2)),
-    (24, 2, 2, 1, range(9, 11)),  # shorter: in the middle of the dense clip
-    (24, 0, 8, 1, range(8)), (24, 4, 12, 1, range(12, 24)), (24, 4, 14, 1, range(10, 24)),  # up to the ends
-    (6, 0, 8, 1, [0, 1, 2, 3, 4, 5, 0, 1]),
-])  # fmt: skip
-def test_d10_a_longer_clip_has_the_dense_clip_in_its_middle(n, t, frames, stride, expected):
-    """The dense clips start at 0, 4, 8, 12 and 16."""
-    assert pseudo_of([1]).window(n, t, frames, stride).tolist() == list(expected)
-
-
-def test_pseudo_labels_of_a_video():
-    labels = pseudo_of([3, 0, 2])
-    assert [labels.of(i).tolist() for i in range(3)] == [[100, 101, 102], [], [103, 104]]
+def write_pseudo(path, labels, **changes):
+    about = {name: getattr(labels, name) for name in ("clusters", "granularity", "unlabelled", "learned")}
+    np.savez(path, labels=labels.labels, first=labels.first, about=json.dumps(about | changes))
 
 
 @pytest.fixture(scope="module")
@@ -559,84 +408,52 @@ def videos(sets):
 
 
 @pytest.mark.parametrize("frames, neighbours", [(4, False), (6, True)])
-def test_d10_d11_labels_belong_to_the_windows(videos, frames, neighbours):
-    labels, args = pseudo_of(DENSE), Namespace(multi_clips=2, frames=frames, stride=1)
-    for i, seed in itertools.product(range(8), range(4)):
-        with motionfit.Labelled(videos, i, pseudo=labels, neighbours=neighbours) as source:
-            windows = source.draw(np.random.default_rng(seed), args)
-            *clips, y = source.clips(windows)
-        assert len(clips) == 2 and y.dtype == torch.int64 and y.shape == (2, 3 if neighbours else 1)
-        for clip, ys in zip(clips, y.tolist(), strict=True):
-            t = ys[0] - labels.first[i] - 100
-            assert moment(clip) == (i, labels.window(FRAMES[i], t, frames, 1).tolist())
-            if neighbours:
-                ends = ys[0] + 1 if t + 1 < DENSE[i] else -1, ys[0] - 1 if t > 0 else -1
-                assert tuple(ys[1:]) == ends
-        assert y[0, 0] < y[1, 0] or DENSE[i] == 1  # in the order of time, and different if there are two
-
-
-def test_d10_every_dense_clip_is_drawn(videos):
-    labels, args, met = pseudo_of(DENSE), Namespace(multi_clips=3, frames=4, stride=1), Counter()
-    for seed in range(40):
-        with motionfit.Labelled(videos, 1, pseudo=labels, neighbours=False) as source:
-            source.draw(np.random.default_rng(seed), args)
-            met.update(source.drawn.tolist())
-    assert set(met) == set(range(5)) and min(met.values()) > 12  # of 24 expected
-
-
-def test_d10_a_video_with_fewer_frames_than_its_flow_told(videos):
-    labels, args = pseudo_of([*DENSE[:6], 7, 3]), Namespace(multi_clips=2, frames=4, stride=1)
-    with motionfit.Labelled(videos, 6, pseudo=labels, neighbours=False) as source:  # 9 frames: clips 0, 1
-        source.draw(np.random.default_rng(0), args)
-    assert source.drawn.tolist() == [0, 1]
-
-
-def seen_args(**changes):
-    return train_args(**dict(clips=2, crops=1, test_size=16, average="logits") | changes)
-
-
-def train_args(**changes):
-    return Namespace(**dict(multi_clips=2, frames=4, stride=1, size=16, stretch=(20, 26), flip=False, seed=0,
-                            holdout=0.0, neighbours=False) | changes)  # fmt: skip
-
-
-def test_pseudo_clips_know_no_true_label(videos):
-    labels = pseudo_of([*DENSE[:3], 0, *DENSE[4:]])  # of video 3 nothing could be read
-    clips, held = motionfit.pseudo_clips(replace(videos, labels=np.array([7] * 8)), labels,
-                                         train_args(holdout=0.25))  # fmt: skip
-    assert sorted([*clips.videos.labels, *(int(held.name(i)[-1]) for i in range(len(held)))]) == [
-        0, 1, 2, 4, 5, 6, 7]  # fmt: skip
-    assert all(clips.videos.name(i)[-1] == str(number) for i, number in enumerate(clips.videos.labels))
-    for i in range(len(held)):
-        own = labels.of(int(held.name(i)[-1]))
-        assert held.labels[i] == own[len(own) // 2]
-    for p in range(10):
+def test_d6_d8_labels_belong_to_the_windows(videos, frames, neighbours):
+    """Clip t of T: the same share of the video, whatever the length of the clip; nobody knows true labels."""
+    counts, args = [3, 5, 1, 4, 3, 5, 2, 3], train_args(frames=frames, neighbours=neighbours)
+    labels, met = pseudo_of(counts), Counter()
+    sample = partial(motionfit.pseudo_labelled, args=args, labels=labels)
+    streams = partial(motionfit.modality.Streams, modalities=("rgb",))
+    clips = motionfit.Clips(videos, sample, lambda clips: (torch.stack(clips),), 0, open=streams)
+    for p in range(64):
         item = clips[p]
-        x, y = item["views"]
-        assert x.shape == (2, 4, 3, 16, 16) and y.shape == (2, 1)
-        assert all(int(k) in labels.of(moment(clip)[0]) for clip, k in zip(x, y, strict=True))
+        (x,), y, i = item["views"], item["label"], item["index"]
+        assert x.shape[0] == 2 and y.dtype == torch.int64 and y.shape == (2, 3 if neighbours else 1)
+        room = max(FRAMES[i] - frames, 0)
+        for clip, ys in zip(x, y.tolist(), strict=True):
+            t = ys[0] - 100 - int(labels.first[i])
+            start = room * t / (counts[i] - 1) if counts[i] > 1 else room / 2
+            assert moment(clip) == (i, [(round(start) + k) % FRAMES[i] for k in range(frames)])
+            if neighbours:
+                ends = ys[0] + 1 if t + 1 < counts[i] else -1, ys[0] - 1 if t > 0 else -1
+                assert tuple(ys[1:]) == ends
+            met[i, t] += 1
+        assert y[0, 0] < y[1, 0] or counts[i] == 1  # in time order, and different if there are two
+    assert len(met) == sum(counts)
 
 
-def test_held_out_pseudo_label_is_that_of_the_clip_seen():
-    """Middle shows the dense clip whose label pseudo_clips gives the video."""
-    labels = pseudo_of(DENSE)
-    recipe = motionfit.Middle(6, 1, pseudo=labels)
-    for i, n in enumerate(FRAMES):
-        (window,) = recipe.sample(range(n))
-        assert np.array_equal(window, labels.window(n, len(labels.of(i)) // 2, 6, 1))
+def test_a_clip_as_long_as_the_generators_is_the_dense_clip(videos):
+    """From RGB, and from flow but for rounding: fields are one fewer than frames."""
+    for n in (8, 13, 24, 61):
+        for fewer in (0, 1):
+            dense = motionfit.DenseClips(4, 1, hop=4).sample(range(n - fewer))
+            found = motionfit.dense_test(n, 4, 1, len(dense))
+            apart = [abs(int(a[0]) - int(b[0])) for a, b in zip(dense, found, strict=True)]
+            assert max(apart) <= fewer
 
 
 @pytest.mark.parametrize("kinds", [("rgb",), ("field",), ("rgb", "field")])
 def test_all_networks_see_the_same_moments(kinds, videos, sets):
-    fields = replace(videos, flow=f"{sets}/set_flow")
-    clips, starts = motionfit.training_clips(fields, train_args(), kinds, (20.0, 256)), set()
+    fields, args = replace(videos, flow=f"{sets}/set_flow"), train_args()
+    sample, view = (partial(f, args=args, kinds=kinds) for f in (motionfit.multi_clip, motionfit.train_views))
+    streams, starts = partial(motionfit.modality.Streams, modalities=kinds), set()
+    clips = motionfit.Clips(fields, sample, view, 0, open=streams)
     for p in range(24):
         item = clips[p]
         assert len(item["views"]) == len(kinds)
-        for x in item["views"]:
+        for x, kind in zip(item["views"], kinds, strict=True):
             assert [moment(clip) for clip in x] == [moment(clip) for clip in item["views"][0]]
-        assert [clip.shape[1] for x in item["views"] for clip in x] == [3 if k == "rgb" else 2 for k in kinds
-                                                                        for _ in range(2)]  # fmt: skip
+            assert x.shape == (2, 4, 3 if kind == "rgb" else 2, 16, 16)
         (v, first), (_, last) = map(moment, item["views"][0])
         assert v == item["label"] and first[0] <= last[0]
         starts.add((v, first[0], last[0]))
@@ -648,7 +465,7 @@ def groups_of(sizes):
     return Videos.make("", [f"v{i}" for i in range(len(groups))], [0] * len(groups), groups)
 
 
-def test_d12_whole_groups_are_held_out():
+def test_d9_whole_groups_are_held_out():
     videos = groups_of([3, 1, 7, 2, 4, 5, 1, 9, 3, 5])  # 40
     chosen = set()
     for seed in range(20):
@@ -661,13 +478,13 @@ def test_d12_whole_groups_are_held_out():
 
 
 @pytest.mark.parametrize("share, left", [(0.0, 4), (1.0, 1), (0.3, 2)])
-def test_d12_one_group_at_least_is_left(share, left):
+def test_d9_one_group_at_least_is_left(share, left):
     held = datasets.held_out(groups_of([5, 5, 5, 5]), share, 0)
     assert len(set(groups_of([5, 5, 5, 5]).groups[~held])) == left
     assert not datasets.held_out(groups_of([6]), 0.9, 0).any()
 
 
-def test_d12_videos_without_groups_are_each_their_own():
+def test_d9_videos_without_groups_are_each_their_own():
     videos = Videos.make("", [f"v{i}" for i in range(40)], [0] * 40)
     held = datasets.held_out(videos, 0.1, 3)
     assert held.sum() == 4 and not np.array_equal(held, datasets.held_out(videos, 0.1, 4))
@@ -720,14 +537,6 @@ def test_flip_mirrors_all_kinds_of_a_clip_and_each_clip_by_itself():
     assert len(patterns) == 4 and min(patterns.values()) > 5
 
 
-def test_labels_come_last():
-    y = torch.tensor([[4], [5]])
-    (*clips,) = painted(2)[::2]
-    args = train_args(size=24, stretch=[32, 44])
-    views = motionfit.train_views([*clips, y], args, ("rgb",), labelled=True)
-    assert len(views) == 2 and views[0].shape == (2, 2, 3, 24, 24) and torch.equal(views[1], y)
-
-
 # ---- networks --------------------------------------------------------------------------------------
 
 
@@ -753,34 +562,6 @@ def test_network_has_no_part_that_nothing_trains():
     """A parameter without a gradient would stop DistributedDataParallel."""
     net = network()
     assert net.order is None and len(net.heads) == 0 and net(random(2, 2, 3, 4, 16, 16))[1] is None
-
-
-def test_build_networks(run, sets):
-    args = line_of(sets, "o", "--dropout 0.3 --seed 4")
-    net, made = motionfit.build(args, "r2plus1d_10", 7, "field", run)
-    assert net.name == "r2plus1d_10" and net.stem[0].weight.shape[1] == 2 and net.fc.out_features == 7
-    again = backbones.build(**made)
-    again.load_state_dict(net.state_dict())
-    assert again.dropout.p == 0.3 and again.fc.in_features == 512 // 16
-    same, _ = motionfit.build(args, "r2plus1d_10", 7, "field", run)
-    assert all(map(torch.equal, net.parameters(), same.parameters()))
-    args.seed = 5
-    other, _ = motionfit.build(args, "r2plus1d_10", 7, "field", run)
-    assert not torch.equal(net.stem[0].weight, other.stem[0].weight)
-
-
-@pytest.mark.parametrize("classes", [3, 5])
-def test_the_classifier_of_clusters_is_not_that_of_classes(classes, run, sets, tmp_path):
-    """Not even where there are as many of them."""
-    torch.manual_seed(1)
-    made = dict(name="r3d_10-pool", classes=3, in_channels=3, width=1 / 16, dropout=0.0)
-    source = backbones.build(**made)
-    evaluate.save_model(tmp_path / "m.pt", source, made, "abc", evaluate.Recipe(4, 1))
-    args = line_of(sets, "o")
-    net, _ = motionfit.build(args, "r3d_10-pool", classes, "rgb", run, str(tmp_path / "m.pt"))
-    own, theirs = net.state_dict(), source.state_dict()
-    assert all(torch.equal(own[key], theirs[key]) for key in own if not key.startswith("fc."))
-    assert net.fc.out_features == classes and not torch.isin(own["fc.weight"], theirs["fc.weight"]).any()
 
 
 # ---- a step ----------------------------------------------------------------------------------------
@@ -886,7 +667,7 @@ def test_step_of_mars():
     by_hand = naive_mc(logits, y[..., 0]), naive_features(z, z_teacher)
     assert set(terms) == {"loss_mc", "loss_features", "clip_top1"}
     assert (terms["loss_mc"], terms["loss_features"]) == pytest.approx(by_hand, rel=1e-4)
-    assert loss.item() == pytest.approx(by_hand[0] + 50 * by_hand[1], rel=1e-4)  # D17
+    assert loss.item() == pytest.approx(by_hand[0] + 50 * by_hand[1], rel=1e-4)  # D13
     loss.backward()
     assert z_teacher.grad is None and net.backbone.fc.weight.grad.any()
 
@@ -924,8 +705,7 @@ def steps(monkeypatch):
 
 @pytest.fixture
 def scored(monkeypatch):
-    """Names and labels of the videos that are scored: in training one view of each, with --crops 3 in the end
-    six."""
+    """Names and labels of the videos that are scored: for validation one view of each, in the end six."""
     found, real = {}, evaluate.score
 
     def spied(net, videos, recipe, *rest, **words):
@@ -941,12 +721,17 @@ def weights(path):
     return torch.load(path, weights_only=True)["net"]
 
 
+def start_of(classes):
+    """The weights that seed 0 gives a network."""
+    torch.manual_seed(0)
+    return backbones.build("r3d_10-pool", classes, width=0.0625).state_dict()
+
+
 def test_generator_learns_labelled_clips_of_flow_by_its_schedule(sets, tmp_path, steps, scored):
-    """Sec. 4.2: a tenth of the rate at steps; a share of the videos is for validation alone."""
+    """Sec. 4.2: a tenth of the rate at steps; a share of the videos is for validation only."""
     line = "--epochs 3 --lr_steps 1,2 --optimizer sgd --lr 0.1 --holdout 0.25 --eval_every 1 --crops 3"
     rows = go("generator", sets, tmp_path, line)
-    rates = [row["lr"] for row in rows if "lr" in row]
-    assert rates == pytest.approx([0.1] * 3 + [0.01] * 3 + [0.001] * 3)
+    assert [row["lr"] for row in rows if "lr" in row] == pytest.approx([0.1] * 3 + [0.01] * 3 + [0.001] * 3)
     assert [row["step"] for row in rows if "val_top1" in row] == [3, 6, 9]
     trained = set()
     for x, y, z_teacher in steps:
@@ -960,130 +745,102 @@ def test_generator_learns_labelled_clips_of_flow_by_its_schedule(sets, tmp_path,
     listed = [line.split()[0] for line in (tmp_path / "generator" / "labelled.txt").read_text().splitlines()]
     assert sorted(listed) == sorted(everything)  # what is held out is labelled, too
     recipe = evaluate.load_model(tmp_path / "generator" / "model.pt")[3]
-    assert (recipe.modality, recipe.crops) == ("field", 3)
-    go("pseudo", sets, tmp_path, "--crops 3")
-    assert result_of(tmp_path / "pseudo")["clips"] == 17  # of each clip one crop
+    assert (recipe.modality, recipe.crops, recipe.average) == ("field", 3, "logits")
+    go("pseudo", sets, tmp_path)
+    assert result_of(tmp_path / "pseudo")["clips"] == sum(CLIPS)  # of each clip one crop
 
 
-def test_generator_may_learn_the_order(sets, tmp_path):
-    (row, *_) = go("generator", sets, tmp_path, "--lam 0.25 --generator_on rgb --multi_clips 3")
+def test_a_generator_may_learn_the_order_and_start_from_that(sets, tmp_path):
+    """Sec. 4.3, lambda = 0, and then labels; the classifier starts anew."""
+    (row, *_) = go("generator", sets, tmp_path / "a", "--lam 0.25 --modality rgb --multi_clips 3")
     assert row["loss"] == pytest.approx(0.25 * row["loss_mc"] + 0.75 * row["loss_co"], rel=1e-4)
-    net, made, _, recipe = evaluate.load_model(tmp_path / "generator" / "model.pt")
+    first = tmp_path / "a" / "generator" / "model.pt"
+    _, made, _, recipe = evaluate.load_model(first)
     assert recipe.modality == "rgb" and made["in_channels"] == 3
+    go("generator", sets, tmp_path / "b", "--modality rgb --epochs 0", f"--init {first}")
+    before, after = weights(first), weights(tmp_path / "b" / "generator" / "model.pt")
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {"fc.weight", "fc.bias"}
 
 
-def test_d1_the_rate_follows_the_videos_of_a_step(sets, run, monkeypatch):
-    args, rates = motionfit.of_stage(line_of(sets, "o", "--lr 0.1 --lr_batch 2"), "generator"), []
-
-    def build(name, parameters, lr, weight_decay):
-        rates.append((name, lr, weight_decay))
-        raise KeyError
-
-    monkeypatch.setattr(optim, "build", build)
-    videos = datasets.load(f"{sets}/set").train
-    clips = motionfit.training_clips(videos, args, ("rgb",), (20.0, 256))
-    for run.world in (1, 4):
-        with pytest.raises(KeyError):
-            motionfit.fit(args, run, network(), clips, (evaluate.Recipe(4, 1),), videos.subset([]))
-    assert rates == [("adamw", 0.1, 5e-4), ("adamw", pytest.approx(0.4), 5e-4)]
-
-
-def test_sec42_finetuning_leaves_early_stages_at_rest(whole, sets, tmp_path):
-    """Parameters and statistics of all but conv4, conv5 and fc are those of self-training."""
+def test_fine_tuning_learns_all_labels_and_leaves_early_stages_frozen(whole, sets, tmp_path, steps):
+    """Sec. 4.2, D10: parameters and statistics of all but conv4, conv5 and fc are those of self-training."""
     init = whole / "selftrain" / "model.pt"
-    go("finetune", sets, tmp_path, f"--init {init}")
+    rows = go("finetune", sets, tmp_path, "--epochs 2", f"--init {init}")
+    assert {v for x, *_ in steps for v, _ in moments_of(x)} == set(range(8))
+    assert not any("eval" in row for row in rows)
     before, after = weights(init), weights(tmp_path / "model.pt")
     early = {key for key in before if key.startswith(("stem.", "layer1.", "layer2."))}
     late = {key for key in before if key.startswith(("layer3.", "layer4."))}
     assert len(early) > 20 and len(early | late) + 2 == len(before)
     assert all(torch.equal(before[key], after[key]) for key in early)
     assert not any(torch.equal(before[key], after[key]) for key in late)
+    assert not torch.isin(after["fc.weight"], before["fc.weight"]).any()  # two clusters are not two classes
 
 
-def test_d13_from_random_weights_everything_learns(sets, tmp_path):
-    go("finetune", sets, tmp_path, "--init none")
-    torch.manual_seed(0)
-    before = backbones.build("r3d_10-pool", 2, width=0.0625).state_dict()
-    after = weights(tmp_path / "model.pt")
+def test_d10_from_random_weights_everything_learns(sets, tmp_path):
+    go("finetune", sets, tmp_path, "", "--init none")
+    after, before = weights(tmp_path / "model.pt"), start_of(2)
     assert not any(torch.equal(before[key], after[key]) for key in before)
 
 
-class Teacher:
-    """In place of a generator, of the student's width: keeps what it is shown."""
+def test_mers_matches_features_only(whole, sets, tmp_path, steps):
+    """Of the videos that pseudo-labels would be learned of; teacher and student see the same moments."""
+    seen, embed = [], backbones.Backbone.embed
 
-    def __init__(self):
-        self.x, self.fc, self.state_dict = [], nn.Linear(32, 2), dict
+    def spied(net, x):
+        assert not torch.is_grad_enabled() and not net.training
+        seen.append(x)
+        return embed(net, x)
 
-    def embed(self, x):
-        assert not torch.is_grad_enabled()
-        self.x.append(x)
-        return torch.zeros(len(x), 32)
-
-
-@pytest.mark.parametrize("stage, transfer", [("selftrain", "mers"), ("finetune", "mars")])
-def test_table5_teacher_and_student_see_one_moment(stage, transfer, sets, tmp_path, steps, monkeypatch):
-    teacher, its = Teacher(), motionfit.recipe_of("field", seen_args(), (20.0, 256))
-    monkeypatch.setattr(motionfit, "load_generator", lambda *_: ("g.pt", teacher, its, {}))
-    go(stage, sets, tmp_path, f"--transfer {transfer} --source all")
-    assert len(steps) == len(teacher.x) == 4
-    for (x, y, z_teacher), x_teacher in zip(steps, teacher.x, strict=True):
-        assert x.shape[2] == 3 and x_teacher.shape[1] == 2 and z_teacher.shape == (4, 32)
-        found = moments_of(x)
-        assert found == moments_of(x_teacher, "field")
-        assert y is None if transfer == "mers" else y.flatten().tolist() == [v % 2 for v, _ in found]
-
-
-def test_mers_trains_features_alone(whole, sets, tmp_path, steps):
-    """Of the videos that pseudo-labels would be learned of."""
-    line = f"--transfer mers --generator {whole}/generator/model.pt --source all --epochs 2 --holdout 0.3"
-    rows = go("selftrain", sets, tmp_path, line)
+    line, generator = "--source all --epochs 2 --holdout 0.3", whole / "generator" / "model.pt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbones.Backbone, "embed", spied)
+        rows = go("selftrain", sets, tmp_path, line, f"--teacher {generator}")
     assert all(row["loss"] == row["loss_features"] > 0 and "loss_mc" not in row for row in rows)
     held = datasets.held_out(datasets.load(f"{sets}/set").train, 0.3, 0)
     assert {v for x, *_ in steps for v, _ in moments_of(x)} == set(np.flatnonzero(~held))
-    torch.manual_seed(0)
-    before = backbones.build("r3d_10-pool", 1, width=0.0625).state_dict()
-    after = weights(tmp_path / "selftrain" / "model.pt")
+    for (x, y, z_teacher), x_teacher in zip(steps, seen, strict=True):
+        assert moments_of(x) == moments_of(x_teacher, "field") and y is None and z_teacher.shape[1] == 32
+    before, after = start_of(1), weights(tmp_path / "selftrain" / "model.pt")
     assert {key for key in before if torch.equal(before[key], after[key])} == {"fc.weight", "fc.bias"}
 
 
-def test_mars_teacher_stays_and_all_stages_learn(whole, sets, tmp_path, monkeypatch):
-    teachers, load = [], motionfit.load_generator
-    monkeypatch.setattr(motionfit, "load_generator", lambda *a: teachers.append(load(*a)) or teachers[0])
+def test_mars_learns_labels_and_features_from_random_weights(whole, sets, tmp_path):
     path = whole / "generator" / "model.pt"
-    (row, *_) = go("finetune", sets, tmp_path, f"--transfer mars --generator {path} --alpha 7")
+    before = path.read_bytes()
+    (row, *_) = go("finetune", sets, tmp_path, "--alpha 7", f"--teacher {path}")
     assert row["loss"] == pytest.approx(row["loss_mc"] + 7 * row["loss_features"], rel=1e-4)
-    net, before = teachers[0][1], weights(path)
-    assert not net.training and not any(p.requires_grad for p in net.parameters())
-    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-    torch.manual_seed(0)
-    start = backbones.build("r3d_10-pool", 2, width=0.0625).state_dict()
-    after = weights(tmp_path / "model.pt")
-    assert not any(torch.equal(start[key], after[key]) for key in start)
+    after, start = weights(tmp_path / "model.pt"), start_of(2)
+    assert not any(torch.equal(start[key], after[key]) for key in start) and path.read_bytes() == before
+    assert result_of(tmp_path)["teacher"] == str(path)
+
+
+@pytest.mark.parametrize("stage", ["selftrain", "finetune"])
+def test_table5_needs_a_teacher_of_the_same_width(stage, whole, sets, tmp_path):
+    with pytest.raises(SystemExit, match="model.pt has 32 features, --net r3d_10-pool x 0.125 has 64"):
+        go(stage, sets, tmp_path, "--width 0.125", f"--teacher {whole}/generator/model.pt")
 
 
 def test_selftraining_learns_pseudo_labels_of_its_clips(sets, tmp_path, steps, scored):
-    """Each clip of RGB has in its middle the dense clip of flow whose label it learns."""
     src = datasets.load(f"{sets}/src").train
-    labels = pseudo_of([3, 5, 1, 0, 3, 5], videos=datasets.digest(src, range(6)))
-    path = tmp_path / "pseudo.npz"
-    about = dict(clusters=200, frames=4, stride=1, hop=4, fewer=1, videos=labels.videos, learned={})
-    motionfit.write_pseudo(path, labels.labels, labels.first, about)
-    line = f"--pseudo {path} --frames 4 6 4 --epochs 4 --neighbours --holdout 0.2 --crops 3"
-    rows = go("selftrain", sets, tmp_path, line)
+    labels = pseudo_of(CLIPS)
+    write_pseudo(tmp_path / "p.npz", labels, unlabelled=datasets.digest(src))
+    line = "--frames 6 --epochs 4 --neighbours --holdout 0.2 --crops 3"
+    rows = go("selftrain", sets, tmp_path, line, f"--pseudo {tmp_path}/p.npz")
     trained = set()
     for x, y, _ in steps:
         assert y.shape == (2, 2, 3)
         for (v, frames), (k, k_next, _) in zip(moments_of(x), y.flatten(0, 1).tolist(), strict=True):
             t = k - 100 - labels.first[v]
-            assert frames == labels.window([13, 24, 5, 17, 13, 21][v], t, 6, 1).tolist()
-            assert k_next == (k + 1 if t + 1 < len(labels.of(v)) else -1)
+            assert frames == motionfit.dense_test(FRAMES[v], 6, 1, CLIPS[v])[t].tolist()
+            assert k_next == (k + 1 if t + 1 < CLIPS[v] else -1)
             trained.add(v)
     ((name, k),) = scored.items()
     assert trained | {int(name[-1])} == {0, 1, 2, 4, 5} and len(trained) == 4  # not 3, which has no labels
-    assert k == labels.of(int(name[-1]))[len(labels.of(int(name[-1]))) // 2]
+    assert k == labels.of(int(name[-1]))[CLIPS[int(name[-1])] // 2]  # D9
     assert {"loss_next", "loss_previous"} < set(rows[0]) and rows[-1]["eval"] == "quick"
     result = result_of(tmp_path / "selftrain")
-    assert (result["clusters"], result["videos"], result["source"]) == (200, 4, "src")
+    assert (result["videos"], result["source"]) == (4, "src")
     assert evaluate.load_model(tmp_path / "selftrain" / "model.pt")[0].fc.out_features == 200
 
 
@@ -1095,61 +852,20 @@ def names_of(videos):
 
 
 def source_of(sets, run, more):
-    args = line_of(sets, "o", more)
-    return motionfit.source(args, run, ("rgb",), {})
+    args = args_of("pseudo", line_of(sets, "o", more))
+    return names_of(motionfit.source_videos(args, run, ("rgb",), {})[1])
 
 
-def test_source_is_another_set_or_the_same(sets, run):
-    data, videos, _ = source_of(sets, run, "")
-    assert data.name == "src" and names_of(videos) == names_of(datasets.load(f"{sets}/src").train)
-    mine = datasets.load(f"{sets}/set")
-    data, videos, _ = source_of(sets, run, "--source all")
-    assert data.name == "set" and names_of(videos) == names_of(mine.train)
-    data, videos, _ = source_of(sets, run, "--source_part test")
-    assert names_of(videos) == names_of(datasets.load(f"{sets}/src").test)
-
-
-@pytest.mark.parametrize("kind", ["flat", "train", "list"])
-def test_a_source_without_labels(kind, sets, run, tmp_path):
-    """No list at all; and only flow knows anything of the videos."""
-    for v in range(6):
-        place = tmp_path / "u" / ("train" if kind == "train" else "")
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"clip{v}").symlink_to(sets / "src" / "ab"[v % 2] / f"train{v}")
-    if kind == "list":
-        (tmp_path / "u" / "train.txt").write_text("clip1\nclip4\n")
-    _, videos, _ = source_of(sets, run, f"--source {tmp_path}/u")
-    assert [videos.name(i)[-5:] for i in range(len(videos))] == (
-        ["clip1", "clip4"] if kind == "list" else [f"clip{v}" for v in range(6)])  # fmt: skip
-    assert (videos.labels == -1).all()
-
-
-def test_all_stages_with_a_source_without_labels(sets, tmp_path):
-    (tmp_path / "u").mkdir()
-    for v in range(6):
-        (tmp_path / "u" / f"clip{v}").symlink_to(sets / "src" / "ab"[v % 2] / f"train{v}")
-    more = f"--generator_on rgb --source {tmp_path}/u"
-    for stage in ALL:
-        go(stage, sets, tmp_path / "out", more)
-    found = result_of(tmp_path / "out" / "pseudo")
-    assert found["purity"] is None and found["clips"] > 6 and result_of(tmp_path / "out")["videos"] == 5
-
-
-def test_d12_fine_tuning_learns_from_all_labels(sets, run):
-    args = line_of(sets, "o", "--holdout 0.4")
-    _, learn, held, _ = motionfit.target(args, run, ("rgb",), {})
-    assert (len(learn), len(held)) == (8, 0)
-    _, learn, held, _ = motionfit.target(args, run, ("rgb",), {}, args.holdout)
-    assert (len(learn), len(held)) == (4, 4)
-
-
-def test_d18_the_rest_is_what_is_not_labelled(sets, run):
+def test_d14_sources(sets, run):
+    mine, src = datasets.load(f"{sets}/set"), datasets.load(f"{sets}/src")
+    assert source_of(sets, run, "") == names_of(src.train)
+    assert source_of(sets, run, f"--source {sets}/src:test") == names_of(src.test)
+    for own in ("all", f"{sets}/set"):
+        assert source_of(sets, run, f"--source {own}") == names_of(mine.train)
     line = "--source rest --per_class 1 --seed 3"
-    _, rest, _ = source_of(sets, run, line)
-    _, few, _, _ = motionfit.target(line_of(sets, "o", line), run, ("rgb",), {})
-    assert len(few) == 2 and names_of(rest) == sorted(
-        set(names_of(datasets.load(f"{sets}/set").train)) - set(names_of(few)))  # fmt: skip
-    with pytest.raises(UserError, match="--source rest has no videos"):
+    few = motionfit.labelled_videos(args_of("finetune", line_of(sets, "o", line)), run, ("rgb",), {})[1]
+    assert len(few) == 2 and source_of(sets, run, line) == sorted({*names_of(mine.train)} - {*names_of(few)})
+    with pytest.raises(UserError, match="--source rest has no video"):
         source_of(sets, run, "--source rest")
 
 
@@ -1158,313 +874,221 @@ def test_source_list_names_the_videos(line, sets, run, tmp_path):
     (tmp_path / "list.txt").write_text("b/train3 1\na/train4 0\nb/train7 1\n")
     (tmp_path / "few.txt").write_text("a/train0 0\nb/train1 1\na/train2 0\n")
     line = line.format(few=tmp_path / "few.txt")
-    _, videos, _ = source_of(sets, run, f"{line} --source_list {tmp_path}/list.txt")
-    assert names_of(videos) == ["a/train4", "b/train3", "b/train7"]
+    found = source_of(sets, run, f"{line} --source_list {tmp_path}/list.txt")
+    assert found == ["a/train4", "b/train3", "b/train7"]
+
+
+@pytest.mark.parametrize("kind", ["flat", "train", "list"])
+def test_a_source_without_labels(kind, sets, tmp_path):
+    """All stages of one; there is no purity."""
+    for v in range(6):
+        place = tmp_path / "u" / ("train" if kind == "train" else "")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"clip{v}").symlink_to(sets / "src" / "ab"[v % 2] / f"train{v}")
+    if kind == "list":
+        (tmp_path / "u" / "train.txt").write_text("clip1\nclip4\nclip5\n")
+    for stage in motionfit.STAGES:
+        go(stage, sets, tmp_path / "out", f"--modality rgb --source {tmp_path}/u")
+    found = result_of(tmp_path / "out" / "pseudo")
+    assert "purity" not in found and found["videos"] == (3 if kind == "list" else 6)
+    assert result_of(tmp_path / "out")["videos"] == 5
 
 
 def test_data_of_several_labels_are_refused(sets, run, monkeypatch):
     data = datasets.load(f"{sets}/set")
     monkeypatch.setattr(datasets, "load", lambda *_, **__: replace(data, multilabel=True))
-    for call in (lambda args: motionfit.target(args, run, ("rgb",), {}),
-                 lambda args: motionfit.retrieve(args, run)):  # fmt: skip
-        with pytest.raises(UserError, match="set has several labels"):
-            call(line_of(sets, "o"))
+    with pytest.raises(UserError, match="set has several labels"):
+        motionfit.labelled_videos(args_of("finetune", line_of(sets, "o")), run, ("rgb",), {})
 
 
-# ---- labels of test videos -------------------------------------------------------------------------
+# ---- what may have learned of the test -------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def leaky(sets, tmp_path_factory):
-    """A model and pseudo-labels that know the label of a test video of `set`."""
-    folder, learned = tmp_path_factory.mktemp("leaky"), {"set": ["a/test2", "a/train0"], "src": ["a/test0"]}
+    """A model and pseudo-labels that have learned split 2 of `set`, and a model that says nothing."""
+    folder, learned = tmp_path_factory.mktemp("leaky"), {"set": [1, 2], "src": [1]}
     made = dict(name="r3d_10-pool", classes=2, in_channels=3, width=1 / 16)
-    evaluate.save_model(folder / "m.pt", backbones.build(**made), made, "ab", evaluate.Recipe(4, 1),
-                        learned=learned)  # fmt: skip
+    model = backbones.build(**made), made, "ab", evaluate.Recipe(4, 1)
+    evaluate.save_model(folder / "m.pt", *model, learned=learned)
+    evaluate.save_model(folder / "unknown.pt", *model)
     src = datasets.load(f"{sets}/src").train
-    labels = pseudo_of([3, 5, 1, 0, 3, 5])
-    about = dict(clusters=200, frames=4, stride=1, hop=4, fewer=1, learned=learned,
-                 videos=datasets.digest(src, range(6)))  # fmt: skip
-    motionfit.write_pseudo(folder / "p.npz", labels.labels, labels.first, about)
+    write_pseudo(folder / "p.npz", pseudo_of(CLIPS), unlabelled=datasets.digest(src), learned=learned)
     return folder
 
 
-@pytest.mark.parametrize("stage, line", [
-    ("pseudo", "--generator {}/m.pt"), ("selftrain", "--transfer mers --generator {}/m.pt"),
-    ("finetune", "--transfer mars --generator {}/m.pt"), ("finetune", "--init {}/m.pt"),
-    ("retrieve", "--init {}/m.pt"), ("selftrain", "--pseudo {}/p.npz"), ("eval", "--eval {}/m.pt"),
+@pytest.mark.parametrize("stage, start", [
+    ("generator", "--init {}/m.pt"), ("pseudo", "--generator {}/m.pt"), ("selftrain", "--pseudo {}/p.npz"),
+    ("selftrain", "--teacher {}/m.pt"), ("finetune", "--teacher {}/m.pt"), ("finetune", "--init {}/m.pt"),
+    ("eval", "--eval {}/m.pt"),
 ])  # fmt: skip
-def test_d16_what_knows_test_labels_is_refused(stage, line, leaky, sets, tmp_path):
+def test_d12_what_may_know_test_labels_is_refused(stage, start, leaky, sets, tmp_path):
+    of = "finetune" if stage == "eval" else stage
+    parsers = {stage: motionfit.parser_of(stage) for stage in motionfit.STAGES}
+    words = flags.by_stage(line_of(sets, tmp_path, "--modality rgb").split(), parsers)[of]
+    runs = motionfit.parse_args([of, *words, *start.format(leaky).split()])
     with pytest.raises(SystemExit) as end:
-        go(stage, sets, tmp_path, line.format(leaky))
+        motionfit.one_run(stage, runs[stage], runs)
     said = str(end.value)
-    assert f"{leaky}/" in said and "1 of the 5 test videos of set, split 1" in said
-    assert "--allow_leak" in said and said.endswith("(2)") and "\n" not in said
+    assert f"{leaky}/" in said and "has learned split 2 of" in said and "--allow_leak" in said
+    assert said.endswith("(2)") and "\n" not in said
 
 
-def test_d16_a_source_with_test_videos_is_refused(sets, run):
-    """--source set is that of --data: its test list is what is tested."""
-    line = f"--source {sets}/set --source_part test"
-    with pytest.raises(UserError, match="set knows 5 of the 5 test videos of set"):
-        source_of(sets, run, line)
-    assert len(source_of(sets, run, f"{line} --allow_leak")[1]) == 5
-    assert len(source_of(sets, run, f"--source {sets}/set")[1]) == 8
+def test_d12_allow_leak_permits_and_may_be_added(leaky, sets, tmp_path):
+    with pytest.raises(SystemExit, match="--allow_leak"):
+        go("finetune", sets, tmp_path, "", f"--init {leaky}/m.pt")
+    torch.distributed.destroy_process_group()
+    go("finetune", sets, tmp_path, "--allow_leak", f"--init {leaky}/m.pt")
+    learned = torch.load(tmp_path / "model.pt", weights_only=True)["learned"]
+    assert learned == {"set": [1, 2], "src": [1]}
+    assert go("finetune", sets, tmp_path, "--allow_leak", f"--init {leaky}/m.pt")
 
 
-def test_d16_a_model_that_says_nothing_is_refused(sets, tmp_path):
-    """Of another script, say."""
-    made = dict(name="r3d_10-pool", classes=2, in_channels=3, width=1 / 16)
-    evaluate.save_model(tmp_path / "m.pt", backbones.build(**made), made, "ab", evaluate.Recipe(4, 1))
-    args = line_of(sets, "o")
-    with pytest.raises(UserError, match="m.pt does not say whose labels"):
-        motionfit.learned_by(args, tmp_path / "m.pt", "generator")
-    args.allow_leak = True
-    assert motionfit.learned_by(args, tmp_path / "m.pt", "generator") == {}
+def test_d12_files_that_do_not_say_and_variants_of_a_data_set(leaky):
+    args = Namespace(data="set:small", split=1, allow_leak=False)
+    with pytest.raises(UserError, match="unknown.pt does not say whose labels"):
+        motionfit.learned_by(args, leaky / "unknown.pt")
+    with pytest.raises(UserError, match="split 2 of set:small"):
+        motionfit.learned_by(args, "p.npz", {"set": [2]})
+    assert motionfit.learned_by(args, "p.npz", {"other": [2]}) == {"other": [2]}
 
 
-def test_d16_allow_leak_permits(leaky, sets, run):
-    args = line_of(sets, "o", f"--allow_leak --generator {leaky}/m.pt --pseudo {leaky}/p.npz")
-    assert motionfit.load_generator(args, run)[0] == f"{leaky}/m.pt"
-    assert motionfit.load_pseudo(args, run, datasets.load(f"{sets}/src").train).clusters == 200
-
-
-@pytest.mark.parametrize("name, learned, refused", [
-    ("set", {"set": ["a/test2"]}, True), ("set:small", {"set": ["a/test2"]}, True),
-    ("set", {"set": ["a/train0", "b/test1"]}, True),  # whatever its suffix, here .mp4
-    ("set", {"set": ["a/train2"]}, False), ("set", {"other": ["a/test2"]}, False), ("set", {}, False),
-])  # fmt: skip
-def test_d16_it_is_the_videos_that_count(name, learned, refused, sets, monkeypatch):
-    data = replace(datasets.load(f"{sets}/set"), name=name)
-    monkeypatch.setattr(datasets, "load", lambda *_, **__: data)
-    if refused:
-        with pytest.raises(UserError, match="m.pt knows 1 of the 5 test videos"):
-            motionfit.refuse_leak(line_of(sets, "o"), "m.pt", learned)
+@pytest.mark.parametrize("source", ["{}/set:test", "{}/all"])
+def test_d12_a_source_with_test_videos_is_refused(source, sets, run, tmp_path):
+    """As its test list, or as a folder in which all videos are."""
+    (tmp_path / "all").symlink_to(sets / "set")
+    source = source.format(sets if "test" in source else tmp_path)
+    if source.endswith("all"):
+        (sets / "set" / "unlabelled.txt").write_text("a/test0\nb/train1\n")
+        line = f"--data {tmp_path}/all --source {tmp_path}/all --source_root {tmp_path}/all"
     else:
-        motionfit.refuse_leak(line_of(sets, "o"), "m.pt", learned)
+        line = f"--source {source}"
+    try:
+        with pytest.raises(UserError, match="of the 5 test videos of --data, split 1"):
+            source_of(sets, run, line)
+        assert source_of(sets, run, f"{line} --allow_leak")
+    finally:
+        (sets / "set" / "unlabelled.txt").unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("line, learned", [
-    ("--init {}/selftrain/model.pt", {"set": range(8)}), ("--init none", {"set": [1, 4, 6]}),
-    ("--transfer mars --generator {}/generator/model.pt", {"set": range(8)}),
-    ("--data {sets}/src --init {}/selftrain/model.pt", {"set": range(8), "src": [1, 4]}),
-])  # fmt: skip
-def test_d16_a_model_says_whose_labels_it_has_learned(line, learned, whole, sets, tmp_path, monkeypatch):
-    """Those of its own three videos, and of all that made what it started from."""
-    found = []
-    monkeypatch.setattr(motionfit, "fit", lambda *_, **__: True)
-    monkeypatch.setattr(motionfit, "finish", lambda *a, **_: found.append(a[-1]))
-    (tmp_path / "list.txt").write_text("b/train1 1\na/train4 0\n" + "a/train6 0\n" * ("src" not in line))
-    args = line_of(sets, tmp_path, f"--labelled_list {tmp_path}/list.txt --holdout 0.3 "
-                   + line.format(whole, sets=sets))  # fmt: skip
-    motionfit.one_run(args, "finetune")
-    assert found == [{name: sorted(f"{'ab'[v % 2]}/train{v}" for v in numbers)
-                      for name, numbers in learned.items()}]  # fmt: skip
-
-
-def test_d16_labels_of_all_stages_are_told(whole):
-    """All eight, those held out too."""
-    everything = {"set": sorted(f"{'ab'[v % 2]}/train{v}" for v in range(8))}
+def test_d12_stages_say_whose_labels_they_have_learned(whole):
     for path in ("generator/model.pt", "selftrain/model.pt", "model.pt"):
-        assert torch.load(whole / path, weights_only=True)["learned"] == everything
+        assert torch.load(whole / path, weights_only=True)["learned"] == {"set": [1]}
     with np.load(whole / "pseudo" / "pseudo.npz") as file:
-        assert json.loads(str(file["about"]))["learned"] == everything
+        assert json.loads(str(file["about"]))["learned"] == {"set": [1]}
 
 
 # ---- pseudo-labels ---------------------------------------------------------------------------------
 
 
-def test_purity_by_hand():
-    # Cluster 0 has classes 1, 1, 0; cluster 2 has 0, 2 of which one is right; cluster 5 has 2, 2.
-    clusters, y = np.array([0, 2, 5, 0, 0, 2, 5], np.int32), np.array([1, 0, 2, 1, 0, 2, 2])
-    assert motionfit.purity(clusters, y) == pytest.approx(100 * (2 + 1 + 2) / 7)
-    assert motionfit.purity(clusters, np.zeros((7, 3))) is motionfit.purity(clusters, 0 * y - 1) is None
-    y[[0, 2]] = -1  # without a label
-    assert motionfit.purity(clusters, y) == pytest.approx(100 * (1 + 1 + 1) / 5)
-
-
-def loaded(sets, run, path):
-    return motionfit.load_pseudo(line_of(sets, "o", f"--pseudo {path}"), run,
-                                 datasets.load(f"{sets}/src").train)  # fmt: skip
-
-
-def test_pseudo_labels_are_written_and_read(whole, sets, run):
-    found = loaded(sets, run, whole / "pseudo" / "pseudo.npz")
-    assert (found.clusters, found.frames, found.stride, found.hop, found.fewer) == (2, 4, 1, 4, 1)
-    assert np.diff(found.first).tolist() == [3, 5, 1, 0, 3, 5] and len(found.labels) == 17
-    assert found.labels.dtype == np.int32
-
-
-def test_pseudo_labels_that_are_not_there_or_damaged(whole, sets, run, tmp_path):
-    with pytest.raises(UserError, match="nothing.npz is not there: --stage pseudo"):
-        loaded(sets, run, tmp_path / "nothing.npz")
-    good = (whole / "pseudo" / "pseudo.npz").read_bytes()
-    at = good.index(b"NUMPY") + 150  # a label
-    flipped = good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]
-    for damaged in (good[:-200], b"", b"<html>404</html>", flipped):
-        (tmp_path / "p.npz").write_bytes(damaged)
-        with pytest.raises(UserError, match="p.npz holds no pseudo-labels, or is damaged"):
-            loaded(sets, run, tmp_path / "p.npz")
-
-
-@pytest.mark.parametrize("other", ["array", "folder", "arrays"])
-def test_pseudo_labels_that_are_something_else(other, sets, run, tmp_path):
-    """Features, the folder of the file, a file of another time."""
-    path = tmp_path / "p.npz"
-    if other == "array":
-        with open(path, "wb") as file:
-            np.save(file, np.zeros(3))
-    elif other == "arrays":
-        motionfit.write_pseudo(path, np.zeros(3), np.zeros(2), {"clusters": 3})
-    else:
-        path.mkdir()
-    with pytest.raises(UserError, match="p.npz"):
-        loaded(sets, run, path)
-
-
-def test_neighbours_are_of_clips(whole, sets, run, tmp_path):
-    with np.load(whole / "pseudo" / "pseudo.npz") as file:
-        about = json.loads(str(file["about"])) | {"granularity": "thirds"}
-        motionfit.write_pseudo(tmp_path / "p.npz", file["labels"], file["first"], about)
-    args = line_of(sets, "o", f"--pseudo {tmp_path}/p.npz --neighbours")
-    with pytest.raises(UserError, match="labels of granularity thirds, --neighbours"):
-        motionfit.load_pseudo(args, run, datasets.load(f"{sets}/src").train)
-
-
-def test_other_pseudo_labels_are_not_gone_on_with(whole, sets, tmp_path, monkeypatch):
-    """The file behind --pseudo is another one after a stop."""
-    with np.load(whole / "pseudo" / "pseudo.npz") as file:
-        first, about, y = file["first"], json.loads(str(file["about"])), file["labels"]
-    motionfit.write_pseudo(tmp_path / "p.npz", y, first, about)
-    line = f"--pseudo {tmp_path}/p.npz --epochs 3"
-    with monkeypatch.context() as patch:
-        patch.setattr(motionfit.Run, "told_to_stop", lambda run: True)
-        assert not motionfit.one_run(line_of(sets, tmp_path / "o", line), "selftrain")
-    motionfit.write_pseudo(tmp_path / "p.npz", 1 - y, first, about)
-    with pytest.raises(SystemExit, match="was trained with taught"):
-        go("selftrain", sets, tmp_path / "o", line)
-
-
-def test_a_source_without_its_flow_is_not_clustered(whole, sets, tmp_path):
-    """One of six videos cannot be read, and --max_bad is the limit here, too."""
-    line = f"--generator {whole}/generator/model.pt --max_bad"
-    go("pseudo", sets, tmp_path / "b", f"{line} 0.2")
-    with pytest.raises(SystemExit, match="1 of 6 videos have no features, more than --max_bad 0.1;"):
-        go("pseudo", sets, tmp_path / "a", f"{line} 0.1")
-
-
-@pytest.mark.parametrize("line", ["--batch 4 2 4", "--clusters 3", "--frozen 1", "--iterations 4"])
-def test_flags_of_later_stages_may_change(line, whole, sets, capsys):
-    """The generator that is there stays right: its RESULT is shown again."""
-    with open(whole / "generator" / "config.json") as file:
-        before = json.load(file)
-    flags = [w for w in before["command"].split()[1:]]
-    args = motionfit.parse_args([*flags, *line.split()])
-    assert motionfit.one_run(args, "generator") and "stage=generator" in capsys.readouterr().out
-    (whole / "generator" / "config.json").write_text(json.dumps(before))
-
-
-def test_pseudo_labels_of_another_source_are_refused(whole, sets, run):
-    args = line_of(sets, "o", f"--pseudo {whole}/pseudo/pseudo.npz --source all")
-    with pytest.raises(UserError, match="of other videos than --source all has"):
-        motionfit.load_pseudo(args, run, datasets.load(f"{sets}/set").train)
-
-
 def pseudo(whole, sets, out, more=""):
     """Run the stage with the generator of `whole`; the labels of each of the six videos, the file's bytes."""
-    go("pseudo", sets, out, f"--generator {whole}/generator/model.pt --clusters 5 {more}")
+    go("pseudo", sets, out, f"--clusters 5 {more}", f"--generator {whole}/generator/model.pt")
     path = out / "pseudo" / "pseudo.npz"
     with np.load(path) as file:
         labels = np.split(file["labels"], file["first"][1:-1])
     return [each.tolist() for each in labels], path.read_bytes()
 
 
-def test_d7_features_are_those_of_the_dense_clips(whole, sets, run):
+def test_d6_features_are_those_of_the_dense_clips(whole, sets):
     net, _, _, recipe = evaluate.load_model(whole / "generator" / "model.pt")
-    rows = np.load(whole / "pseudo" / "features" / "features.npy")
-    found, first = [], 3  # the rows of the second video, of 23 fields
-    for start in (0, 4, 8, 12, 16):
+    rows, found = np.load(whole / "pseudo" / "features" / "features.npy"), []
+    for start in (0, 5, 10, 14, 19):  # of the second video, of 23 fields
         with flow.Flow(sets / "src_flow" / "b" / "train1.mp4") as source:
             clip = source.get(range(start, start + 4))
-        x = recipe.to_input(recipe.view([clip]), "cpu")
         with torch.no_grad():
-            found.append(net.embed(x)[0].numpy())
-    assert rows.shape == (17, 32) and rows[first : first + 5] == pytest.approx(np.stack(found), abs=1e-5)
-
-
-def test_pseudo_labels_are_the_nearest_centres(whole, sets, tmp_path):
-    labels, _ = pseudo(whole, sets, tmp_path)
-    rows = np.load(tmp_path / "pseudo" / "features" / "features.npy").astype(np.float64)
-    centres = torch.load(tmp_path / "pseudo" / "last.pt", weights_only=True)["parts"]["kmeans"]["centres"]
-    apart = ((rows[:, None] - centres.double().numpy()) ** 2).sum(2)
-    assert sum(labels, []) == apart.argmin(1).tolist()
-    result = result_of(tmp_path / "pseudo")
-    y = [v % 2 for v in range(6) for _ in labels[v]]
-    assert result["purity"] == pytest.approx(motionfit.purity(np.array(sum(labels, [])), np.array(y)))
-    assert (result["videos"], result["unreadable"], result["clips"], result["segments"]) == (6, 1, 17, 17)
-    assert result["clusters"] == len(set(sum(labels, []))) and result["source"] == "src"
-    rows = rows_of(tmp_path / "pseudo")
-    assert [row["step"] for row in rows] == list(range(len(rows))) and 1 < len(rows) < 20
-    assert [row["moved"] for row in rows] == [True] * (len(rows) - 1) + [False]
+            found.append(net.embed(recipe.to_input(recipe.view([clip]), "cpu"))[0].numpy())
+    assert rows.shape == (sum(CLIPS), 32) and rows[3:8] == pytest.approx(np.stack(found), abs=1e-5)
 
 
 @pytest.mark.parametrize("granularity, sizes", [
-    ("video", [1, 1, 1, 0, 1, 1]), ("thirds", [3, 3, 1, 0, 3, 3]), ("segment", None),
+    ("clip", CLIPS), ("video", [1, 1, 1, 0, 1, 1]), ("thirds", [3, 3, 1, 0, 3, 3]), ("segment", None),
 ])  # fmt: skip
-def test_sec32_a_segment_has_one_label(granularity, sizes, whole, sets, tmp_path):
+def test_sec32_what_gets_one_label(granularity, sizes, whole, sets, tmp_path):
     labels, _ = pseudo(whole, sets, tmp_path, f"--granularity {granularity}")
-    folder, H, last = tmp_path / "pseudo", np.load(tmp_path / "pseudo" / "segments.npy"), 0
-    f = np.split(np.load(folder / "features" / "features.npy"), np.cumsum([3, 5, 1, 0, 3])).copy()
-    centres = torch.load(folder / "last.pt", weights_only=True)["parts"]["kmeans"]["centres"].numpy()
-    for v, clips in enumerate(f):
-        if not len(clips):
-            assert labels[v] == []
-            continue
-        own = motionfit.segments(clips, granularity, 75)
-        means = motionfit.segment_means(clips, own)
-        assert np.array_equal(H[last : last + len(means)], means)
-        nearest = ((means[:, None] - centres) ** 2).sum(2).argmin(1)
-        assert labels[v] == nearest[own].tolist() and (sizes is None or len(means) == sizes[v])
-        last += len(means)
-    assert last == len(H) == result_of(folder)["segments"] and result_of(folder)["clips"] == 17
+    f = np.split(np.load(tmp_path / "pseudo" / "features" / "features.npy"), np.cumsum(CLIPS)[:-1])
+    own = [motionfit.segments(clips, granularity, 75) if len(clips) else np.zeros(0, int) for clips in f]
+    means = [motionfit.segment_means(*pair) for pair in zip(f, own, strict=True) if len(pair[0])]
+    expected, _ = kmeans(np.concatenate(means), 5)
+    assert sizes is None or [len(set(segment)) for segment in own] == sizes
+    for v, segment in enumerate(own):
+        n = sum(len(set(other)) for other in own[:v])
+        assert labels[v] == expected[n + segment].tolist()
+    result = result_of(tmp_path / "pseudo")
+    y = np.repeat([v % 2 for v in range(6)], CLIPS)
+    assert result["purity"] == purity(np.array(sum(labels, [])), y)["purity"]
+    assert (result["videos"], result["unreadable"], result["clips"]) == (6, 1, sum(CLIPS))
+    assert (result["segments"], result["clusters"]) == (sum(map(len, means)), len(set(sum(labels, []))))
 
 
-def test_pseudo_labels_are_the_same_again(whole, sets, tmp_path):
-    assert pseudo(whole, sets, tmp_path / "a")[1] == pseudo(whole, sets, tmp_path / "b")[1]
-    assert pseudo(whole, sets, tmp_path / "c", "--seed 1")[1] != pseudo(whole, sets, tmp_path / "a")[1]
+def test_pseudo_labels_are_a_function_of_the_seed(whole, sets, tmp_path):
+    first, same, other = (pseudo(whole, sets, tmp_path / f"{k}", f"--seed {k // 2}")[1] for k in range(3))
+    assert first == same != other
 
 
-def test_kmeans_goes_on_where_it_was_stopped(whole, sets, tmp_path, monkeypatch):
-    labels, expected = pseudo(whole, sets, tmp_path / "a")
-    args = line_of(sets, tmp_path / "b", f"--generator {whole}/generator/model.pt --clusters 5")
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "told_to_stop", lambda run: True)
-        assert not motionfit.one_run(args, "pseudo")
-    folder = tmp_path / "b" / "pseudo"
-    assert len(rows_of(folder)) == 1 and not (folder / "pseudo.npz").exists()
-    assert pseudo(whole, sets, tmp_path / "b")[1] == expected
-    assert rows_of(folder) == rows_of(tmp_path / "a" / "pseudo")
+def test_any_number_of_ranks_makes_the_same_pseudo_labels(whole, sets, tmp_path):
+    """One process clusters, and the others wait."""
+    expected = pseudo(whole, sets, tmp_path / "a")[1]
+    words = (f"pseudo --data {sets}/set --source {sets}/src --out {tmp_path}/b --clusters 5 --workers 0 "
+             f"--max_bad 0.5 --generator {whole}/generator/model.pt")  # fmt: skip
+    root = Path(motionfit.__file__).parent
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, root / "motionfit.py", *words.split()]
+    process = forks.start(call, tmp_path, environment, ranks=3)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, out + err
+    assert (tmp_path / "b" / "pseudo" / "pseudo.npz").read_bytes() == expected
 
 
-@pytest.mark.parametrize("limit", [1, 2])
-def test_d8_no_more_iterations_than_asked_for(limit, whole, sets, tmp_path):
-    pseudo(whole, sets, tmp_path, f"--iterations {limit}")
-    assert len(rows_of(tmp_path / "pseudo")) == limit
-
-
-def test_d7_dense_clips_may_overlap(whole, sets, tmp_path):
-    labels, _ = pseudo(whole, sets, tmp_path, "--hop 3")
+def test_hop_and_iterations(whole, sets, tmp_path):
+    labels, _ = pseudo(whole, sets, tmp_path / "a", "--hop 3")
     assert [len(each) for each in labels] == [3, 7, 1, 0, 3, 6]  # 12, 23, 4, -, 12 and 20 fields
-    with np.load(tmp_path / "pseudo" / "pseudo.npz") as file:
-        assert json.loads(str(file["about"]))["hop"] == 3
+    rows = np.load(tmp_path / "a" / "pseudo" / "features" / "features.npy")
+    labels, _ = pseudo(whole, sets, tmp_path / "b", "--hop 3 --iterations 1")
+    assert sum(labels, []) == kmeans(rows, 5, 1)[0].tolist()
 
 
-def test_digest_of_weights():
-    net = network().backbone
-    before = evaluate.digest_of(net)
-    assert evaluate.digest_of(network().backbone.to(memory_format=torch.channels_last_3d)) == before
-    with torch.no_grad():
-        net.stem[1].running_mean[0] += 1
-    assert evaluate.digest_of(net) != before
+def test_more_clusters_than_clips(whole, sets, tmp_path):
+    with pytest.raises(SystemExit, match="--clusters 18 is more than there are clips or segments, 17"):
+        pseudo(whole, sets, tmp_path, "--clusters 18")
+
+
+def test_a_source_without_its_flow_is_not_clustered(whole, sets, tmp_path):
+    """One of six videos cannot be read, and --max_bad is the limit here, too."""
+    pseudo(whole, sets, tmp_path / "b", "--max_bad 0.2")
+    with pytest.raises(SystemExit, match="1 of 6 videos have no features, more than --max_bad 0.1;"):
+        pseudo(whole, sets, tmp_path / "a", "--max_bad 0.1")
+
+
+def loaded(sets, path, line=""):
+    args = args_of("selftrain", line_of(sets, "o", line), f"--pseudo {path}")
+    return motionfit.load_pseudo(args, datasets.load(f"{sets}/src").train)
+
+
+def test_pseudo_labels_that_are_damaged_or_something_else(whole, sets, tmp_path):
+    path, p = whole / "pseudo" / "pseudo.npz", tmp_path / "p.npz"
+    found = loaded(sets, path)
+    assert np.diff(found.first).tolist() == CLIPS and found.labels.dtype == np.int32 and found.clusters == 2
+    good = path.read_bytes()
+    at = good.index(b"NUMPY") + 150  # a label
+    flipped = good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    np.savez(tmp_path / "arrays.npz", labels=np.zeros(3), first=np.zeros(2), about='{"clusters": 3}')
+    others = [(tmp_path / name).read_bytes() for name in ("array.npy", "arrays.npz")]
+    for damaged in (good[:-200], b"", b"<html>404</html>", flipped, *others):
+        p.write_bytes(damaged)
+        with pytest.raises(UserError, match="p.npz holds no pseudo-labels, or is damaged"):
+            loaded(sets, p)
+
+
+def test_pseudo_labels_of_another_source_or_granularity(whole, sets, tmp_path):
+    path = whole / "pseudo" / "pseudo.npz"
+    args = args_of("selftrain", line_of(sets, "o", "--source all"), f"--pseudo {path}")
+    with pytest.raises(UserError, match="of other videos than --source all has"):
+        motionfit.load_pseudo(args, datasets.load(f"{sets}/set").train)
+    write_pseudo(tmp_path / "p.npz", loaded(sets, path), granularity="thirds")
+    with pytest.raises(UserError, match="--neighbours needs pseudo-labels of clips, .* has thirds"):
+        loaded(sets, tmp_path / "p.npz", "--neighbours")
 
 
 # ---- all stages ------------------------------------------------------------------------------------
@@ -1472,222 +1096,151 @@ def test_digest_of_weights():
 
 def test_fig2_all_stages_on_a_small_set(whole):
     """The class of these videos is plain in flow and in RGB; one of the five test videos is unreadable."""
-    net, made, classes, recipe = evaluate.load_model(whole / "generator" / "model.pt")
+    _, made, classes, recipe = evaluate.load_model(whole / "generator" / "model.pt")
     assert (made["in_channels"], recipe.modality, recipe.stretch) == (2, "field", (20, 26))
     assert classes == ("a", "b")
-    found = {name: result_of(whole / name) for name in ("generator", "pseudo", "selftrain", "", "retrieve")}
+    found = {name: result_of(whole / name) for name in ("generator", "pseudo", "selftrain", "")}
     assert (found["generator"]["top1"], found["generator"]["stage"]) == (80, "generator")
-    assert found["pseudo"]["purity"] > 90 and found["selftrain"]["clusters"] == 2
+    assert found["pseudo"]["purity"] > 90 and found["selftrain"]["stage"] == "selftrain"
     assert (found[""]["top1"], found[""]["unreadable"], found[""]["videos"]) == (80, 1, 5)
-    assert (found["retrieve"]["R1"], found["retrieve"]["videos_R1"]) == pytest.approx((80, 80))
-    assert found["retrieve"]["unreadable"] == 1
     assert evaluate.load_model(whole / "model.pt")[3].modality == "rgb"
-    with Image.open(whole / "retrieve" / "sheet.png") as sheet:
-        assert sheet.size == (4 * 16, 8 * (16 + show.CAPTION))
-
-
-def test_table7_features_are_those_before_finetuning(whole, sets):
-    """Of each clip, of which a video has three here, by the self-trained network."""
-    net, _, _, recipe = evaluate.load_model(whole / "selftrain" / "model.pt")
-    recipe, data = replace(recipe, clips=3), datasets.load(f"{sets}/set")
-    with recipe.open(data.train, 1) as source:
-        x = recipe.to_input(recipe.view(source.clips(recipe.sample(source))), "cpu")
-    with torch.no_grad():
-        z = net.features(x)[-1].amax((2, 3, 4)).numpy()
-    rows = np.load(whole / "retrieve" / "train" / "features.npy")
-    assert len(rows) == 8 * 3 and rows[3:6] == pytest.approx(z, abs=1e-5)
-    assert len(np.load(whole / "retrieve" / "test" / "features.npy")) == 4 * 3
-
-
-def test_retrieval_of_random_weights(sets, tmp_path, monkeypatch):
-    seen, real = [], motionfit.max_features
-    monkeypatch.setattr(motionfit, "max_features", lambda net, x: seen.append(len(x)) or real(net, x))
-    assert motionfit.one_run(line_of(sets, tmp_path, "--init none --sheet 0 --crops 3"), "retrieve")
-    result = result_of(tmp_path / "retrieve")
-    assert result["stage"] == "retrieve" and result["R50"] == pytest.approx(80)
-    assert sum(seen) == 2 * (8 + 4)
-
-
-def test_retrieval_wants_a_network_that_sees_rgb(whole, sets, tmp_path):
-    with pytest.raises(SystemExit, match="generator/model.pt sees flow"):
-        motionfit.one_run(line_of(sets, tmp_path, f"--init {whole}/generator/model.pt"), "retrieve")
 
 
 def test_eval_tests_one_model(whole, sets, tmp_path, scored):
-    args = line_of(sets, tmp_path, f"--eval {whole}/generator/model.pt --crops 3")
-    assert motionfit.one_run(args, "eval") and motionfit.one_run(args, "eval")  # tested again
+    line = line_of(sets, tmp_path, f"--eval {whole}/generator/model.pt --crops 3")
+    runs = motionfit.parse_args(line.split())
+    assert list(runs) == ["eval"]
+    for _ in range(2):
+        assert motionfit.one_run("eval", runs["eval"], runs)  # tested again
     result = result_of(tmp_path)
     assert (result["top1"], result["eval"]) == (80, f"{whole}/generator/model.pt")
-    assert (result["clips"], result["crops"], result["average"]) == (2, 3, "logits")
-
-
-def test_eval_of_other_views_has_a_folder_of_its_own():
-    more = "", "--clips 3", "--average softmax", "--crops 3"
-    assert len({parsed(f"--eval r/model.pt {line}").out for line in more}) == 4
-
-
-@pytest.mark.parametrize("transfer", ["mers", "mars"])
-def test_table5_needs_a_teacher_of_the_same_width(transfer, whole, sets, tmp_path):
-    stage = {"mers": "selftrain", "mars": "finetune"}[transfer]
-    with pytest.raises(SystemExit, match="generator/model.pt"):
-        go(stage, sets, tmp_path,
-           f"--transfer {transfer} --generator {whole}/generator/model.pt --width 0.125")  # fmt: skip
-
-
-# ---- the order of the stages -----------------------------------------------------------------------
-
-ALL = ["generator", "pseudo", "selftrain", "finetune"]
-
-
-@pytest.mark.parametrize("line, expected", [
-    ("", ALL), ("--generator g.pt", ALL[1:]), ("--pseudo p.npz", ALL[2:]), ("--init m.pt", ALL[3:]),
-    ("--init none", ALL[3:]), ("--generator g.pt --pseudo p.npz", ALL[2:]), ("--init kinetics", ALL[3:]),
-    ("--generator g.pt --init none", ALL[3:]), ("--pseudo p.npz --init m.pt", ALL[3:]),
-    ("--transfer mers", ["generator", "selftrain", "finetune"]),
-    ("--transfer mers --generator g.pt", ["selftrain", "finetune"]), ("--transfer mers --init m.pt", ALL[3:]),
-    ("--transfer mars", ["generator", "finetune"]), ("--transfer mars --generator g.pt", ["finetune"]),
-    *((f"--stage {stage}", [stage]) for stage in (*ALL, "retrieve")),
-    ("--stage selftrain --pseudo p.npz", ["selftrain"]), ("--stage generator --init m.pt", ["generator"]),
-])  # fmt: skip
-def test_stages_of_a_command(line, expected):
-    assert motionfit.stages_of(parsed(line)) == expected
-
-
-def test_what_finetuning_starts_from():
-    lines = "", "--init none", "--init m.pt", "--init kinetics", "--transfer mers", "--transfer mars"
-    found = [motionfit.start_of(parsed(f"--out o {line}")) for line in lines]
-    assert found == ["o/selftrain/model.pt", None, "m.pt", "kinetics", "o/selftrain/model.pt", None]
+    assert (result["clips"], result["crops"]) == (2, 3)
+    more = "", "--clips 3", "--crops 3"
+    assert len({motionfit.parse_args(f"--eval r/model.pt {line}".split())["eval"].out for line in more}) == 3
 
 
 @pytest.mark.parametrize("stop", [None, 1])
 def test_stages_run_in_turn_until_one_is_stopped(stop, monkeypatch):
-    done = []
-
-    def one_run(args, stage):
+    done, stages = [], list(motionfit.STAGES)
+    def one_run(stage, *_):
         done.append(stage)
-        return stop is None or stage != ALL[stop]
+        return stop is None or stage != stages[stop]
 
     monkeypatch.setattr(motionfit, "one_run", one_run)
     monkeypatch.setattr("sys.argv", ["motionfit.py"])
     motionfit.main()
-    assert done == (ALL if stop is None else ALL[: stop + 1])
-    monkeypatch.setattr("sys.argv", ["motionfit.py", "--eval", "m.pt"])
+    assert done == (stages if stop is None else stages[: stop + 1])
+    monkeypatch.setattr("sys.argv", ["motionfit.py", "finetune"])
     motionfit.main()
-    assert done[-1] == "eval"
-
-
-def test_each_stage_has_its_folder_and_ends_once(tmp_path, monkeypatch):
-    calls, stops = [], True
-
-    def stage(args, run):
-        calls.append(run.out)
-        if not stops:
-            run.result({"top1": 50.0})
-
-    for name in (*ALL, "retrieve"):
-        monkeypatch.setattr(motionfit, name, stage)
-    args = parsed(f"--out {tmp_path}")
-    assert not motionfit.one_run(args, "pseudo")
-    stops = False
-    for name in (*ALL, "retrieve"):
-        assert motionfit.one_run(args, name) and motionfit.one_run(args, name)
-    folders = [tmp_path / "pseudo", *(tmp_path / name for name in ALL[:3]), tmp_path, tmp_path / "retrieve"]
-    assert calls == folders
-    args = parsed(f"--out {tmp_path} --stage retrieve --sheet 3")  # neither changes what there is
-    assert motionfit.one_run(args, "generator") and len(calls) == 6
+    assert done[-1] == "finetune" and len(done) == (5 if stop is None else 3)
 
 
 def test_a_stopped_stage_leaves_no_model(sets, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "told_to_stop", lambda run: True)
-    assert not motionfit.one_run(line_of(sets, tmp_path), "generator")
+    args = args_of("generator", line_of(sets, tmp_path))
+    assert not motionfit.one_run("generator", args, {})
     folder = tmp_path / "generator"
     assert (folder / "last.pt").exists() and not (folder / "model.pt").exists() and len(rows_of(folder)) == 1
 
 
-def test_a_stage_without_what_it_needs_says_who_makes_it(sets, tmp_path):
-    for stage, maker in (("pseudo", "generator"), ("selftrain", "pseudo"), ("finetune", "selftrain"),
-                         ("retrieve", "selftrain")):  # fmt: skip
-        with pytest.raises(SystemExit, match=f"{tmp_path}/{maker}/.* is not there: --stage {maker} makes it"):
-            motionfit.one_run(line_of(sets, tmp_path), stage)
-        dist.destroy_process_group()
+def test_a_changed_input_is_a_sentence_and_no_old_result(whole, sets, tmp_path, capsys):
+    """Other pseudo-labels in the same place, and an unchanged run once more."""
+    start = f"--generator {whole}/generator/model.pt"
+    go("pseudo", sets, tmp_path, "--clusters 3", start)
+    go("selftrain", sets, tmp_path)
+    capsys.readouterr()
+    go("selftrain", sets, tmp_path)
+    assert capsys.readouterr().out.count("\n") == 1  # RESULT
+    for path in sorted((tmp_path / "pseudo").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    go("pseudo", sets, tmp_path, "--clusters 4", start)
+    with pytest.raises(SystemExit, match=r"selftrain holds a run with --pseudo \w{64}, not \w{64}: "):
+        go("selftrain", sets, tmp_path)
+    assert "RESULT script=motionfit data=set stage=selftrain" not in capsys.readouterr().out
 
 
-def test_flags_of_a_stage():
-    args = parsed("--frames 8 16 32 --batch 4 --lr_steps 1,2 cosine 3 --lam 0.5 1 0")
-    found = {stage: motionfit.of_stage(args, stage) for stage in motionfit.TRAINED}
-    assert [found[stage].frames for stage in ("generator", "selftrain", "finetune")] == [8, 16, 32]
-    assert [scope.lr_steps for scope in found.values()] == ["1,2", "cosine", "3"]
-    assert [(scope.batch, scope.lam) for scope in found.values()] == [(4, 0.5), (4, 1), (4, 0)]
-    assert found["generator"].net == args.net and args.frames == [8, 16, 32]
+@pytest.mark.parametrize("stage, lacks", [
+    ("pseudo", "generator/model.pt"), ("selftrain", "pseudo/pseudo.npz"), ("finetune", "selftrain/model.pt"),
+])  # fmt: skip
+def test_a_stage_without_what_it_needs_says_so(stage, lacks, sets, tmp_path):
+    with pytest.raises(SystemExit, match=f"{tmp_path}/{lacks} is not there: an earlier stage makes it"):
+        go(stage, sets, tmp_path)
+
+
+@pytest.mark.parametrize("line, word", [
+    ("--source {}/nowhere", "nowhere"), ("--source_flow {}/none", "{}/none"),
+    ("--source {}/set:test", "5 of the 5 test videos"), ("--source rest", "no video without a label"),
+])  # fmt: skip
+def test_mistakes_of_later_stages_are_found_before_the_first_trains(line, word, sets, tmp_path, monkeypatch):
+    monkeypatch.setattr(motionfit, "train", lambda *_: pytest.fail("trained"))
+    line = line_of(sets, tmp_path / "o", line.format(sets))
+    monkeypatch.setattr("sys.argv", ["motionfit.py", *line.split()])
+    with pytest.raises(SystemExit, match=re.escape(word.format(sets))):
+        motionfit.main()
 
 
 # ---- command line ----------------------------------------------------------------------------------
 
 
 def test_defaults_are_those_of_the_paper():
-    args = parsed("--data ucf101")
-    assert (args.generator_net, args.net, args.generator_on) == ("r2plus1d_18", "r2plus1d_18", "field")
-    assert (args.stretch, args.size, args.test_size) == ([128, 171], 112, 112)  # Sec. 4.2
-    assert (args.frames, args.multi_clips, args.lam) == ([16] * 3, [3] * 3, [1.0] * 3)
-    assert (args.epochs, args.batch, args.lr_batch) == ([120, 45, 120], [8, 16, 8], [8, 16, 8])
-    assert args.lr_steps == ["40,60,80", "20,40", "40,60,80"]
-    assert (args.optimizer, args.lr, args.weight_decay, args.warmup) == ("sgd", 0.001, 5e-4, 0)
-    assert (args.holdout, args.frozen, args.clusters, args.granularity) == (0.1, 2, 1000, "clip")
-    assert (args.source, args.source_part, args.ratio, args.transfer) == ("k400", "train", 1.0, "pseudo")
-    assert (args.clips, args.crops, args.average, args.flip, args.dropout) == (10, 1, "logits", False, 0)
-    assert (args.percentile, args.iterations, args.alpha, args.hop, args.stride) == (75, 20, 50, None, 1)
-    assert not args.neighbours and not args.allow_leak and args.stage == "all"
-    assert {**vars(parsed("--data hmdb51")), "data": "ucf101", "out": args.out} == vars(args)
-    recipe = motionfit.recipe_of("field", motionfit.of_stage(args, "finetune"), (9.0, 100))
-    assert (recipe.frames, recipe.stride, recipe.clips, recipe.crops) == (16, 1, 10, 1)
-    assert (recipe.size, recipe.stretch, recipe.average) == (112, (128, 171), "logits")
-    assert (recipe.modality, recipe.bound, recipe.flow_side) == ("field", 9.0, 100)
-    assert (recipe.mean, recipe.std) == ((0.5,), (0.226,))  # D2
-    recipe = motionfit.recipe_of("rgb", seen_args(crops=3, test_size=20), (9.0, 100))
-    assert (recipe.size, recipe.crops, recipe.mean) == (20, 3, (0.485, 0.456, 0.406))
+    runs = motionfit.parse_args(["--data", "ucf101"])
+    first, pseudo, second, third = runs.values()
+    for args, numbers in ((first, (120, 8, 8, [40, 60, 80])), (second, (45, 16, 16, [20, 40])),
+                          (third, (120, 8, 8, [40, 60, 80]))):  # fmt: skip
+        assert (args.epochs, args.batch, args.lr_batch, args.lr_steps) == numbers
+        assert (args.net, args.frames, args.stride) == ("r2plus1d_18", 16, 1)
+        assert (args.multi_clips, args.lam) == (3, 1)
+        assert (args.optimizer, args.lr, args.weight_decay, args.warmup) == ("sgd", 0.001, 5e-4, 0)
+        assert (args.stretch, args.size, args.test_size, args.flip) == ([128, 171], 112, 112, False)
+        assert (args.clips, args.crops, args.ratio, args.width) == (10, 1, 1.0, 1.0)
+    assert first.holdout == second.holdout == 0.1 and first.modality == "field" and third.frozen == 2
+    assert (pseudo.source, pseudo.clusters, pseudo.granularity, pseudo.hop) == ("k400", 1000, "clip", None)
+    assert (pseudo.percentile, pseudo.iterations, third.alpha, second.neighbours) == (75, 20, 50, False)
+    out = "runs/motionfit_ucf101_1.0_0"
+    assert (pseudo.generator, second.pseudo) == (f"{out}/generator/model.pt", f"{out}/pseudo/pseudo.npz")
+    assert third.init == f"{out}/selftrain/model.pt"
+    assert first.init is second.teacher is third.teacher is None
 
 
-def test_recipes_of_other_sets():
-    assert parsed("").source == "all"
-    nets = {parsed(f"--data {data}").net for data in ("toy", "toy:b", "weizmann")}
-    assert nets == {"r2plus1d_10-pool"}
-
-
-@pytest.mark.parametrize("line", [
-    "--frames 8", "--frames 8 16 32", "--lam 0 --multi_clips 2", "--lam 0.5 1 1 --multi_clips 3 1 1",
-    "--multi_clips 1", "--multi_clips 9", "--lam 0 --multi_clips 5", "--lr_steps cosine",
-    "--lr_steps 1.5,2 cosine 3", "--percentile 0", "--percentile 100",
-    "--test_size 32", "--holdout 0", "--neighbours", "--size 48 --test_size 48", "--frozen 0", "--frozen 4",
-])  # fmt: skip
-def test_good_lines(line):
-    parsed(line)
+def test_recipes_and_flags_go_to_the_stages_that_have_them():
+    runs = motionfit.parse_args("--data toy:b --clusters 9 --flip --net r3d_18 --lr_steps 1,2.5".split())
+    assert [args.epochs for args in (runs["generator"], runs["selftrain"], runs["finetune"])] == [30, 10, 20]
+    assert runs["pseudo"].clusters == 9 and runs["pseudo"].source == runs["selftrain"].source == "all"
+    assert all(args.flip and args.per_class == 8 for args in runs.values())
+    assert [args.net for stage, args in runs.items() if stage != "pseudo"] == ["r3d_18"] * 3
+    assert runs["finetune"].lr_steps == [1, 2.5] and not hasattr(runs["generator"], "clusters")
+    args = motionfit.parse_args("finetune --lr_steps cosine --teacher g.pt --no-flip".split())["finetune"]
+    assert (args.lr_steps, args.init, args.teacher, args.flip) == ([], "none", "g.pt", False)
 
 
 @pytest.mark.parametrize("line, word", [
-    ("--frames 8 16", "--frames has one value, or one for each of generator, selftrain, finetune, not 2"),
-    ("--lr_steps 1 2", "--lr_steps"), ("--epochs 1 2 3 4", "--epochs"),
-    ("--lam 0.5 --multi_clips 1", "--multi_clips"), ("--lam 1 1 0 --multi_clips 3 3 1", "--multi_clips"),
-    ("--lam 0.5 --multi_clips 6", "2 to 5 clips, --multi_clips is 6"), ("--lam 0 --multi_clips 9", "2 to 5"),
-    ("--lam 1.5", "--lam"), ("--lam -0.1", "--lam"), ("--lr_steps soon", "not soon"),
-    ("--lr_steps 1 1,x 1", "not 1,x"), ("--percentile 101", "--percentile"), ("--percentile nan", "--per"),
-    ("--percentile -1", "--percentile"), ("--size 49", "--size"), ("--test_size 49", "--test_size"),
-    ("--stretch 48 39", "--stretch 48 39"), ("--crops 2", "--crops"),
-    ("--neighbours --granularity thirds", "--neighbours"), ("--neighbours --transfer mers", "--neighbours"),
-    ("--neighbours --transfer mars", "--neighbours"), ("--holdout 1.5", "--holdout"), ("--hop 0", "--hop"),
-    ("--clusters 0", "--clusters"), ("--iterations 0", "--iterations"), ("--stride 0", "--stride"),
-    ("--batch 4 0 4", "--batch"), ("--frames 0", "--frames"), ("--multi_clips 0", "--multi_clips"),
-    ("--epochs 1 1 -1", "--epochs"), ("--epochs nan", "--epochs"), ("--lr -1", "--lr"), ("--lr inf", "--lr"),
-    ("--warmup -1", "--warmup"), ("--weight_decay nan", "--weight_decay"), ("--alpha -1", "--alpha"),
-    ("--frozen -1", "--frozen"), ("--sheet -1", "--sheet"), ("--granularity frame", "--granularity"),
-    ("--transfer both", "--transfer"), ("--stage 2", "--stage"), ("--source_part val", "--source_part"),
-    ("--generator_on diff", "--generator_on"), ("--optimizer lars", "--optimizer"), ("--ratio 20", "--ratio"),
-    ("--average max", "--average"),
-    # what would be noticed days later
-    ("--net r2plus1d_11", "r2plus1d_11"), ("--generator_net x", "backbone x"),
-    ("--frozen 5", "--frozen"), ("--transfer mers --lam 0.5", "--lam"), ("--lr_steps nan", "--lr_steps"),
+    ("--lam 0.5 --multi_clips 1", "2 to 5 clips, --multi_clips is 1"), ("--lam 0 --multi_clips 9", "2 to 5"),
+    ("--lam 1.5", "--lam: is a share in [0, 1], not 1.5"), ("--hop 0", "--hop: must be at least 1, not 0"),
+    ("--lr_steps soon", "not soon"), ("--lr_steps 1,x", "not 1,x"), ("--percentile 101", "from 0.0 to 100"),
+    ("--size 49", "--stretch 48 48"), ("--test_size 49", "--test_size"), ("--stretch 48 39", "--stretch"),
+    ("--init m.pt", "--init is for one stage"), ("--teacher=m.pt", "--teacher is for one stage"),
+    ("--pseudo p.npz", "name that first"), ("--stage finetune", "there is no flag or stage --stage"),
+    ("train", "there is no flag or stage train; the stages are generator, pseudo, selftrain, finetune"),
+    ("generator --clusters 3", "--clusters"), ("pseudo --net r3d_18", "--net"),
+    ("selftrain --teacher g.pt --lam 0.5", "--lam 1"), ("selftrain --teacher g --neighbours", "--neighbours"),
+    ("selftrain --teacher g.pt --pseudo p", "--pseudo"), ("finetune --teacher g --init m", "without --init"),
+    *((line, line.split()[0]) for line in (
+        "--lam -0.1", "--lr_steps nan", "--percentile nan", "--crops 2", "--holdout 1.5", "--clusters 0",
+        "--clusters 1.5", "--iterations 0", "--stride 0", "--batch 0", "--frames 0", "--multi_clips 0",
+        "--epochs -1", "--epochs nan", "--lr -1", "--lr inf", "--warmup -1", "--weight_decay nan",
+        "--alpha -1", "--frozen 5", "--granularity frame", "--modality diff", "--optimizer lars",
+        "--ratio 20", "--net r2plus1d_11")),
 ])  # fmt: skip
 def test_mistakes_are_one_sentence_with_status_2(line, word):
     with pytest.raises(SystemExit) as end:
-        parsed(line)
+        motionfit.parse_args(line.split())
     said = str(end.value)
     assert said.startswith("motionfit: ") and word in said and said.endswith("(2)") and "\n" not in said
+
+
+def test_help_lists_the_flags_of_all_stages(capsys):
+    with pytest.raises(SystemExit):
+        motionfit.parse_args(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"motionfit.py {stage}" in out or f" {stage} [-h]" in out for stage in motionfit.STAGES)
+    assert "--clusters" in out and "--neighbours" in out
