@@ -538,20 +538,21 @@ class Run:
         return None
 
     def _truncate_log(self, step):
-        """Drop the rows of log.jsonl that the run is about to write again, and what is no row."""
+        """Drop the rows of log.jsonl that the run will write again, and damaged lines."""
         path, rows, damaged = self.out / "log.jsonl", [], 0
-        lines = path.read_bytes().splitlines() if path.exists() else []
+        data = path.read_bytes() if path.exists() else b""
+        lines = data.splitlines()
         for line in lines:
             try:
                 row = json.loads(line.decode())
                 # A row about step n was written after n steps; an evaluation there is done again.
-                rows += [line] * (row["step"] < step + ("eval" not in row))
+                rows += [line + b"\n"] * (row["step"] < step + ("eval" not in row))
             except (ValueError, KeyError, TypeError):
                 damaged += 1
         if damaged:
             self.say(f"{path}: {damaged} of {len(lines)} lines are damaged and were dropped")
-        if rows != lines:
-            files.write(path, "".join(row.decode() + "\n" for row in rows))
+        if b"".join(rows) != data:
+            files.write(path, b"".join(rows).decode())
 
     def _check_space(self, parts):
         """Raise UserError where what the run is going to keep does not fit on the disk."""

@@ -1025,14 +1025,15 @@ def _begin_worker(worker):
 
 
 def _unsendable(error, item):
-    """End the worker: multiprocessing would drop what it cannot send, and the main process wait for it."""
-    print(getattr(item[1], "exc_msg", ""), f"a loader worker cannot send a batch: {error!r}", file=sys.stderr)
+    """End this worker: multiprocessing would drop the batch, and the main process would wait for it."""
+    trace = getattr(item[1], "exc_msg", "")  # of an exception in place of a batch
+    print(f"{trace}a loader worker cannot send a batch: {error!r}", file=sys.stderr)
     os._exit(1)
 
 
 @atexit.register
 def _kill_workers():
-    """As multiprocessing is about to end them by SIGTERM, which they ignore, and to wait for them."""
+    """At exit multiprocessing sends its workers SIGTERM, which loader workers ignore, and waits for them."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
