@@ -419,13 +419,13 @@ def pseudo(args, run):
     """Stage 2 (Sec. 3.2): features of the dense clips of the source, their clusters, pseudo-labels."""
     net, recipe, learned = load_generator(args, args.generator, run)
     data, videos, _ = source_videos(args, run, (recipe.modality,), {args.generator: recipe})
-    source = {"unlabelled": datasets.digest(videos)}
-    run.resume(source)  # refuses other videos than those of a result that is there
+    run.resume(source := {"unlabelled": datasets.digest(videos)})  # refuses a result of other videos
     # `clips` only decides how many videos go through the network together: one where flow is computed.
     clips = 64 if recipe.modality == "field" and videos.flow is None else 8
     dense = vars(recipe) | dict(clips=clips, crops=1, hop=args.hop or recipe.frames * recipe.stride)
     folder, identity = Path(args.features or run.out / "features"), {"generator": evaluate.digest_of(net)}
-    found = features.extract(folder, net, net.embed, videos, DenseClips(**dense), run, args.workers, identity)
+    what = features.Extraction(net, net.embed, videos, DenseClips(**dense), identity)
+    found = features.extract(folder, what, run, args.workers)
     if found is None:
         return
     if len(found.bad) > args.max_bad * len(videos):

@@ -115,6 +115,13 @@ class Scores:
     bad: dict
     logits: np.ndarray = None
 
+    @classmethod
+    def of(cls, probs, videos, bad):
+        """Those of probabilities (N, K) of single-label `videos`, as if each had a single view."""
+        readable = np.isin(np.arange(len(probs)), list(bad), invert=True)
+        hits, views = readable & (probs.argmax(1) == videos.labels), np.ones(len(probs), np.int64)
+        return cls(probs * readable[:, None], hits.astype(np.int64), views, videos.labels, bad)
+
 
 def score(net, videos, recipe, run, workers=0, bar=False):
     """Score `videos` with all ranks of `run`; every rank returns the same Scores.
@@ -322,20 +329,21 @@ def precise_bn(net, videos, recipe, run, workers=0, block=40):
 def metrics(scores):
     """Percentages by name, counting every video: an unreadable one is wrong.
 
-    top1, top5, mean_class (mean of the classes' accuracies) and clip_top1 (single views), or mAP for
-    multi-label data; videos and unreadable are counts.
+    top1, top5, mAP, mean_class (mean of the classes' accuracies) and clip_top1 (single views); of multi-label
+    data mAP alone; videos and unreadable are counts.
     """
     if scores.labels.ndim == 2:
         found = {"mAP": 100 * mean_average_precision(scores.probs, scores.labels)}
     else:
         ranks = rank_of_label(scores)
         right = ranks == 0
-        counts = np.bincount(scores.labels)
+        counts, K = np.bincount(scores.labels), scores.probs.shape[1]
         classes = counts > 0
         per_class = np.bincount(scores.labels, right)[classes] / counts[classes]
         found = {
             "top1": 100 * float(right.mean()),
             "top5": 100 * float((ranks < 5).mean()),
+            "mAP": 100 * mean_average_precision(scores.probs, scores.labels[:, None] == np.arange(K)),
             "mean_class": 100 * float(per_class.mean()),
             "clip_top1": 100 * float(scores.hits.sum() / scores.views.sum()),
         }

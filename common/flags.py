@@ -51,12 +51,12 @@ class Parser(argparse.ArgumentParser):
         """All flags, such as "--data"."""
         return self._option_string_actions.keys()
 
-    def data(self, unlabelled="rest", ratio=0.01):
+    def data(self, unlabelled="rest", ratio=0.01, crop=True):
         """Add the flags that say which videos and labels; the group, for more of them.
 
-        unlabelled None: the script has no use for videos without a label.
+        unlabelled None: the script has no use for videos without a label. crop False: it crops no clips.
         """
-        self.ratio = ratio
+        self.ratio, self.crop = ratio, crop
         g = self.add_argument_group("data")
         g.add_argument("--data", default="toy", help="k400, ucf101, hmdb51, ssv2, ..., or a folder")
         g.add_argument("--root", help="where the data set is; data/<name> if not given")
@@ -67,8 +67,10 @@ class Parser(argparse.ArgumentParser):
         if unlabelled:
             g.add_argument("--unlabelled", choices=["rest", "all"], default=unlabelled,
                            help="videos without a label, or the labelled ones too")  # fmt: skip
-        g.add_argument("--size", type=int, default=224, help="training crop in pixels")
-        g.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror clips; if labels allow")
+        if crop:
+            g.add_argument("--size", type=int, default=224, help="training crop in pixels")
+            flip = argparse.BooleanOptionalAction
+            g.add_argument("--flip", action=flip, help="mirror clips; if labels allow")
         return g
 
     def run(self, test_scale=8 / 7):
@@ -87,7 +89,8 @@ class Parser(argparse.ArgumentParser):
         g.add_argument("--max_bad", type=float, default=0.05, help="unreadable share that stops")
         g.add_argument("--clips", type=int, default=10, help="test clips per video")
         g.add_argument("--crops", type=int, choices=[1, 3], default=3, help="test crops per clip")
-        g.add_argument("--test_size", type=int, help="side of a test crop; follows from --size")
+        if self.crop:
+            g.add_argument("--test_size", type=int, help="side of a test crop; follows from --size")
         g.add_argument("--eval", metavar="MODEL.PT", help="only test this model")
         g.add_argument("--compile", action="store_true", help="torch.compile the networks")
         g.add_argument("--channels_last", action=argparse.BooleanOptionalAction, help="memory layout")
@@ -132,12 +135,13 @@ class Parser(argparse.ArgumentParser):
                 print(f"{share:.1%} of the training videos have a label: recipe of {name} for {nearest:.0%}",
                       flush=True)  # fmt: skip
 
-        self.at_least(1, args, "size", "log_every")
+        self.at_least(1, args, "log_every", *["size"] * self.crop)
         self.at_least(0 if getattr(args, "uniform", 0) else 1, args, "clips")
         self.at_least(0, args, "seed", "workers", "eval_every", "save_minutes", "max_bad")
         if args.seed >= 2**63:
             self.error(f"--seed must be below 2^63, not {args.seed}")
-        args.test_size = args.test_size or round(args.size * self.test_scale)
+        if self.crop:
+            args.test_size = args.test_size or round(args.size * self.test_scale)
         data, labels = Path(args.data).name.replace(":", "-"), args.ratio or args.per_class or "list"
         model = Path(args.eval or "")
         net = model.stem.removeprefix("model").removeprefix("_")

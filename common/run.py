@@ -576,13 +576,16 @@ class Run:
         if self.main:
             files.write(self.out / name, text)
 
-    def finished(self):
+    def finished(self, identity=None):
         """Whether a run has already ended here; its RESULT line is then printed again.
 
         Not if the data are elsewhere than they were: `resume` then checks that they are the same.
+        identity: as `save` has it; a result that was made from another one is refused, a UserError.
         """
         row = self.on_main(self._read_result)
         if row:
+            if identity is not None:
+                self.on_main(self._read_checkpoint, identity)
             self.show_result(row)
         return self.ended
 

@@ -402,7 +402,6 @@ class Plain(torch.nn.Module):
 def jedi(args):
     """Training of jedi.py on cached embeddings against a DataLoader of single videos: epochs a second."""
     import jedi as script
-    from common import features
 
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -416,27 +415,27 @@ def jedi(args):
         of_source = torch.arange(n).repeat_interleave(torch.tensor(sizes))
         y = torch.cat([torch.arange(size) % K for size, K in zip(sizes, classes, strict=True)])
         w = script.distillation_weights(sizes)
-        flags = SimpleNamespace(student_loss="ce", teacher_loss="hinge", temperature=1.0)
-        experts = [SimpleNamespace(net=SimpleNamespace(fc=torch.nn.Linear(D, K), adapter=torch.nn.Identity()))
+        flags = SimpleNamespace(alpha=1, beta=1, teacher_loss="hinge", temperature=1, distill="all",
+                                hidden=256, adjust_dropout=0.75, teacher_input="adjusted",
+                                neurons=10)  # fmt: skip
+        experts = [SimpleNamespace(net=SimpleNamespace(fc=torch.nn.Linear(D, K)), build={})
                    for D, K in zip(widths, classes, strict=True)]  # fmt: skip
 
-        joint = script.Joint(experts, 256, 0.75, "adjusted", 10).to(device)
-        table = features.Table([[(z, np.arange(N)) for z in maps]], widths, device)
-        table.hold()
+        joint = script.Joint(experts, flags).to(device)
+        z = torch.cat([torch.from_numpy(x) for x in maps], 1).to(device)
         on = [x.to(device) for x in (y, of_source, w)]
-        spans = np.cumsum([0, *sizes])
 
-        def our_batches(epoch, N=N, table=table, spans=spans):
+        def our_batches(epoch, N=N, n=n, z=z, of_source=of_source):
             order, steps = video.Order(N, 0), -(-N // args.batch)
-            firsts = args.batch * np.arange(epoch * steps, (epoch + 1) * steps)
-            for at, z in table.batches(np.sort(order.take(first, args.batch)) for first in firsts.tolist()):
-                yield z, [slice(*np.searchsorted(at, spans[i : i + 2])) for i in range(len(spans) - 1)], at
+            for step in range(epoch * steps, (epoch + 1) * steps):
+                at = torch.from_numpy(np.sort(order.take(args.batch * step, args.batch)))
+                own = [(of_source[at] == i).nonzero()[:, 0].to(device) for i in range(n)]
+                yield z[at.to(device)], own, at.to(device)
 
         def our_step(optimizer, batch, joint=joint, on=on, flags=flags):
             z, own, at = batch
-            index = torch.from_numpy(at).to(device)
-            rows = on[2][on[1][index]]
-            loss, _ = script.step_loss(*joint(z, own), own, on[0][index], rows, (1, 1, 0.4), flags)
+            y, of_source, w = on
+            loss, _ = script.train_step(joint, z, own, y[at], w[of_source[at]], 0.4, flags)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

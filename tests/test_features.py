@@ -1,4 +1,4 @@
-"""Features on disk: what they are, and that kills, signals, full disks and other ranks do not change them."""
+"""The feature cache: its values, which kills, signals, full disks and the number of ranks do not change."""
 
 import fcntl
 import json
@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import sys
-import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import nn
 
 from common import UserError, augment, evaluate, features, video
 from common.datasets import Videos
+from common.features import Extraction
 from common.run import Run
 
 HERE = Path(__file__).resolve().parent.parent
@@ -134,10 +134,15 @@ def signalled():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def killed_after(n, folder, videos, run, recipe=RECIPE, **how):
+def extract(folder, videos, run, call=None, net=None, recipe=RECIPE, **how):
+    net = net or Net()
+    return features.extract(folder, Extraction(net, call or net.embed, videos, recipe, **how), run)
+
+
+def killed_after(n, folder, videos, run, **how):
     net = Net()
     with pytest.raises(Killed):
-        features.extract(folder, net, calls(net, n)[0], videos, recipe, run, **how)
+        extract(folder, videos, run, calls(net, n)[0], net, **how)
     RECIPE.opened.clear()
 
 
@@ -145,7 +150,7 @@ def extracted(folder, videos, run, recipe=RECIPE, **how):
     """(Features, number of calls of the network)."""
     net = Net()
     call, made = calls(net)
-    return features.extract(folder, net, call, videos, recipe, run, **how), len(made)
+    return extract(folder, videos, run, call, net, recipe, **how), len(made)
 
 
 def same(found, whole):
@@ -201,6 +206,7 @@ def test_rows_of_a_naive_loop(videos, run, folder):
     assert sorted(found.bad) == list(BAD) and all(found.bad.values())
     assert made > CALLS  # three and three views are two parts of a block of four
     assert RECIPE.opened == list(range(11)) and names(folder) == COMPLETE
+    assert same(features.load(folder), found)
 
 
 def test_average_is_that_of_embed(videos, run, folder):
@@ -211,19 +217,9 @@ def test_average_is_that_of_embed(videos, run, folder):
     assert np.allclose(found.rows, expected[readable], atol=1e-6) and found.bad == bad
     assert found.counts.tolist() == [int(i not in BAD) for i in range(11)]
     assert np.allclose(found.rows[2], naive(videos)[2].mean(0), atol=1e-6)
-
-
-@pytest.mark.parametrize("average", [False, True])
-def test_half(videos, run, folder, average):
-    full, _ = extracted(folder / "full", videos, run, average=average)
-    half, _ = extracted(folder / "half", videos, run, average=average, half=True)
-    assert half.rows.dtype == np.float16 and np.array_equal(half.rows, full.rows.astype(np.float16))
+    half, _ = extracted(folder / "half", videos, run, average=True, half=True)
+    assert half.rows.dtype == np.float16 and np.array_equal(half.rows, found.rows.astype(np.float16))
     assert os.path.getsize(folder / "half" / "features.npy") == 128 + 2 * half.rows.size
-
-
-def test_load_gives_the_same(videos, run, folder, whole):
-    extracted(folder, videos, run)
-    assert same(features.load(folder), whole)
 
 
 def test_files_are_readable_without_this_package(videos, run, folder):
@@ -240,10 +236,10 @@ def test_network_is_left_as_it_was(videos, run, folder):
     net = Net()
     before = net.norm.running_mean.clone()
     net.train()
-    found = features.extract(folder, net, net.embed, videos, RECIPE, run)
+    found = extract(folder, videos, run, net=net)
     assert net.training and net.norm.training and torch.equal(net.norm.running_mean, before)
     net.eval()
-    again = features.extract(folder / "again", net, net.embed, videos, RECIPE, run)
+    again = extract(folder / "again", videos, run, net=net)
     assert not net.training and np.array_equal(found.rows, again.rows)
 
 
@@ -259,13 +255,9 @@ def test_features_that_are_not_finite(videos, run, folder, call, row, name):
         return z
 
     with pytest.raises(UserError, match=f"features of {name} are not finite$"):
-        features.extract(folder, net, embed, videos, RECIPE, run)
-
-
-def test_features_too_large_for_half(videos, run, folder):
-    net = Net()
+        extract(folder, videos, run, embed, net)
     with pytest.raises(UserError, match="v0.mp4 are not finite as float16"):
-        features.extract(folder, net, lambda x: 1e6 * net.embed(x), videos, RECIPE, run, half=True)
+        extract(folder / "half", videos, run, lambda x: 1e6 * Net.embed(net, x), net, half=True)
 
 
 def test_no_video_can_be_read(root, run, folder, tmp_path):
@@ -324,10 +316,10 @@ def test_parts_hold_a_minute_or_a_quarter_gigabyte(videos, run, folder, monkeypa
 def test_nothing_of_a_minute_is_lost_to_a_signal(videos, run, folder, whole, capsys):
     net = Net()
     call, made = calls(net, 3, signalled)
-    assert features.extract(folder, net, call, videos, RECIPE, run) is None
+    assert extract(folder, videos, run, call, net) is None
     assert len(made) == 4 and RECIPE.opened == list(range(6)) and net.training
     assert names(folder) == ["features.json", *parts(0), "videos.txt"]
-    assert f"stopped by a signal; what is done of the features is kept in {folder}" in capsys.readouterr().out
+    assert f"stopped by a signal; the finished features are kept in {folder}" in capsys.readouterr().out
     with pytest.raises(UserError, match="no complete features, the same command"):
         features.load(folder)
     run.stop = False
@@ -349,7 +341,7 @@ def test_damaged_part_is_done_again(videos, run, folder, whole, often, capsys, m
     monkeypatch.setattr(features, "EVERY", 60)
     found, _ = extracted(folder, videos, run)
     assert same(found, whole) and RECIPE.opened == [0, 1, 2, 3, 8, 9, 10]
-    assert f"{path} is damaged; what was in it is computed again" in capsys.readouterr().out
+    assert f"{path} is damaged; its features are computed again" in capsys.readouterr().out
 
 
 def test_part_that_is_damaged_before_the_end(videos, run, folder, whole, often, monkeypatch):
@@ -383,8 +375,8 @@ def test_other_features_are_refused(videos, root, run, folder, complete, often):
     there = {path: path.read_bytes() for path in folder.iterdir()}
     fewer, plain = videos_in(root, NAMES[:-1]), evaluate.Recipe(**vars(RECIPE))
     for others, recipe, changes, words in (
-        (videos, RECIPE, dict(identity={"weights": "b" * 64}), r"weights a{12}\.\.\., not b{12}\.\.\."),
-        (videos, RECIPE, dict(identity={}), "weights aaaaaaaaaaaa..., not None"),
+        (videos, RECIPE, dict(identity={"weights": "b" * 64}), r"weights a{24}, not b{24}\)"),
+        (videos, RECIPE, dict(identity={}), "weights a{24}, not None"),
         (videos, RECIPE, how | dict(average=True), "average False, not True"),
         (videos, RECIPE, how | dict(half=True), "half False, not True"),
         (fewer, RECIPE, how, "videos "),
@@ -421,18 +413,18 @@ def test_features_of_unknown_origin(videos, run, folder, often):
 
 
 def test_network_of_another_width(videos, run, folder, often):
-    """Which the identity should have told."""
+    """If the identity is the same by mistake."""
     killed_after(2, folder, videos, run)
     net = Net()
     with pytest.raises(UserError, match="two networks"):
-        features.extract(folder, net, lambda x: net.embed(x)[:, :32], videos, RECIPE, run)
+        extract(folder, videos, run, lambda x: net.embed(x)[:, :32], net)
 
 
 def test_complete_features_need_nothing(videos, run, folder, whole, often, monkeypatch):
     extracted(folder, videos, run)
     shutil.copy(folder / "index.npz", folder / "part-000000000.npz")  # as a kill just before the end leaves
     monkeypatch.setattr(evaluate, "blocks", None)
-    assert same(features.extract(folder, None, None, videos, RECIPE, run, workers=3), whole)
+    assert same(features.extract(folder, Extraction(None, None, videos, RECIPE), run, workers=3), whole)
     assert names(folder) == COMPLETE
 
 
@@ -440,18 +432,15 @@ def test_damaged_features(videos, run, folder):
     with pytest.raises(UserError, match="has no complete features$"):
         features.load(folder)
     extracted(folder, videos, run)
-    data = (folder / "features.npy").read_bytes()
-    for wrong in (data[:-1], data[:64], b""):
-        (folder / "features.npy").write_bytes(wrong)
+    rows, index = folder / "features.npy", folder / "index.npz"
+    data = rows.read_bytes()
+    fewer = data.replace(b"(17, 64)", b"(16, 64)")[: -64 * 4]
+    for path, wrong in ((rows, data[:-1]), (rows, data[:64]), (rows, b""), (rows, fewer), (index, b"text")):
+        path.write_bytes(wrong)
         with pytest.raises(UserError, match="damaged: delete"):
             features.load(folder)
-    np.save(folder / "features.npy", np.zeros((16, 64), np.float32))
-    with pytest.raises(UserError, match="damaged: delete"):
-        features.load(folder)
-    (folder / "features.npy").unlink()
-    with pytest.raises(UserError, match="damaged: delete"):
-        features.load(folder)
-    (folder / "index.npz").write_bytes(b"text")
+        rows.write_bytes(data)
+    rows.unlink()
     with pytest.raises(UserError, match="damaged: delete"):
         features.load(folder)
 
@@ -495,7 +484,7 @@ def test_disk_that_cannot_take_a_part(videos, run, folder, whole, often, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(features.np, "savez", full)
-        sentence = r"part-000000004.npz cannot be written: No space left on device; .* same command goes on"
+        sentence = r"part-000000004.npz cannot be written: No space left on device; .* same command resumes"
         with pytest.raises(UserError, match=sentence):
             extracted(folder, videos, run)
     assert names(folder) == ["features.json", *parts(0, 2), "videos.txt"]
@@ -504,7 +493,7 @@ def test_disk_that_cannot_take_a_part(videos, run, folder, whole, often, monkeyp
 
 
 def test_disk_that_cannot_take_the_whole(videos, run, folder, whole, often):
-    with disk_of(4000), pytest.raises(UserError, match="features.npy cannot be .* same command goes on"):
+    with disk_of(4000), pytest.raises(UserError, match="cannot be written: File too large"):
         extracted(folder, videos, run)
     assert len(list(folder.glob("part-*.npz"))) == 6 and not list(folder.glob("*.tmp"))
     RECIPE.opened.clear()
@@ -567,7 +556,7 @@ with Run("features", out + "/run", {}) as run:
     net.norm.running_mean += run.rank  # which counts for nothing on rank 1
     end = {"kill": kill, "kill one": kill, "signal one": t.signalled}.get(what)
     call, made = t.calls(net, int(n) if end and (what == "kill" or run.rank) else None, end)
-    found = features.extract(out + "/features", net, call, t.videos_in(root), t.RECIPE, run)
+    found = t.extract(out + "/features", t.videos_in(root), run, call, net)
     said = run.rank, len(made), t.RECIPE.opened, found and zlib.crc32(found.rows), found and found.bad
     t.Path(out, f"said{run.rank}").write_text(" ".join(map(str, said)))
 """
@@ -640,129 +629,3 @@ def test_killed_while_assembling(root, videos, run, whole, tmp_path, what, name)
     assert ("index.npz" in left) == (what == "unlink")
     found, made = extracted(folder, videos, run)
     assert same(found, whole) and not made and not RECIPE.opened and names(folder) == COMPLETE
-
-
-# ---- what features must be of ----------------------------------------------------------------------
-
-
-def test_load_checks_what_they_are_of(videos, run, folder, whole):
-    extracted(folder, videos, run, identity={"weights": "abc"})
-    about = features.describe(videos, RECIPE, {"weights": "abc"})
-    assert same(features.load(folder, about), whole)
-    other = features.describe(videos, replace(RECIPE, crops=3), {"weights": "abc"})
-    for wrong, word in (
-        (features.describe(videos, RECIPE, {"weights": "abd"}), "weights abc, not abd"),
-        (features.describe(videos, RECIPE), "weights abc, not None"),
-        (features.describe(videos, RECIPE, {"weights": "abc"}, average=True), "average False, not True"),
-        (features.describe(videos, RECIPE, {"weights": "abc"}, half=True), "half False, not True"),
-        (features.describe(videos.subset(range(10)), RECIPE, {"weights": "abc"}), "videos "),
-        (other, "recipe.crops 1, not 3"),
-    ):
-        with pytest.raises(UserError, match=f"{folder} has other features \\(.*{word}"):
-            features.load(folder, wrong)
-    (folder / "index.npz").unlink()
-    with pytest.raises(UserError, match=f"{folder} has no complete features"):
-        features.load(folder, about)
-
-
-def test_load_checks_before_features_are_complete(videos, run, folder, often):
-    killed_after(2, folder, videos, run)
-    about = features.describe(videos, RECIPE)
-    with pytest.raises(UserError, match="no complete features, the same command as before finishes them"):
-        features.load(folder, about)
-    with pytest.raises(UserError, match=r"has other features \(half False, not True\)"):
-        features.load(folder, about | {"half": True})
-
-
-# ---- of several networks ---------------------------------------------------------------------------
-
-LISTS = 7, 0, 12, 5  # videos of each list
-WIDTHS = 5, 3  # that count, of two networks whose rows have two numbers more
-
-
-@pytest.fixture(params=[np.float32, np.float16])
-def table(request, tmp_path):
-    """A Table, and all of it gathered one row after the other, in float32."""
-    rng, parts, naive = np.random.default_rng(0), [], []
-    for i, n in enumerate(LISTS):
-        networks, rows = [], [[] for _ in range(n)]
-        for k, width in enumerate(WIDTHS):
-            np.save(tmp_path / f"{i}_{k}.npy", rng.normal(size=(n + 4, width + 2)).astype(request.param))
-            there = np.load(tmp_path / f"{i}_{k}.npy", mmap_mode="r")
-            at = rng.permutation(n + 4)[:n]  # in any order, and not all
-            networks.append((there, at))
-            for row, place in zip(rows, at, strict=True):
-                row += [float(value) for value in there[place][:width]]
-        parts.append(networks)
-        naive += rows
-    return features.Table(parts, WIDTHS, torch.device("cpu")), torch.tensor(naive)
-
-
-@pytest.mark.parametrize("held", [False, True])
-def test_table_is_a_naive_gather(table, held, monkeypatch):
-    monkeypatch.setattr(features, "COPIED", 5)
-    table, naive = table
-    if held:
-        table.hold()
-        assert table.held.dtype == table.dtype and table.held.nbytes == table.bytes
-    assert len(table) == 24 and naive.shape == (24, 8)
-    assert table.bytes == 24 * 8 * (2 if table.dtype == torch.float16 else 4)
-    for i, expected in enumerate(naive.split(LISTS)):
-        part = table.part(i)
-        assert part.dtype == torch.float32 and part.shape == (LISTS[i], 8) and torch.equal(part, expected)
-    rng = np.random.default_rng(1)
-    batches = [np.sort(rng.integers(24, size=size)) for size in (4, 4, 30, 1, 4, 4, 4, 24, 4, 4, 4)]
-    batches += [np.array([0, 0, 23]), np.array([7]), np.array([6, 7, 18, 19])]  # ends of lists
-    for together in (1, 3, 8, 99):
-        found = list(table.batches(iter(batches), together))
-        assert len(found) == len(batches)
-        for (at, z), asked in zip(found, batches, strict=True):
-            assert at is asked and z.dtype == torch.float32 and torch.equal(z, naive[asked])
-    assert list(table.batches([])) == []
-
-
-def test_table_reads_one_group_ahead(table, monkeypatch):
-    """Each row of a group once; nothing of it again when it is held."""
-    table, naive = table
-    read, unions = table._read, []
-    monkeypatch.setattr(table, "_read", lambda places: unions.append(places.tolist()) or read(places))
-    batches = (np.array([k, k + 1]) for k in range(6))
-    stream = table.batches(batches, together=2)
-    assert torch.equal(next(stream)[1], naive[:2])
-    stream.close()
-    assert unions == [[0, 1, 2], [2, 3, 4]]
-    table.hold()
-    del unions[:]
-    assert len(list(table.batches([np.array([3]), np.array([3, 9])]))) == 2 and not unions
-
-
-def test_table_leaves_no_thread_behind(table):
-    table, _ = table
-    before = threading.active_count()
-    for stop in (1, 3):
-        stream = table.batches((np.array([k]) for k in range(9)), together=2)
-        for _ in range(stop):
-            next(stream)
-        assert threading.active_count() == before + 1
-        stream.close()
-        assert threading.active_count() == before
-    for _ in table.batches([np.array([1])]):
-        pass
-    assert threading.active_count() == before
-
-
-def test_table_passes_on_what_goes_wrong(table, monkeypatch):
-    """A disk that fails while the next group is read: what was read before is given first."""
-    table, naive = table
-    read, before, given = table._read, threading.active_count(), []
-
-    def failing(places):
-        if 9 in places:
-            raise OSError("the disk has gone")
-        return read(places)
-
-    monkeypatch.setattr(table, "_read", failing)
-    with pytest.raises(OSError, match="the disk has gone"):
-        for _, z in table.batches([np.array([3]), np.array([9])], together=1):
-            given.append(z)
-    assert len(given) == 1 and torch.equal(given[0], naive[3:4]) and threading.active_count() == before

@@ -1,5 +1,5 @@
-"""The equations of jedi.py (values by hand, plain loops from the paper, where gradients go), experts that
-become students, what is kept on disk, what is learned and tested, rounds by turns, and its command line."""
+"""jedi.py: its equations (values by hand, plain loops from the paper, where gradients go), data sets and
+labels, embeddings, scores, its command line, and runs on videos."""
 
 import csv
 import json
@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 from argparse import Namespace
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -24,9 +23,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import jedi
-from common import UserError, backbones, datasets, evaluate, features, optim, video
+from common import UserError, backbones, datasets, evaluate, features, video
 from common.datasets import Data, Videos
-from common.evaluate import Recipe, Scores
+from common.evaluate import Recipe
 from common.features import Features
 from common.run import Run
 
@@ -71,11 +70,10 @@ def test_eq1_matches_naive_loop():
     assert found.item() == pytest.approx(total / 7, rel=1e-5)
 
 
-# A batch, sorted as the data sets are: (data set, label or None). Of data set 1 no video has a label, number
-# 3 has no expert.
+# A batch: (data set, label or None). Of data set 1 no video has a label, number 3 has no expert.
 CLASSES = 4, 3, 2
-BATCH = [(0, 3), (0, 0), (0, 0), (0, None), (1, None), (1, None), (2, 1), (2, 0), (3, None)]
-OWN = [slice(0, 3), slice(4, 4), slice(6, 8)]
+BATCH = [(0, 3), (2, 1), (0, 0), (1, None), (0, None), (3, None), (0, 0), (1, None), (2, 0)]
+OWN = [torch.tensor(at, dtype=torch.int64) for at in ([0, 2, 6], [], [1, 8])]
 Y = torch.tensor([-1 if y is None else y for _, y in BATCH])
 SIZES = 30, 60, 10
 
@@ -88,23 +86,22 @@ def naive_w(i, j, sizes=SIZES):
 def naive_cls(kind, row, label):
     if kind == "ce":
         return -math.log(softmax(row)[label])
-    if kind == "hinge":  # Crammer and Singer, over the number of classes (D2)
+    if kind == "hinge":  # Weston and Watkins, over the number of classes (D2)
         return sum(max(0.0, 1 - row[label] + row[k]) for k in range(len(row)) if k != label) / len(row)
     return sum(max(0.0, 1 - (1 if k == label else -1) * row[k]) for k in range(len(row)))  # ovr
 
 
-def naive_step(m, e, labels, weights, T, student, teacher, batch=BATCH):
-    """Eq. 1 of one video after the other; e: the teachers' logits, one (B, K_i) for each."""
-    alpha, beta, gamma = weights
+def naive_step(m, e, weights, T=1.0, teacher="hinge", batch=BATCH):
+    """Eq. 1 of one video after the other; m, e: logits of students and teachers, (B, K_j) for each."""
     total, terms = 0.0, [0.0, 0.0, 0.0]
     for x, (i, label) in enumerate(batch):
         if label is not None:
-            terms[0] += naive_cls(student, m[i][x].tolist(), label)
+            terms[0] += naive_cls("ce", m[i][x].tolist(), label)
             terms[1] += naive_cls(teacher, e[i][x].tolist(), label)
         for j in range(len(CLASSES)):
-            p = softmax([v / T for v in labels[j][x].tolist()])
+            p = softmax([v / T for v in e[j][x].tolist()])
             terms[2] += naive_w(i, j) * cross_entropy(p, softmax([v / T for v in m[j][x].tolist()]))
-    for factor, term in zip((alpha, beta, gamma), terms, strict=True):
+    for factor, term in zip(weights, terms, strict=True):
         total += factor * term
     return total / len(batch), [term / len(batch) for term in terms]
 
@@ -113,41 +110,46 @@ def logits(seed):
     return [random(len(BATCH), K, seed=seed + k, scale=2.0) for k, K in enumerate(CLASSES)]
 
 
-def losses(student_loss="ce", teacher_loss="hinge", temperature=1.0):
-    return Namespace(student_loss=student_loss, teacher_loss=teacher_loss, temperature=temperature)
+def settings(**more):
+    defaults = dict(alpha=1.0, beta=1.0, temperature=1.0, teacher_loss="hinge", distill="all", hidden=4,
+                    adjust_dropout=0.0, teacher_input="adjusted", neurons=1e9)  # fmt: skip
+    return Namespace(**defaults | more)
 
 
 W = torch.tensor([[naive_w(i, j) for j in range(3)] for i, _ in BATCH])
 
 
-@pytest.mark.parametrize("student", ["ce", "hinge", "ovr"])
+def step(m, e, gamma, own=OWN, y=Y, **more):
+    """train_step of logits that do not depend on the embeddings."""
+
+    def joint(z, own, distill):
+        return m, [x[at] for x, at in zip(e, own, strict=True)], e if distill else None
+
+    return jedi.train_step(joint, torch.zeros(len(BATCH), 2), own, y, W, gamma, settings(**more))
+
+
 @pytest.mark.parametrize("teacher", ["ce", "hinge", "ovr"])
-def test_step_loss_matches_naive_loop_over_videos(student, teacher):
-    m, e, labels, weights = logits(0), logits(10), logits(20), (1.5, 0.7, 0.3)
-    mine = [x[own] for x, own in zip(e, OWN, strict=True)]
-    found, terms = jedi.step_loss(m, mine, labels, OWN, Y, W, weights, losses(student, teacher, 2.0))
-    total, naive = naive_step(m, e, labels, weights, 2.0, student, teacher)
+def test_train_step_matches_naive_loop_over_videos(teacher):
+    m, e = logits(0), logits(10)
+    found, terms = step(m, e, 0.3, alpha=1.5, beta=0.7, temperature=2.0, teacher_loss=teacher)
+    total, naive = naive_step(m, e, (1.5, 0.7, 0.3), 2.0, teacher)
     assert found.item() == pytest.approx(total, rel=1e-5)
     assert list(terms) == ["loss_m", "loss_e", "loss_kd"]
     assert [term.item() for term in terms.values()] == pytest.approx(naive, rel=1e-5)
 
 
-def test_step_loss_before_the_distillation():
+@pytest.mark.parametrize("gamma, distill", [(0, "all"), (0.4, "none")])
+def test_train_step_without_distillation(gamma, distill):
     m, e = logits(0), logits(10)
-    mine = [x[own] for x, own in zip(e, OWN, strict=True)]
-    found, terms = jedi.step_loss(m, mine, None, OWN, Y, W, (1, 1, 0), losses())
-    assert found.item() == pytest.approx(naive_step(m, e, e, (1, 1, 0), 1.0, "ce", "hinge")[0], rel=1e-5)
+    found, terms = step(m, e, gamma, distill=distill)
+    assert found.item() == pytest.approx(naive_step(m, e, (1, 1, 0))[0], rel=1e-5)
     assert terms["loss_kd"].item() == 0
 
 
 def test_unlabelled_videos_have_the_third_term_alone():
-    nobody, y = [slice(0, 0)] * 3, torch.full((9,), -1)
-    m, labels = logits(0), logits(20)
-    empty = [x[:0] for x in logits(10)]
-    found = [jedi.step_loss(m, empty, labels, nobody, y, W, weights, losses())[0]
-             for weights in ((1, 1, 0.3), (9, 8, 0.3))]  # fmt: skip
-    unlabelled = [(i, None) for i, _ in BATCH]
-    total, _ = naive_step(m, m, labels, (1, 1, 0.3), 1.0, "ce", "hinge", unlabelled)
+    nobody, m, e = [OWN[1]] * 3, logits(0), logits(10)
+    found = [step(m, e, 0.3, nobody, torch.full((9,), -1), alpha=alpha)[0] for alpha in (1, 9)]
+    total, _ = naive_step(m, e, (1, 1, 0.3), batch=[(i, None) for i, _ in BATCH])
     assert [loss.item() for loss in found] == pytest.approx([total, total], rel=1e-5)
 
 
@@ -186,11 +188,10 @@ def test_eq2_matches_naive_loop():
     ("all", [[1, 1], [1, 1], [1, 1]]), ("none", [[0, 0], [0, 0], [0, 0]]), ("own", [[1, 0], [0, 1], [0, 0]]),
     ("ucf101", [[0, 0], [1, 1], [0, 0]]), ("k400", [[0, 0], [0, 0], [1, 1]]),
 ])  # fmt: skip
-def test_what_teaches(distill, factors):
+def test_what_is_distilled(distill, factors):
     """Sec. 5.2: all data sets, none, each student's own, or the videos of one, which may lack an expert."""
-    sources = [SimpleNamespace(data=SimpleNamespace(name=name)) for name in ("hmdb51", "ucf101", "k400")]
     w = random(3, 2)
-    assert torch.equal(jedi.teaching(w, distill, sources), w * torch.tensor(factors))
+    assert torch.equal(jedi.distilled(w, distill, ["hmdb51", "ucf101", "k400"]), w * torch.tensor(factors))
 
 
 # ---- Eq. 3 -----------------------------------------------------------------------------------------
@@ -293,7 +294,7 @@ def test_distillation_loss_has_no_gradient_into_the_teacher():
     assert torch.allclose(m.grad, ((m / 2).softmax(1) - (e / 2).softmax(1)).detach() / 2, atol=1e-6)
 
 
-# ---- students and teachers: what they compute ------------------------------------------------------
+# ---- students and teachers -------------------------------------------------------------------------
 
 
 class Headed(nn.Module):
@@ -309,29 +310,33 @@ class Headed(nn.Module):
     def head(self, z):
         return self.fc(self.adapter(z))
 
+    embed = head
 
-def expert_of(net, slug="one", made=None, recipe=None):
-    return jedi.Expert(slug, f"{slug}.pt", net, made, recipe or Recipe(4, 1), "digest of " + slug)
+
+def expert_of(net, path="one.pt", recipe=None, hidden=0):
+    return SimpleNamespace(path=path, net=net, build={"adapter": hidden}, recipe=recipe or Recipe(4, 1))
 
 
 WIDTHS = 6, 5, 3
 
 
 def experts(hidden=0):
-    return [expert_of(stirred(Headed(D, K, hidden), seed=D)) for D, K in zip(WIDTHS, CLASSES, strict=True)]
+    return [expert_of(stirred(Headed(D, K, hidden), seed=D), hidden=hidden)
+            for D, K in zip(WIDTHS, CLASSES, strict=True)]  # fmt: skip
 
 
-def joint_of(inputs="adjusted", dropout=0.0, neurons=1e9, stir=True):
+def joint_of(inputs="adjusted", stir=True, **more):
     torch.manual_seed(1)
-    joint = jedi.Joint(experts(), 4, dropout, inputs, neurons)
+    joint = jedi.Joint(experts(), settings(teacher_input=inputs, **more))
     return stirred(joint, seed=2) if stir else joint
 
 
 INPUTS = ["adjusted", "base", "predictions", "adjusted+predictions"]
 Z = random(len(BATCH), sum(WIDTHS), seed=5)
+E = Z.split(WIDTHS, 1)
 
 
-def naive_joint(joint, inputs, z=Z):
+def naive_joint(joint, inputs="adjusted", z=Z):
     """Sec. 3.3 and 5.1 one embedding after the other: logits of students and teachers, lists of (B, K_j)."""
     e = [z[:, :6], z[:, 6:11], z[:, 11:]]
     a, m = [], []
@@ -353,14 +358,17 @@ def alike(found, expected, atol=1e-5):
     return all(torch.allclose(x, y, atol=atol) for x, y in zip(found, expected, strict=True))
 
 
+def own_of(logits):
+    return [x[at] for x, at in zip(logits, OWN, strict=True)]
+
+
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_joint_matches_the_naive_one(inputs):
     joint = joint_of(inputs)
     m, teachers = naive_joint(joint, inputs)
     found = joint(Z, OWN)
-    assert alike(found[0], m) and alike(found[2], teachers)
-    assert alike(found[1], [x[own] for x, own in zip(teachers, OWN, strict=True)])
-    assert alike(joint.logits(Z)[0], m) and alike(joint.logits(Z)[1], teachers)
+    assert alike(found[0], m) and alike(found[1], own_of(teachers)) and alike(found[2], teachers)
+    assert alike(joint.predict(E)[0], m) and alike(joint.predict(E)[1], teachers)
     assert joint(Z, OWN, distill=False)[2] is None
     d = {"adjusted": 14, "base": 14, "predictions": 9, "adjusted+predictions": 23}[inputs]
     assert joint.teachers.weight.shape == (9, d)
@@ -368,18 +376,17 @@ def test_joint_matches_the_naive_one(inputs):
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
-def test_labels_are_without_any_dropout(inputs):
-    """D3: neither the teachers' nor the adjustments', in train mode as at rest, and constants."""
-    joint = joint_of(inputs, dropout=0.75, neurons=1)
+def test_soft_labels_are_without_any_dropout(inputs):
+    """D3: neither the teachers' nor the adjustments', in train mode as in eval mode, and detached."""
+    joint = joint_of(inputs, adjust_dropout=0.75, neurons=1)
     assert joint.training and max(joint.p) > 0.5
-    m, e, labels = joint(Z, OWN)
+    m, e, soft_labels = joint(Z, OWN)
     naive = naive_joint(joint, inputs)
-    assert alike(labels, naive[1]) and not any(x.requires_grad for x in labels)
-    assert not alike(m, naive[0], 1e-3)
-    assert not alike(e, [x[own] for x, own in zip(naive[1], OWN, strict=True)], 1e-3)
-    assert alike(joint.logits(Z)[0], naive[0]) and not any(x.requires_grad for x in joint.logits(Z)[0])
+    assert alike(soft_labels, naive[1]) and not any(x.requires_grad for x in soft_labels)
+    assert not alike(m, naive[0], 1e-3) and not alike(e, own_of(naive[1]), 1e-3)
+    assert alike(joint.predict(E)[0], naive[0]) and not any(x.requires_grad for x in joint.predict(E)[0])
     m, e, _ = joint.eval()(Z, OWN)
-    assert alike(m, naive[0]) and alike(e, [x[own] for x, own in zip(naive[1], OWN, strict=True)])
+    assert alike(m, naive[0]) and alike(e, own_of(naive[1]))
 
 
 def test_a_teacher_sees_its_own_videos_alone():
@@ -389,18 +396,16 @@ def test_a_teacher_sees_its_own_videos_alone():
         other = Z.clone()
         other[x] += 1
         for i, (old, new) in enumerate(zip(before, joint(other, OWN)[1], strict=True)):
-            changed = (old != new).any(1).tolist()
-            assert changed == [place == x for place in range(OWN[i].start, OWN[i].stop)]
+            assert (old != new).any(1).tolist() == [at == x for at in OWN[i].tolist()]
 
 
 def test_dropout_of_the_teachers_is_eq4():
     """Ones into a teacher of ones: its logit is the number of active inputs over 1 - p."""
     torch.manual_seed(0)
-    joint = jedi.Joint(experts(), 4, 0.0, "base", 2)  # d = 14: p = 6/14, 8/14, 10/14
+    joint = jedi.Joint(experts(), settings(teacher_input="base", neurons=2))  # d = 14: p = 6/14, 8/14, 10/14
     nn.init.ones_(joint.teachers.weight)
     nn.init.zeros_(joint.teachers.bias)
-    own = [slice(k * 4000, (k + 1) * 4000) for k in range(3)]
-    e = joint(torch.ones(12000, 14), own)[1]
+    e = joint(torch.ones(12000, 14), torch.randperm(12000).split(4000))[1]
     for logit, p, K in zip(e, (6 / 14, 8 / 14, 10 / 14), CLASSES, strict=True):
         active = logit[:, 0] * (1 - p)
         assert torch.allclose(active, active.round(), atol=1e-4)
@@ -408,13 +413,11 @@ def test_dropout_of_the_teachers_is_eq4():
         assert torch.allclose(logit[:, 0], logit[:, -1])  # one dropout for all classes of a teacher
 
 
-# ---- where gradients go ----------------------------------------------------------------------------
-
-
 def reached(joint, weights, own=OWN, y=Y):
     """The parameters that a step of Eq. 1 with these weights has a gradient for."""
     joint.zero_grad()
-    jedi.step_loss(*joint(Z, own), own, y, W, weights, losses())[0].backward()
+    alpha, beta, gamma = weights
+    jedi.train_step(joint, Z, own, y, W, gamma, settings(alpha=alpha, beta=beta))[0].backward()
     return {name for name, p in joint.named_parameters() if p.grad is not None and p.grad.any()}
 
 
@@ -457,21 +460,18 @@ def test_the_teachers_of_data_sets_without_labels_in_the_batch_rest():
 
 
 def test_unlabelled_videos_reach_nothing_without_distillation():
-    nobody = [slice(0, 0)] * 3
+    nobody = [OWN[1]] * 3
     assert not reached(joint_of(), (1, 1, 0), nobody, torch.full((9,), -1))
     assert reached(joint_of(), (1, 1, 1), nobody, torch.full((9,), -1)) == HEADS | UP | DOWN
 
 
-# ---- a student begins as its expert ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("hidden", [0, 4])
-def test_students_begin_as_their_experts(hidden):
-    """D5, and so it is where the expert is a student of another run."""
-    joint = jedi.Joint(experts(hidden), 4, 0.75, "adjusted", 10).eval()
-    for m, expert, e in zip(joint.logits(Z)[0], experts(hidden), Z.split(WIDTHS, 1), strict=True):
+@pytest.mark.parametrize("hidden", [0, 7])
+def test_students_start_as_their_experts(hidden):
+    """D5, and so it is where the expert is a student of another run, with an adjustment of its own size."""
+    joint = jedi.Joint(experts(hidden), settings(adjust_dropout=0.75, neurons=10)).eval()
+    for m, expert, e in zip(joint.predict(E)[0], experts(hidden), E, strict=True):
         assert torch.allclose(m, expert.net.head(e), atol=1e-6)
-    assert alike(joint(Z, OWN)[0], joint.logits(Z)[0], 1e-6)
+    assert alike(joint(Z, OWN)[0], joint.predict(E)[0], 1e-6)
 
 
 def small(name="resnet3d10-small", K=3, seed=0, **more):
@@ -485,104 +485,7 @@ def small(name="resnet3d10-small", K=3, seed=0, **more):
     return made, net.eval()
 
 
-@pytest.mark.parametrize("adapter", [0, 4])
-def test_a_student_is_a_network_of_its_own(adapter, tmp_path):
-    made, net = small(dropout=0.5, **{"adapter": adapter} if adapter else {})
-    if adapter:
-        stirred(net.adapter)
-    joint = jedi.Joint([expert_of(net, made=made)] * 2, 4, 0.75, "adjusted", 10)
-    z = random(5, net.fc.in_features, seed=3)
-    _, same = jedi.student(expert_of(net, made=made), net, joint, 1, 4)
-    assert torch.equal(same.eval().head(z), net.head(z))
-    stirred(joint)
-    made, student = jedi.student(expert_of(net, made=made), net, joint, 1, 4)
-    m = joint.logits(torch.cat([torch.zeros_like(z), z], 1))[0][1]
-    evaluate.save_model(tmp_path / "model.pt", student, made, "abc", Recipe(4, 1, average="embeddings"))
-    x = random(2, 3, 4, 16, 16)
-    for it in (student.eval(), evaluate.load_model(tmp_path / "model.pt")[0]):
-        assert torch.allclose(it.head(z), m, atol=1e-6) and torch.equal(it.embed(x), net.embed(x))
-        assert not torch.allclose(it.head(z), net.head(z), atol=1e-2)
-        assert not any(p.is_cuda for p in it.parameters())
-
-
-# ---- rounds by turns -------------------------------------------------------------------------------
-
-
-def turns(**more):
-    return Namespace(**dict(alpha=1.0, beta=2.0, gamma=0.4, burn_in=2.5, alternate=0) | more)
-
-
-def test_distillation_begins_after_the_burn_in():
-    for step in (0, 9):  # of 4 steps an epoch, 2.5 are 10
-        assert jedi.weights_at(step, 100, 4, turns()) == (1.0, 2.0, 0.0)
-    for step in (10, 99):
-        assert jedi.weights_at(step, 100, 4, turns()) == (1.0, 2.0, 0.4)
-    assert jedi.weights_at(0, 100, 4, turns(burn_in=0)) == (1.0, 2.0, 0.4)
-
-
-def test_rounds_take_turns():
-    """D11: three rounds of 24 steps, of four steps each first teachers, then students; no burn-in."""
-    assert [jedi.half_round(step, 24, 3) for step in range(24)] == [h for h in range(6) for _ in range(4)]
-    found = [jedi.weights_at(step, 24, 4, turns(alternate=3)) for step in range(24)]
-    assert found == ([(0, 2.0, 0)] * 4 + [(1.0, 0, 0.4)] * 4) * 3
-    halves = [jedi.half_round(step, 23, 2) for step in range(23)]  # not divisible: almost the same number
-    assert halves == sorted(halves) and {halves.count(h) for h in range(4)} == {5, 6}
-
-
-def of_students(joint):
-    return [p for name, p in joint.named_parameters() if "teachers." not in name]
-
-
-def copies(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def equal(one, other, *prefixes):
-    """Whether the tensors agree whose names start so."""
-    names = [name for name in one if name.startswith(prefixes or "")]
-    assert names
-    return all(torch.equal(one[name], other[name]) for name in names)
-
-
-STUDENTS = "adapters.", "heads."
-
-
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
-@pytest.mark.parametrize("half", [2, 1])
-def test_half_a_round_begins(name, half):
-    joint = joint_of(stir=False)
-    begin, elder = copies(joint), joint_of(stir=False)
-    groups = [dict(params=of_students(joint)), dict(params=[*joint.teachers.parameters()])]
-    optimizer = optim.build(name, groups, 0.1, 0.5)
-
-    def step(weights):
-        loss = jedi.step_loss(*joint(Z, OWN), OWN, Y, W, weights, losses())[0]
-        optim.set_lr(optimizer, 0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    for _ in range(3):
-        step((1, 1, 0.4))
-    before = copies(joint)
-    assert not equal(before, begin, "teachers.") and not equal(before, begin, *STUDENTS)
-    jedi.begin_half(joint, elder, optimizer, half)
-    teachers = half == 2
-    mine, others = (("teachers.",), STUDENTS) if teachers else (STUDENTS, ("teachers.",))
-    now = copies(joint)
-    assert equal(now, begin, *mine) and equal(now, before, *others)
-    assert equal(copies(elder), begin if teachers else before)
-    assert not any(optimizer.state.get(p) for p in joint.parameters())
-    for _ in range(3):  # with gradients for both: the others rest all the same, and do not decay
-        step((1, 1, 0.4))
-    assert equal(copies(joint), before, *others) and not equal(copies(joint), begin, *mine)
-    assert [group["lr"] for group in optimizer.param_groups] == ([0, 0.1] if teachers else [0.1, 0])
-    assert equal(copies(elder), begin if teachers else before)
-    jedi.begin_half(joint, elder, optimizer, half + 1)
-    assert [group["lr_factor"] for group in optimizer.param_groups] == ([1, 0] if teachers else [0, 1])
-
-
-# ---- data sets, and what is learned ----------------------------------------------------------------
+# ---- data sets and labels --------------------------------------------------------------------------
 
 
 def videos_of(name, n, K, groups=None):
@@ -594,97 +497,6 @@ def data_of(name, train, test, K, groups=None):
     classes = tuple(f"{name} {k}" for k in range(K))
     train, test = videos_of(name, train, K, groups), videos_of("t" + name, test, K)
     return Data(name, 1, classes, train, test, False, True, ())
-
-
-def source_of(name, number, train=12, test=5, K=3, labelled=None, held=(), groups=None):
-    labelled = range(train) if labelled is None else labelled
-    marks = [np.isin(np.arange(train), places) for places in (labelled, held)]
-    return jedi.Source(name, None, data_of(name, train, test, K, groups), number, *marks)
-
-
-def three():
-    """Two data sets with experts, one with labels for a part, one with a hold-out, and one without."""
-    one = source_of("one", 0, 12, 5, 3, labelled=(1, 4, 5, 8, 11))
-    return [one, source_of("two", 1, 9, 4, 2, held=(0, 4, 8)), source_of("more", None, 7, 3, 6, labelled=())]
-
-
-UNREADABLE = [{4: "no frames", 6: "html"}, {8: "held out, and no frames"}, {0: "no such file"}]
-
-
-def naive_learned(sources, unreadable=({}, {}, {})):
-    """(number of the data set, index, label or -1) of the videos to learn from, in their order."""
-    found = []
-    for number, source in enumerate(sources):
-        places = [i for i in np.flatnonzero(~source.held).tolist() if i not in unreadable[number]]
-        known = [i for i in places if source.labelled[i]]
-        found += [(number, i, int(source.data.train.labels[i])) for i in known]
-        found += [(number, i, -1) for i in places if i not in known]
-    return found
-
-
-@pytest.mark.parametrize("unreadable", [[{}, {}, {}], UNREADABLE])
-def test_learned_videos(unreadable):
-    sources = three()
-    learned, naive = jedi.Learned.of(sources, unreadable), naive_learned(sources, unreadable)
-    assert learned.source.tolist() == [number for number, _, _ in naive]
-    assert learned.y.tolist() == [label for _, _, label in naive] and learned.y.dtype == torch.int64
-    paths = [learned.videos.path(k) for k in range(len(learned.videos))]
-    assert paths[: len(naive)] == [sources[number].data.train.path(i) for number, i, _ in naive]
-    assert learned.y[learned.source == 2].tolist() == [-1] * int((learned.source == 2).sum())
-    bad = {learned.videos.path(k): reason for k, reason in learned.bad.items()}
-    expected = {"/one/one4.mp4": "no frames", "/one/one6.mp4": "html", "/more/more0.mp4": "no such file"}
-    assert bad == (expected if any(unreadable) else {})  # who is held out is no training video
-    assert len(paths) == len(naive) + len(bad) and min(learned.bad, default=len(naive)) == len(naive)
-
-
-def test_learned_videos_keep_their_time():
-    """A segment of a file is read as such; a data set of whole files may stand beside it."""
-    one, two = source_of("one", 0, 3, 2, 2, labelled=(1,)), source_of("two", 1, 2, 2, 2)
-    train = replace(one.data.train, spans=np.array([[0, 1], [1, 2], [2, 3.5]]))
-    one = replace(one, data=replace(one.data, train=train))
-    learned = jedi.Learned.of([one, two], [{2: "no frames"}, {}])
-    spans = [learned.videos.span(k) for k in range(5)]
-    assert spans[:2] == [(1, 2), (0, 1)] and spans[4] == (2, 3.5)
-    for start, end in filter(None, spans[2:4]):
-        assert start == 0 and end == math.inf
-
-
-def test_own_videos_of_a_batch_are_those_with_a_label():
-    learned = jedi.Learned.of(three(), UNREADABLE)
-    rng = np.random.default_rng(0)
-    for size in (*range(1, 9), 40):
-        places = np.sort(rng.integers(len(learned.y), size=size))
-        own = learned.own(places)
-        assert len(own) == 2
-        for i, mine in enumerate(own):
-            naive = [k for k, p in enumerate(places) if learned.source[p] == i and learned.y[p] >= 0]
-            assert list(range(size))[mine] == naive
-
-
-def test_nothing_that_is_held_out_is_learned():
-    """D10: whole groups of scenes."""
-    groups = [3, 3, 7, 7, 7, 9, 9, 12, 12, 3]
-    held = datasets.held_out(videos_of("one", 10, 3, groups), 0.3, seed=1)
-    known = 0, 1, 2, 3, 5, 7
-    source = source_of("one", 0, 10, 5, 3, known, np.flatnonzero(held), groups)
-    part, tested = source.tested
-    learned, supervised = source.learned.tolist(), source.supervised.tolist()
-    assert part == "train" and len(tested) >= 3
-    assert not set(tested) & set(learned) and set(supervised) <= set(learned)
-    assert sorted([*tested, *learned]) == list(range(10)) and learned[: len(supervised)] == supervised
-    assert not {groups[i] for i in tested} & {groups[i] for i in learned}
-    assert supervised == [i for i in known if i not in tested]
-    assert jedi.parts_of(source) == ["train"] and source.videos(part) is source.data.train
-
-
-def test_without_a_hold_out_the_test_videos_are_tested():
-    one, two, more = three()
-    part, tested = one.tested
-    assert part == "test" and tested.tolist() == [0, 1, 2, 3, 4] and one.videos(part) is one.data.test
-    assert [jedi.parts_of(source) for source in (one, two, more)] == [["train", "test"], ["train"], ["train"]]
-
-
-SAID = SimpleNamespace(say=print)
 
 
 @pytest.fixture
@@ -705,53 +517,56 @@ def parsed(line):
     return jedi.parse_args(line.split())
 
 
-def test_sources_of_the_command_line(library, tmp_path):
+def loaded(line):
+    return jedi.load_parts(parsed(line))
+
+
+def labelled(part):
+    return part.indices[part.y >= 0].tolist()
+
+
+def test_parts_of_the_command_line(library, tmp_path):
     (tmp_path / "list.txt").write_text("two3.mp4 1\ntwo5.mp4 2\n")
     (tmp_path / "one.txt").write_text("one1.mp4\n")
-    lists = f"--labelled_list {tmp_path}/one.txt,{tmp_path}/list.txt"
-    more = "--split 2 --extra more,less --extra_root /c, --extra_videos 5 --seed 3"
-    one, two, more, less = jedi.load_sources(parsed(f"--data one,two --root /a,/b {lists} {more}"), SAID)
-    assert library == [("one", "/a", 2), ("two", "/b", 2), ("more", "/c", 2), ("less", None, 2)]
-    assert [source.number for source in (one, two, more, less)] == [0, 1, None, None]
-    assert one.supervised.tolist() == [1] and two.supervised.tolist() == [3, 5]
-    assert len(one.learned) == 12 and len(more.learned) == len(less.learned) == 5
-    assert not one.held.any() and not two.held.any()
-    assert not more.labelled.any() and not len(less.supervised)
-    assert len(less.data.train) == 12 and jedi.parts_of(less) == ["train"]  # the whole list is embedded
-    chosen = less.learned.tolist()
+    line = f"--labelled_list {tmp_path}/one.txt,{tmp_path}/list.txt --split 2 --extra more,multi --seed 3"
+    learned, tests = loaded(f"--data one,two --root /a,/b,/c, {line} --extra_videos 5")
+    assert library == [("one", "/a", 2), ("two", "/b", 2), ("more", "/c", 2), ("multi", None, 2)]
+    assert [labelled(part) for part in learned] == [[1], [3, 5], [], []]
+    assert [len(part.indices) for part in learned] == [12, 12, 5, 5]
+    assert [(part.name, len(part.indices)) for part in tests] == [("test", 5), ("test", 5)]
+    one, two = learned[:2]
+    assert one.labelled_list == "one1.mp4 1\n"
+    assert two.y[[3, 5]].tolist() == two.data.train.labels[[3, 5]].tolist()
+    chosen = learned[2].indices.tolist()
     assert chosen == sorted(set(chosen)) and chosen != [0, 1, 2, 3, 4]  # drawn at random
-    (*_, everything) = jedi.load_sources(parsed("--data one --extra less --extra_videos 20 --seed 3"), SAID)
-    assert len(everything.learned) == 12
+    (*_, everything), _ = loaded("--data one --extra less --extra_videos 20 --seed 3")
+    assert len(everything.indices) == 12
 
 
 @pytest.mark.parametrize("line, counts", [
-    ("--labelled_list ,,LIST", (12, 12, 2)), ("--labelled_list LIST,,", (2, 12, 12)),
-    ("--labelled_list LIST,,LIST", (2, 12, 2)), ("--labelled_list ,LIST, --holdout 0.3", (12, 2, 12)),
+    (",,LIST", (12, 12, 2)), ("LIST,,", (2, 12, 12)), ("LIST,,LIST", (2, 12, 2)), (",LIST,", (12, 2, 12)),
 ])  # fmt: skip
 def test_few_labels_for_some_data_sets(library, tmp_path, line, counts):
     """The others have all; in the run of an expert of its own as well."""
     names = "one", "two", "six"
     for name in names:
         (tmp_path / f"{name}.txt").write_text(f"{name}3.mp4\n{name}5.mp4\n")
-    lists = line.split()[1].split(",")
-    lists = ",".join(f"{tmp_path}/{name}.txt" * bool(x) for name, x in zip(names, lists, strict=True))
-    more = line.split()[2:]
-    args = jedi.parse_args(["--data", ",".join(names), "--labelled_list", lists, *more])
-    sources = jedi.load_sources(args, SAID)
-    assert tuple(int(source.labelled.sum()) for source in sources) == counts
-    for k, source in enumerate(sources):
-        (alone,) = jedi.load_sources(jedi.of_source(args, k), SAID)
-        assert np.array_equal(alone.supervised, source.supervised) and alone.name == names[k]
+    lists = [f"{tmp_path}/{name}.txt" * bool(x) for name, x in zip(names, line.split(","), strict=True)]
+    args = jedi.parse_args(["--data", "one,two,six", "--labelled_list", ",".join(lists)])
+    assert tuple(len(labelled(part)) for part in jedi.load_parts(args)[0]) == counts
+    for path, own in zip(lists, jedi.supervised_flags(args), strict=True):
+        assert (f"--labelled_list={path}" if path else "--ratio=1.0") in own
+        assert sum("labelled_list" in flag or "ratio" in flag for flag in own) == 1
 
 
 def test_labels_and_hold_outs_of_the_command_line(library):
-    one, two = jedi.load_sources(parsed("--data one,two --per_class 2 --holdout 0.3"), SAID)
-    for source in (one, two):
-        assert source.labelled.sum() == 6 and source.held.sum() == 4  # of 12, by two
-        scenes = [{i // 2 for i in places} for places in (source.tested[1], source.learned)]
-        assert not scenes[0] & scenes[1] and len(source.learned) == 8
-    (everything,) = jedi.load_sources(parsed("--data one"), SAID)
-    assert everything.labelled.all() and not everything.held.any()
+    learned, tests = loaded("--data one,two --per_class 2 --holdout 0.3")
+    for part, test in zip(learned, tests, strict=True):
+        assert test.name == "train" and len(test.indices) == 4  # of 12, by two
+        assert not {i // 2 for i in test.indices} & {i // 2 for i in part.indices}  # D10: whole groups
+        assert sorted([*part.indices, *test.indices]) == list(range(12)) and 0 < len(labelled(part)) <= 6
+    ((everything,), (test,)) = loaded("--data one")
+    assert (everything.y >= 0).all() and test.name == "test" and len(everything.y) == 12
 
 
 @pytest.mark.parametrize("line, sentence", [
@@ -760,153 +575,106 @@ def test_labels_and_hold_outs_of_the_command_line(library):
 ])
 def test_data_sets_that_are_refused(library, line, sentence):
     with pytest.raises(UserError, match=sentence):
-        jedi.load_sources(parsed(line), SAID)
+        loaded(line)
 
 
 def test_values_with_commas():
-    assert [jedi.one_of("a,,c", k) for k in range(3)] == ["a", None, "c"]
-    assert jedi.one_of(None, 1) is jedi.one_of("", 1) is None
+    assert [jedi.nth("a,,c", k) for k in range(4)] == ["a", None, "c", None]
+    assert jedi.nth(None, 1) is jedi.nth("", 1) is None
     assert jedi.slug("toy:a") == "toy-a" and jedi.slug("/some/where/") == "where"
 
 
-# ---- from disk -------------------------------------------------------------------------------------
-
-
-def features_of(n, D, K, without, dtype, seed):
-    """The rows of n videos but for some: embeddings and probabilities."""
-    good = [i for i in range(n) if i not in without]
-    z, p = random(len(good), D, seed=seed), random(len(good), K, seed=seed + 1).softmax(1)
-    rows = torch.cat([z, p], 1).numpy().astype(dtype)
-    return Features(rows, np.isin(np.arange(n), good).astype(np.int64), dict.fromkeys(without, f"bad {seed}"))
-
+# ---- embeddings ------------------------------------------------------------------------------------
 
 # Of (data set, part, expert) which videos cannot be read.
 BAD = {("one", "train", 0): [4], ("one", "train", 1): [4, 6], ("two", "train", 1): [3, 8],
        ("more", "train", 0): [0], ("one", "test", 0): [2], ("one", "test", 1): [0]}  # fmt: skip
 
 
-@pytest.fixture
-def disk(monkeypatch):
-    """What `cached` finds, for two experts with embeddings of 6 and of 5; numbers of half precision."""
-    both = [expert_of(stirred(Headed(6, 3)), "one", recipe=Recipe(4, 1, average="logits")),
-            expert_of(stirred(Headed(5, 2)), "two", recipe=Recipe(4, 1))]  # fmt: skip
-    there = {}
-    for s, source in enumerate(three()):
+def features_of(n, D, without, dtype, seed):
+    """The rows of n videos but for some."""
+    good = [i for i in range(n) if i not in without]
+    rows = random(len(good), D, seed=seed).numpy().astype(dtype)
+    return Features(rows, np.isin(np.arange(n), good).astype(np.int64), dict.fromkeys(without, f"bad {seed}"))
+
+
+@pytest.fixture(params=[False, True])
+def disk(request, monkeypatch):
+    """Two data sets with experts, one of them with a hold-out, and one without an expert."""
+    data = {"one": data_of("one", 12, 5, 3), "two": data_of("two", 9, 4, 2), "more": data_of("more", 7, 3, 6)}
+    y = np.where(np.isin(np.arange(12), (1, 4, 5)), data["one"].train.labels, -1)
+    learned = [jedi.Part(data["one"], "train", np.arange(12), y),
+               jedi.Part(data["two"], "train", np.array([1, 2, 3, 5, 6, 7]), np.zeros(6, int)),
+               jedi.Part(data["more"], "train", np.arange(7), np.full(7, -1))]  # fmt: skip
+    tests = [jedi.Part(data["one"], "test", np.arange(5)),
+             jedi.Part(data["two"], "train", np.array([0, 4, 8]))]  # fmt: skip
+    there, asked = {}, []
+    for s, (name, one) in enumerate(data.items()):
         for part in ("train", "test"):
-            for k, (D, K) in enumerate(((6, 3), (5, 2))):
-                without, n = BAD.get((source.name, part, k), []), len(source.videos(part))
-                seed = 100 * s + 10 * k + len(part)
-                there[source.name, part, k] = features_of(n, D, K, without, np.float16, seed)
-    asked = []
+            for k, D in enumerate((6, 5)):
+                without, n = BAD.get((name, part, k), []), len(getattr(one, part))
+                dtype = np.float16 if request.param else np.float32
+                there[name, part, k] = features_of(n, D, without, dtype, 100 * s + 10 * k + len(part))
 
-    def cached(args, run, source, part, expert, compute=False):
-        assert not compute
-        asked.append((source.name, part))
-        return there[source.name, part, both.index(expert)]
+    def extract(folder, what, run, workers):
+        expert, name, part = folder.parts[-2], *folder.name.split("_")
+        assert what.average and what.half == request.param and what.videos is getattr(data[name], part)
+        asked.append(folder.name)
+        return there[name, part, ["one", "two"].index(expert)]
 
-    monkeypatch.setattr(jedi, "cached", cached)
-    return SimpleNamespace(experts=both, there=there, asked=asked)
-
-
-def fed(disk, sources=None, **more):
-    args = Namespace(**dict(memory=None, batch=4, seed=3) | more)
-    run = SimpleNamespace(device=torch.device("cpu"), say=print, rank=0, world=1)
-    return jedi.FromDisk(args, run, sources or three(), disk.experts)
+    monkeypatch.setattr(features, "extract", extract)
+    both = [expert_of(stirred(Headed(6, 3))), expert_of(stirred(Headed(5, 2)))]
+    args = Namespace(half=request.param, cache="cache", channels_last=False, workers=0, max_bad=0.5)
+    run = SimpleNamespace(device=torch.device("cpu"), say=print, place=lambda net, _: net)
+    return SimpleNamespace(args=args, run=run, parts=learned + tests, experts=both, there=there, asked=asked)
 
 
-def naive_rows(disk, name, part, i):
+def naive_row(disk, part, i):
     """What all experts see in a video, side by side; None if one cannot read it."""
     found = []
-    for k, D in enumerate((6, 5)):
-        here = disk.there[name, part, k]
+    for k in range(2):
+        here = disk.there[part.data.name, part.name, k]
         if not here.counts[i]:
             return None
-        found.append(here.rows[sum(here.counts[:i])][:D].astype(np.float32))
+        found.append(here.rows[sum(here.counts[:i])])
     return np.concatenate(found)
 
 
-@pytest.mark.parametrize("memory", [1.0, 0.0, None])
-def test_embeddings_from_disk(disk, memory, capsys):
-    feed = fed(disk, memory=memory)
-    naive = [(n, i) for n, i, _ in naive_learned(three())]
-    rows = [(at, naive_rows(disk, three()[at[0]].name, "train", at[1])) for at in naive]
-    rows = [(at, row) for at, row in rows if row is not None]
-    assert [len(feed.X), len(rows), 21] == [len(feed.learned.y)] * 3  # 12 - 2, 9 - 3 - 1, 7 - 1
-    ((places, z),) = feed.X.batches([np.arange(21)])
-    assert z.dtype == torch.float32 and np.array_equal(z, [row for _, row in rows])
-    assert feed.learned.source.tolist() == [number for (number, _), _ in rows]
-    assert ("held there" in capsys.readouterr().out) == (memory != 0)
-    assert (feed.X.held is None) == (feed.Z.held is None) == (memory == 0)
-    bad = {feed.learned.videos.name(k) for k in feed.learned.bad}
-    assert bad == {"/one/one4.mp4", "/one/one6.mp4", "/two/two3.mp4", "/more/more0.mp4"}  # two8 is held out
-    tested, Z = zip(*((mine, z()) for mine, z in feed.tests(all_views=True)), strict=True)
-    assert [mine.good.tolist() for mine in tested] == [[1, 3, 4], [0, 1]]  # of 5 test videos; of 0, 4, 8
-    assert [sorted(mine.bad) for mine in tested] == [[0, 2], [2]]
-    assert np.array_equal(Z[0], [naive_rows(disk, "one", "test", i) for i in (1, 3, 4)])
-    assert np.array_equal(Z[1], [naive_rows(disk, "two", "train", i) for i in (0, 4)])
-    assert ("two", "test") not in disk.asked and ("more", "test") not in disk.asked
+def test_embeddings_of_all_experts_side_by_side(disk):
+    parts = disk.parts
+    z = jedi.embed(disk.args, disk.run, parts, disk.experts)
+    assert z.shape == (12 + 6 + 7 + 5 + 3, 11)
+    assert z.dtype == (torch.float16 if disk.args.half else torch.float32)
+    assert torch.equal(z, torch.cat([part.z for part in parts]))
+    for part in parts:
+        for place, (i, row) in enumerate(zip(part.indices, part.z, strict=True)):
+            expected = naive_row(disk, part, i)
+            assert (place in part.bad) == (expected is None)
+            assert expected is None or np.array_equal(row, expected)
+    assert [sorted(part.bad) for part in parts] == [[4, 6], [2], [0], [0, 2], [2]]
+    assert "two_test" not in disk.asked and "more_test" not in disk.asked
 
 
-def test_experts_scores_from_disk(disk, monkeypatch):
-    """D9: of the first by the logits of the mean embedding, of the second by the mean probabilities."""
-    monkeypatch.setattr(jedi, "figures", lambda scores: scores)
-    one, two = (mine.expert for mine in fed(disk).tested)
-    z = torch.from_numpy(np.stack([naive_rows(disk, "one", "test", i)[:6] for i in (1, 3, 4)]))
-    assert np.allclose(one.probs[[1, 3, 4]], disk.experts[0].net.head(z).softmax(1).detach(), atol=1e-6)
-    assert not one.probs[[0, 2]].any() and sorted(one.bad) == [0, 2]
-    assert one.labels.tolist() == [0, 1, 1, 1, 2]
-    held = disk.there["two", "train", 1]
-    at = [int(sum(held.counts[:i])) for i in (0, 4)]
-    assert np.array_equal(two.probs[:2], held.rows[at, 5:].astype(np.float32)) and not two.probs[2].any()
-    assert two.labels.tolist() == [videos_of("two", 9, 2).labels[i] for i in (0, 4, 8)]
+def test_too_little_memory_is_a_sentence(disk, monkeypatch):
+    def full(*shape, **how):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-
-def test_what_cannot_be_read_is_wrong():
-    source = source_of("one", 0, 4, 4, 2)
-    mine = jedi.Tested(source, np.array([0, 1, 3]), {2: "no frames"})
-    assert mine.videos.labels.tolist() == [0, 1, 0, 0]
-    scores = mine.scores(np.array([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]], np.float32))
-    assert np.allclose(scores.probs, [[0.9, 0.1], [0.2, 0.8], [0, 0], [0.3, 0.7]])
-    assert scores.hits.tolist() == [1, 1, 0, 0] and scores.views.tolist() == [1] * 4
-    assert jedi.figures(scores)["top1"] == 50.0 and jedi.figures(scores)["top5"] == 75.0
-
-
-def test_batches_from_disk_are_passes_over_all_data_sets(disk):
-    """D1; what cannot be read is told with the first, after a resumption too."""
-    feed = fed(disk, batch=5)
-    order, z = video.Order(21, 3), next(feed.X.batches([np.arange(21)]))[1]
-    for start, world in ((0, 1), (7, 2)):
-        for rank in range(world):
-            feed.run.rank, feed.run.world = rank, world
-            batches = list(feed.loader(start, 12))
-            assert len(batches) == 12 - start
-            for step, (batch,) in enumerate(batches, start):
-                first = 5 * (step * world + rank)
-                naive = sorted(order[p][0] for p in range(first, first + 5))
-                places, seen = feed.inputs(batch)
-                assert places.tolist() == naive and torch.equal(seen, z[naive])
-                assert batch["bad"] == (list(feed.learned.bad.items()) if step == start else [])
-
-
-def test_nothing_to_learn_from(disk):
-    for key, found in disk.there.items():
-        disk.there[key] = replace(found, counts=np.zeros_like(found.counts))
-        disk.there[key].bad.update(dict.fromkeys(range(len(found.counts)), "gone"))
-    with pytest.raises(UserError, match="no training video that all experts can read"):
-        fed(disk)
-
-
-# ---- figures ---------------------------------------------------------------------------------------
+    monkeypatch.setattr(torch, "zeros", full)
+    gigabytes = 33 * 11 * (2 if disk.args.half else 4) / 1e9
+    with pytest.raises(UserError, match=f"33 videos need {gigabytes:.1f} GB of memory on cpu, .* --half"):
+        jedi.embed(disk.args, disk.run, disk.parts, disk.experts)
+    assert not disk.asked  # before the long work
 
 
 def naive_figures(probs, labels, bad):
     """Percentages; the rank of a class is how many have more; mAP from each class's list of all videos."""
     n, K = probs.shape
-    ranks = [sum(p > probs[i, labels[i]] for p in probs[i]) for i in range(n)]
+    probs = [[0.0] * K if i in bad else row.tolist() for i, row in enumerate(probs)]
+    ranks = [sum(p > probs[i][labels[i]] for p in probs[i]) for i in range(n)]
     hits = {k: sum(rank < k and i not in bad for i, rank in enumerate(ranks)) for k in (1, 5)}
     precisions = []
     for k in range(K):
-        ranked, right, mine = sorted(range(n), key=lambda i: -probs[i, k]), 0, []
+        ranked, right, mine = sorted(range(n), key=lambda i: -probs[i][k]), 0, []
         for place, i in enumerate(ranked, 1):
             if labels[i] == k:
                 right += 1
@@ -917,58 +685,33 @@ def naive_figures(probs, labels, bad):
     return {"top1": 100 * hits[1] / n, "top5": 100 * hits[5] / n, "mAP": 100 * mean}
 
 
-def test_figures_match_their_definitions():
-    probs, labels = random(40, 9, scale=2.0).softmax(1).numpy(), np.arange(40) ** 2 % 8  # of class 8 is none
-    probs[[3, 17]] = 0
-    bad = {3: "no frames", 17: "html"}
-    found = jedi.figures(Scores(probs, np.zeros(40), np.ones(40), labels, bad))
-    assert found == pytest.approx(naive_figures(probs, labels, bad))
+def test_experts_students_and_teachers_are_scored_from_one_embedding(monkeypatch):
+    """D6, D9, D12: from the mean embeddings, in blocks as at once; an unreadable video is wrong."""
+    joint, three = joint_of(adjust_dropout=0.75, neurons=1), experts()
+    tests = [jedi.Part(data_of("abc"[i], 4, 5000, K), "test", np.arange(5000)) for i, K in enumerate(CLASSES)]
+    for i, part in enumerate(tests):
+        part.z, part.bad = random(5000, 14, seed=30 + i), {3: "no frames", 17: "html"} if i else {}
+    scores = jedi.score(joint, three, tests)
+    assert joint.training and [list(row) for row in scores] == [["expert", "student", "teacher"]] * 3
+    for i, (part, row) in enumerate(zip(tests, scores, strict=True)):
+        m, e = naive_joint(joint, z=part.z)
+        own = three[i].net.head(part.z.split(WIDTHS, 1)[i])
+        for who, x in (("expert", own), ("student", m[i]), ("teacher", e[i])):
+            probs = x.softmax(1).detach().numpy()
+            good = np.setdiff1d(np.arange(5000), list(part.bad))
+            assert np.allclose(row[who].probs[good], probs[good], atol=1e-5) and row[who].bad == part.bad
+            assert not row[who].probs[list(part.bad)].any()
+            metrics = evaluate.metrics(row[who])
+            naive = naive_figures(row[who].probs, part.videos.labels, part.bad)
+            assert {key: metrics[key] for key in naive} == pytest.approx(naive)
 
 
 def test_map_by_hand():
     """Class 0: its videos are first and third, (1 + 2/3) / 2; class 1: its video is first."""
     probs = np.array([[0.9, 0.6], [0.8, 0.7], [0.3, 0.1]], np.float32)
-    scores = Scores(probs, np.zeros(3), np.ones(3), np.array([0, 1, 0]), {})
-    assert jedi.figures(scores)["mAP"] == pytest.approx(100 * ((1 + 2 / 3) / 2 + 1) / 2)
-
-
-def test_table_2(tmp_path, capsys):
-    def row(*numbers):
-        return [dict(zip(("top1", "top5", "mAP"), numbers[k : k + 3], strict=True)) for k in (0, 3)]
-
-    table = {"expert": row(73.81, 93.55, 42.83, 73.6, 93.66, 61.27),
-             "student": row(81.561, 95, 82, 75, 93, 76), "teacher": row(88, 97, 90, 78, 94, 79)}  # fmt: skip
-    jedi.show_table(SimpleNamespace(say=print, main=True, out=tmp_path), ["activitynet", "hmdb51"], table)
-    rows = list(csv.reader(open(tmp_path / "table.csv")))
-    assert rows[0] == ["", "activitynet top1", "activitynet top5", "activitynet mAP",
-                       "hmdb51 top1", "hmdb51 top5", "hmdb51 mAP"]  # fmt: skip
-    assert rows[1] == ["expert", "73.81", "93.55", "42.83", "73.60", "93.66", "61.27"]
-    assert [row[:2] for row in rows[2:]] == [["student", "81.56"], ["teacher", "88.00"]]
-    said = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in said] == ["activitynet", "expert", "student", "teacher"]
-    assert len({len(line) for line in said}) == 1
-
-
-@pytest.mark.parametrize("chunk", [4096, 2])
-def test_measure_tests_students_and_teachers(chunk, monkeypatch):
-    """In pieces as at once; the teachers may be those of other students."""
-    monkeypatch.setattr(jedi, "CHUNK", chunk)
-    joint, elder = (joint_of(dropout=0.75, neurons=1) for _ in range(2))
-    stirred(elder, seed=7).eval()
-    tested = [jedi.Tested(source_of("abc"[i], i, 4, 5, K), np.arange(5), {})
-              for i, K in enumerate(CLASSES)]  # fmt: skip
-    tested[1] = replace(tested[1], good=np.array([0, 3]), bad=dict.fromkeys((1, 2, 4), "bad"))
-    Z = [random(len(mine.good), 14, seed=30 + i) for i, mine in enumerate(tested)]
-    for other in (joint, elder):
-        tests = [(mine, z.clone) for mine, z in zip(tested, Z, strict=True)]
-        found = jedi.measure(joint, other, tests)
-        assert joint.training and len(found) == 3
-        for i, (mine, its) in enumerate(zip(tested, found, strict=True)):
-            m = naive_joint(joint, "adjusted", Z[i])[0][i]
-            e = naive_joint(other, "adjusted", Z[i])[1][i]
-            for who, x in (("student", m), ("teacher", e)):
-                assert np.allclose(its[who].probs[mine.good], x.softmax(1).detach(), atol=1e-5)
-                assert its[who].bad == mine.bad
+    scores = evaluate.Scores.of(probs, Videos.make("", "abc", [0, 1, 0]), {})
+    assert evaluate.metrics(scores)["mAP"] == pytest.approx(100 * ((1 + 2 / 3) / 2 + 1) / 2)
+    assert scores.hits.tolist() == [1, 0, 1] and scores.views.tolist() == [1, 1, 1]
 
 
 # ---- command line ----------------------------------------------------------------------------------
@@ -978,12 +721,11 @@ def test_defaults_are_the_papers():
     """Sec. 4.4."""
     args = parsed("--data hmdb51,ucf101")
     assert (args.alpha, args.beta, args.gamma, args.temperature) == (1, 1, 0.4, 1)
-    assert (args.optimizer, args.lr, args.weight_decay) == ("adamw", 1e-5, 3e-3)
+    assert (args.lr, args.weight_decay, args.epochs, args.burn_in) == (1e-5, 3e-3, 500, 25)
     assert args.lr_batch == args.batch == 512  # D1
-    assert (args.epochs, args.burn_in) == (500, 25)
     assert (args.hidden, args.adjust_dropout, args.neurons) == (256, 0.75, 10)
-    assert (args.student_loss, args.teacher_loss, args.teacher_input) == ("ce", "hinge", "adjusted")
-    assert (args.distill, args.ratio, args.holdout, args.alternate) == ("all", 1.0, 0.0, 0)
+    assert (args.teacher_loss, args.teacher_input) == ("hinge", "adjusted")
+    assert (args.distill, args.ratio, args.holdout) == ("all", 1.0, 0.0)
 
 
 @pytest.mark.parametrize("names, recipe", [
@@ -991,46 +733,42 @@ def test_defaults_are_the_papers():
     (["toy:a", "toy:b", "toy:c", "weizmann/"], "weizmann"), (["toy:a", "ucf101"], None),
     (["ucf101", "/x/weizmann", "toy"], None), (["hmdb51", "ucf101"], None),
 ])  # fmt: skip
-def test_the_recipe_does_not_depend_on_the_order_of_the_data_sets(names, recipe, library, capsys):
-    epochs, sizes = (100, {"toy": 40, "weizmann": 64}[recipe]) if recipe else (500, 224)
+def test_the_recipe_does_not_depend_on_the_order_of_the_data_sets(names, recipe):
     for order in permutations(names):
         args = parsed(f"--data {','.join(order)}")
-        assert (args.recipe, args.epochs, args.size) == (recipe, epochs, sizes)
-        jedi.load_sources(args, SAID)
-        assert f"recipe: {recipe or 'none'}" in capsys.readouterr().out
+        assert (args.recipe, args.epochs) == (recipe, 100 if recipe else 500)
 
 
 def test_one_expert_and_one_network_for_all_or_for_each():
     args = parsed("--data toy:a,toy:b --expert e --net tsm10")
     assert (args.expert, args.net) == (["e"] * 2, ["tsm10"] * 2)
-    args = parsed("--data hmdb51,ucf101 --expert e f --net tsm10 tsn50")
-    assert (args.expert, args.net) == (["e", "f"], ["tsm10", "tsn50"])
     args = parsed("")
-    assert args.expert == ["supervised"] * 3 and len(set(args.net)) == 3
-    line = "--data hmdb51,ucf101 --expert supervised f --net tsm10 tsn50 --root a,b --extra k400"
-    one = jedi.of_source(parsed(line), 1)
-    assert (one.data, one.root, one.expert, one.net, one.extra) == ("ucf101", "b", ["f"], ["tsn50"], None)
+    assert args.expert == ["supervised"] * 3 and len(set(args.net)) == 3 and args.init == ["none"] * 3
+    line = "--data hmdb51,ucf101,k400 --expert supervised f supervised --net tsm10 tsn50 tsn101"
+    line += " --init none a b --root a,b,c --seed 4 --expert_flags epochs=3 jitter=8,9 no-flip"
+    first, last = jedi.supervised_flags(parsed(line))
+    assert {"--data=hmdb51", "--root=a", "--net=tsm10", "--seed=4", "--epochs"} < set(first)
+    assert {"--data=k400", "--root=c", "--net=tsn101", "--init=b", "--ratio=1.0"} < set(last)
+    assert last[-6:] == ["--epochs", "3", "--jitter", "8", "9", "--no-flip"]
+    assert not any("init" in flag for flag in first)
 
 
 @pytest.mark.parametrize("line, word", [
     ("--data one,two --root /a", "--root has a value for each of one, two, with commas, not /a"),
     ("--data one --root /a,/b", "--root has a value for each of one, with commas, not /a,/b"),
-    ("--data one --extra two,more --extra_root /a", "--extra_root has a value for each of two, more"),
+    ("--data one --extra two,more --root /a,/b", "--root has a value for each of one, two, more"),
     ("--data one,two --labelled_list l.txt", "--labelled_list has a value for each of one, two"),
     ("--data one,a/one", "each data set once, not as one,a/one"), ("--data one,", "once, not as one,"),
     ("--data one,two --extra two", "each data set once"), ("--data a/experts", "each data set once"),
     ("--data hmdb51 --distill ssv2", "--distill is all, none, own, or one of hmdb51, not ssv2"),
     ("--data hmdb51,ucf101 --expert a b c", "--expert has one value, or one for each of hmdb51,ucf101, not"),
     ("--net tsm10 tsn50", "--net has one value, or one for each of toy:a,toy:b,toy:c, not 2"),
-    ("--net tsm11", "no backbone tsm11"), ("--batch 0", "--batch"), ("--temperature 0", "--temperature"),
-    ("--alternate 2 --finetune", "--alternate"), ("--alternate -1", "--alternate"),
-    ("--finetune --stage extract", "--stage extract"),
+    ("--init a b", "--init has one value"), ("--batch 0", "--batch"), ("--temperature 0", "--temperature"),
     ("--temperature nan", "--temperature"), ("--holdout 1.5", "--holdout"), ("--hidden 0", "--hidden"),
     ("--adjust_dropout -0.1", "--adjust_dropout"), ("--gamma -1", "--gamma"), ("--neurons -1", "--neurons"),
-    ("--jitter 30 20", "--jitter"), ("--views 0 1", "--views"), ("--views 1 2", "--views"),
-    ("--teacher_input base+predictions", "--teacher_input"), ("--student_loss mse", "--student_loss"),
-    ("--memory -1", "--memory"), ("--extra_videos 0", "--extra_videos"), ("--epochs inf", "--epochs"),
-    ("--stage test", "--stage"), ("--ratio 0", "--ratio"), ("--ratio 0.5 --per_class 2", "--per_class"),
+    ("--teacher_input base+predictions", "--teacher_input"), ("--extra_videos 0", "--extra_videos"),
+    ("--epochs inf", "--epochs"), ("--stop_after test", "--stop_after"), ("--ratio 0", "--ratio"),
+    ("--ratio 0.5 --per_class 2", "--per_class"), ("--finetune", "--finetune"),
 ])  # fmt: skip
 def test_mistakes_are_one_sentence_with_status_2(line, word):
     with pytest.raises(SystemExit) as end:
@@ -1039,36 +777,13 @@ def test_mistakes_are_one_sentence_with_status_2(line, word):
     assert said.startswith("jedi: ") and word in said and said.endswith("(2)") and "\n" not in said
 
 
-def test_how_a_published_network_sees_a_video():
-    eight = jedi.published_recipe("tsn50", "AN.pth", "8")
-    assert (eight.frames, eight.clips, eight.uniform) == (8, 0, 1)
-    dense = jedi.published_recipe("tsm50", "K.pth", "8x4")
-    assert (dense.frames, dense.stride, dense.clips, dense.uniform) == (8, 4, 10, 0)
-    for recipe in (eight, dense):
-        assert (recipe.mean, recipe.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    swin = jedi.published_recipe("swin3d_b", "kinetics", "")
-    assert swin == Recipe(**backbones.published_input("swin3d_b", "kinetics")) and swin.frames == 32
-    assert jedi.published_recipe("swin3d_b", "kinetics", "16x2").frames == 16
-
-
-@pytest.mark.parametrize("clip", ["", "eight", "8x4x2", "x4", "8x", "0", "8x0", "-8", "8 4", "8.5", "²"])
-def test_a_network_that_is_no_model_must_say_what_it_sees(clip):
-    with pytest.raises(UserError, match="--expert tsn50:AN.pth must say what it sees: :8 is 8 segments"):
-        jedi.published_recipe("tsn50", "AN.pth", clip)
-
-
-def test_runs_of_a_command(tmp_path):
-    def runs(line):
-        return [(stage, Path(out).relative_to(tmp_path).as_posix()) for stage, _, out in
-                jedi.runs_of(parsed(f"--data toy:a,toy:b --out {tmp_path} {line}"))]  # fmt: skip
-
-    extract, train = ("extract", "cache"), ("train", ".")
-    assert runs("") == [("experts", "experts/toy-a"), ("experts", "experts/toy-b"), extract, train]
-    assert runs("--expert supervised e.pt") == [("experts", "experts/toy-a"), extract, train]
-    assert runs("--expert e.pt") == [extract, train] and runs("--expert e.pt --finetune") == [train]
-    assert runs("--stage extract") == [extract] and runs("--stage train") == [train]
-    assert runs("--stage experts --expert e.pt supervised") == [("experts", "experts/toy-b")]
-    assert [stage for stage, _ in runs("--eval m.pt")] == ["eval"]
+@pytest.mark.parametrize("line, word", [
+    ("--net tsm11", "no backbone tsm11"), ("--expert_flags jitter=30,20", "--jitter"),
+    ("--expert_flags epoch=3", "--epoch"), ("--expert_flags batch=0", "--batch"),
+])  # fmt: skip
+def test_mistakes_of_stage_1_are_found_at_the_start(line, word):
+    with pytest.raises(SystemExit, match=f"supervised: .*{word}"):
+        parsed(line)
 
 
 # ---- runs on videos --------------------------------------------------------------------------------
@@ -1159,22 +874,20 @@ def rows_of(out):
 
 
 def test_cache_holds_what_experts_see(world, whole):
-    """Sec. 4.3, D6: the mean of the test views, of training videos too, and the mean probabilities."""
+    """Sec. 4.3, D6: the mean embedding of the expert's test views, of training videos too."""
     data = datasets.load(world / "one")
     for name in ("one", "two"):
         net, _, _, recipe = evaluate.load_model(world / "experts" / name / "model.pt")
         for part in ("train", "test"):
             found = features.load(whole / "cache" / name / f"one_{part}")
             assert list(found.bad) == ([1] if part == "train" else [2])
-            videos = data.train if part == "train" else data.test
-            views = video.Views(videos, recipe.sample, recipe.view, recipe.short_side)
+            views = video.Views(getattr(data, part), recipe.sample, recipe.view, recipe.short_side)
             for i in np.flatnonzero(found.counts).tolist():
                 x = recipe.to_input(views[i]["views"], "cpu")
                 assert len(x) == recipe.views > 1
                 with torch.no_grad():
-                    rows = [torch.cat([net.embed(v[None])[0], net(v[None])[0].softmax(0)]) for v in x]
-                row = found.rows[found.first[i]]
-                assert np.allclose(row, torch.stack(rows).mean(0), atol=1e-5) and len(row) == len(rows[0])
+                    z = torch.stack([net.embed(v[None])[0] for v in x]).mean(0)
+                assert np.allclose(found.rows[found.first[i]], z, atol=1e-5)
 
 
 def test_what_a_run_leaves(world, whole):
@@ -1185,7 +898,7 @@ def test_what_a_run_leaves(world, whole):
         f"{world}/one/train1.mp4"]  # fmt: skip
     assert (whole / "one" / "labelled.txt").read_text().split()[::2] == [f"train{i}.mp4" for i in range(5)]
     row, table = result_of(whole), table_of(whole)
-    assert (row["videos"], row["unreadable"]) == (7, 1)
+    assert (row["videos"], row["unreadable"]) == (7, 1) and list(table) == ["expert", "student", "teacher"]
     for key in ("top1", "top5", "mAP"):
         mean = np.mean([table["student"][f"{name} {key}"] for name in ("one", "two")])
         assert row[key] == pytest.approx(mean, abs=0.01)
@@ -1196,9 +909,11 @@ def test_what_a_run_leaves(world, whole):
     steps = [row for row in rows_of(whole) if "lr" in row]
     assert [row["step"] for row in tests] == [0, 2, 4, 6, 8] and len(steps) == 8  # 8 videos, 4 a step
     for name in ("one", "two"):
-        assert len({row[f"{name}_expert_mAP"] for row in tests}) == 1  # Fig. 3: a straight line
-        assert tests[-1][f"{name}_student_top1"] == pytest.approx(table["student"][f"{name} top1"], abs=0.01)
-    assert tests[0]["two_student_mAP"] == tests[0]["two_expert_mAP"]  # D5, as this one averages logits
+        for key in ("top1", "top5", "mAP"):
+            assert len({row[f"{name}_expert_{key}"] for row in tests}) == 1  # Fig. 3: a straight line
+            assert tests[0][f"{name}_student_{key}"] == tests[0][f"{name}_expert_{key}"]  # D5
+            last = tests[-1][f"{name}_student_{key}"]
+            assert last == pytest.approx(table["student"][f"{name} {key}"], abs=0.01)
     assert [row["loss_kd"] > 0 for row in steps] == [False] * 2 + [True] * 6  # an epoch of burn-in
     for row in steps:
         parts = row["loss_m"] + row["loss_e"] + 0.4 * row["loss_kd"]
@@ -1207,28 +922,31 @@ def test_what_a_run_leaves(world, whole):
 
 @pytest.mark.parametrize("name", ["one", "two"])
 def test_a_students_score_from_video_is_that_from_the_cache(world, whole, run, name):
+    """It is a network of its own: encoder, adjustment and head."""
     model = evaluate.load_model(whole / name / "model.pt")
     net, made, classes, recipe = model
-    _, before, _, old = evaluate.load_model(world / "experts" / name / "model.pt")
+    expert, before, _, old = evaluate.load_model(world / "experts" / name / "model.pt")
     assert recipe == replace(old, average="embeddings") and made == before | {"adapter": 4}
+    assert all(torch.equal(net.state_dict()[key], value) for key, value in expert.state_dict().items()
+               if not key.startswith("fc."))  # fmt: skip
     data = datasets.load(world / name)
     scores = evaluate.score(net, data.test, recipe, run)
     found = features.load(whole / "cache" / name / f"{name}_test")
-    z = torch.from_numpy(np.array(found.rows))[:, : net.fc.in_features]
+    z = torch.from_numpy(np.array(found.rows))
     assert net.adapter.up.weight.any() and not torch.allclose(net.adapter(z), z, atol=1e-3)
     p = net.head(z).softmax(1).detach().numpy()
     good = np.flatnonzero(found.counts)
     assert np.allclose(scores.probs[good], p, atol=1e-6) and sorted(scores.bad) == sorted(found.bad)
     assert np.ptp(p, 0).max() > 1e-4  # or any video's would do
-    for key, value in jedi.figures(scores).items():
+    for key in ("top1", "top5", "mAP"):
+        value = evaluate.metrics(scores)[key]
         assert table_of(whole)["student"][f"{name} {key}"] == pytest.approx(value, abs=0.006)
     said = list(csv.DictReader(open(whole / name / "predictions.csv")))
     for i, row in enumerate(said):
         assert bool(row["unreadable"]) == (i not in good)
         if i in good:
-            best = int(scores.probs[i].argmax())
-            assert row["top1"] == f"{classes[best]}:{float(row['top1'].split(':')[1]):.6f}"
-            assert float(row["top1"].split(":")[1]) == pytest.approx(scores.probs[i, best], abs=2e-6)
+            best, (told, share) = int(scores.probs[i].argmax()), row["top1"].rsplit(":", 1)
+            assert told == classes[best] and float(share) == pytest.approx(scores.probs[i, best], abs=2e-6)
     predicted = dict(evaluate.predict(model, data.test.path(int(good[-1]))))
     assert [predicted[k] for k in classes] == pytest.approx(scores.probs[good[-1]].tolist(), abs=1e-6)
     assert (whole / name / "per_class.csv").exists()
@@ -1255,6 +973,37 @@ def test_the_same_command_is_over(world, whole, capfd):
     assert "RESULT script=jedi" in capfd.readouterr().out and times(whole) == before
 
 
+def test_a_finished_run_of_other_experts_is_no_result(world, whole, tmp_path):
+    more, _ = changed(world, tmp_path, "weights")
+    shutil.copytree(whole, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["args"]["expert"] = [f"{tmp_path}/experts"] * 2  # the same folder, with another network in it
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    said = refused(world, tmp_path / "out", f"{more} --cache {tmp_path}/cache")
+    assert "was trained with expert of two" in said
+
+
+def test_stopped_and_resumed(world, whole, tmp_path, monkeypatch):
+    """Bit for bit, from the middle of an epoch; unreadable videos are told once."""
+    steps, train_step = [], jedi.train_step
+
+    def stopping(*args):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jedi, "train_step", stopping)
+        start(world, tmp_path / "out", f"--cache {whole}/cache")
+    assert len(steps) == 3 and not (tmp_path / "out" / "result.json").exists()
+    start(world, tmp_path / "out", f"--cache {whole}/cache")
+    for name in ("table.csv", "one/predictions.csv", "two/predictions.csv", "bad_videos.txt"):
+        assert (tmp_path / "out" / name).read_text() == (whole / name).read_text()
+    ours, theirs = (evaluate.load_model(out / "one" / "model.pt")[0] for out in (tmp_path / "out", whole))
+    assert evaluate.digest_of(ours) == evaluate.digest_of(theirs)
+
+
 # ---- the cache -------------------------------------------------------------------------------------
 
 
@@ -1276,9 +1025,7 @@ def changed(world, tmp_path, what):
         lines = (tmp_path / "two" / "test.txt").read_text().splitlines()
         (tmp_path / "two" / "test.txt").write_text("\n".join(lines[::-1]) + "\n")
         return f"--data {world}/one,{tmp_path}/two", "one/two_test"
-    if what == "half":
-        return "--half", "one/one_train"
-    return "--expert_epochs 3", ""
+    return "--half", "one/one_train"
 
 
 @pytest.mark.parametrize("what, word", [("weights", "expert"), ("views", "recipe.crops 3, not 1"),
@@ -1286,59 +1033,54 @@ def changed(world, tmp_path, what):
                                         ("list", "videos"), ("half", "half False, not True")])  # fmt: skip
 def test_a_cache_of_something_else_is_refused(world, whole, tmp_path, what, word):
     more, folder = changed(world, tmp_path, what)
-    said = refused(world, tmp_path / "out", f"--stage train --cache {whole}/cache {more}")
+    said = refused(world, tmp_path / "out", f"--cache {whole}/cache {more}")
     assert f"{whole}/cache/{folder} has other features ({word}" in said
     assert not (tmp_path / "out" / "last.pt").exists()
-
-
-def test_a_cache_of_the_same_is_shared(world, whole, tmp_path):
-    more, _ = changed(world, tmp_path, "nothing")
-    before = times(whole / "cache")
-    start(world, tmp_path / "out", f"--cache {whole}/cache {more}")
-    assert times(whole / "cache") == before and not list((tmp_path / "out").rglob("features.npy"))
-    assert table_of(tmp_path / "out") == table_of(whole)
-    assert (tmp_path / "out/one/predictions.csv").read_text() == (whole / "one/predictions.csv").read_text()
 
 
 def test_a_sample_of_an_extra_data_set_on_a_shared_cache(world, whole, tmp_path):
     """The cache has the whole list, which serves every number of videos; none is embedded again."""
     before, learned = times(whole / "cache"), []
-    more = f"--data {world}/one --extra {world}/two --distill two --stage {{}} --cache {whole}/cache"
+    more = f"--data {world}/one --extra {world}/two --distill two --cache {whole}/cache"
     for n in (1, 2, 4):
-        start(world, tmp_path / f"{n}", f"{more.format('all')} --extra_videos {n}")
+        start(world, tmp_path / f"{n}", f"{more} --extra_videos {n}")
         state = torch.load(tmp_path / f"{n}" / "last.pt", weights_only=True)
         learned.append(state["identity"]["list of two"])
         assert result_of(tmp_path / f"{n}")["videos"] == 4
     assert times(whole / "cache") == before and len(set(map(str, learned))) == 3
-    start(world, tmp_path / "own", f"{more.format('extract')} --extra_videos 1 --cache {tmp_path}/cache")
+    more += f" --stop_after embeddings --extra_videos 1 --cache {tmp_path}/cache"
+    start(world, tmp_path / "own", more)
     for name in ("index.npz", "features.npy", "videos.txt"):
         folder = Path("one", "two_train", name)
         assert (tmp_path / "cache" / folder).read_bytes() == (whole / "cache" / folder).read_bytes()
 
 
-def test_experts_of_other_videos(world, whole, tmp_path, capfd):
-    """A supervised expert of this run is refused; one of another run may know others, and it is said."""
-    for name in ("one", "two"):
-        shutil.copytree(world / "experts" / name, tmp_path / "out" / "experts" / name)
-        (tmp_path / "out" / "experts" / name / "labelled.txt").write_text("train0.mp4 0\n")
-    said = refused(world, tmp_path / "out", "--stage train --expert supervised")
-    assert "out/experts/one/model.pt has learned from other videos than those with a label here" in said
-    folder = tmp_path / "out" / "experts"
-    start(world, tmp_path / "other", f"--stage train --cache {whole}/cache --expert {folder}")
+def test_experts_that_were_trained_on_other_videos_are_named(world, whole, tmp_path, capfd):
+    shutil.copytree(world / "experts", tmp_path / "experts")
+    (tmp_path / "experts" / "two" / "labelled.txt").write_bytes(b"train0.mp4 0\n\xff.mp4 1\n")  # not UTF-8
+    start(world, tmp_path / "out", f"--cache {whole}/cache --expert {tmp_path}/experts")
     printed = capfd.readouterr().out
-    assert f"{folder}/two/model.pt has learned from other videos" in printed and "RESULT" in printed
+    assert f"{tmp_path}/experts/two/model.pt was trained on other videos" in printed and "RESULT" in printed
+    assert "one/model.pt was trained on other videos" not in printed
 
 
 def test_too_many_videos_that_cannot_be_read(world, tmp_path):
     """After mending, what is kept of them must go."""
-    said = refused(world, tmp_path / "out", "--stage extract --max_bad 0.1")
-    assert "1 of 5 videos of one cannot be read, more than --max_bad 0.1" in said
+    said = refused(world, tmp_path / "out", "--max_bad 0.1")
+    assert "1 of 5 videos of one cannot be read, more than --max_bad" in said
     assert said.endswith(f"when they are mended, delete {tmp_path}/out/cache/one/one_train (2)")
 
 
-def test_a_cache_that_is_not_there(world, tmp_path):
-    said = refused(world, tmp_path / "out", f"--stage train --cache {tmp_path}/cache")
-    assert f"{tmp_path}/cache/one/one_train has no complete embeddings: --stage extract makes them" in said
+@pytest.mark.parametrize("more, word", [
+    ("--expert /nowhere.pt", "there is no file /nowhere.pt"),
+    ("--expert tsn50:/nowhere.pth:8", "there is no file /nowhere.pth"),
+    ("--expert /nowhere", "there is no file /nowhere/one/model.pt"),
+    ("--expert tsn50:AN.pth", "must say what the network sees"),
+    ("--expert supervised --init none /nowhere.pth", "there is no file /nowhere.pth"),
+    ("--data /nowhere/one,/nowhere/two --expert supervised", "/nowhere/one"),
+])  # fmt: skip
+def test_what_is_not_there_is_missed_before_stage_1(world, tmp_path, more, word):
+    assert word in refused(world, tmp_path / "out", more) and not (tmp_path / "out" / "experts").exists()
 
 
 def test_embeddings_in_half_precision(world, whole, tmp_path):
@@ -1374,7 +1116,7 @@ def extracted_by(world, out, ranks, parts=-1, status=0):
     out.mkdir()
     (out / "ranks.py").write_text(RANKS)
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "PARTS": str(parts)}
-    call = [sys.executable, out / "ranks.py", *words(world, out, "--stage extract")[1:]]
+    call = [sys.executable, out / "ranks.py", *words(world, out, "--stop_after embeddings")[1:]]
     process = forks.start(call, HERE, env, ranks)
     said = process.communicate()
     assert process.returncode == status, said
@@ -1389,26 +1131,21 @@ def files_of(out):
 def test_two_ranks_leave_the_same_cache(world, whole, tmp_path):
     found = extracted_by(world, tmp_path / "out", 2)
     assert len(found) == 2 * 4 * 4 and found == files_of(whole)
+    assert not (tmp_path / "out" / "last.pt").exists()
 
 
 def test_killed_while_extracting(world, whole, tmp_path, capfd):
-    """After the part files of 5 training videos, in blocks of two, and the first of 4 test videos."""
-    left = extracted_by(world, tmp_path / "out", None, 4, status=-signal.SIGKILL)
-    assert sorted(left) == [f"one/{name}" for name in (
-        "one_test/features.json", "one_test/part-000000000.npz", "one_test/videos.txt",
-        "one_train/features.json", "one_train/features.npy", "one_train/index.npz",
-        "one_train/videos.txt")]  # fmt: skip
-    said = refused(world, tmp_path / "out", "--stage train")
-    assert "two/one_train has no complete embeddings: --stage extract makes them" in said
-    capfd.readouterr()
+    """After the part files of 5 training videos of each data set, in blocks of two, and of 2 test videos."""
+    left = extracted_by(world, tmp_path / "out", None, 6, status=-signal.SIGKILL)
+    assert {name.split("/")[1] for name in left} == {"one_train", "two_train", "one_test"}
+    assert "one/one_test/part-000000000.npz" in left and "one/one_test/index.npz" not in left
     start(world, tmp_path / "out")
-    said = capfd.readouterr().out
-    assert "one_test has the features of 2 " in said
+    assert "one_test has the features of 2 " in capfd.readouterr().out
     assert files_of(tmp_path / "out") == files_of(whole)
     assert table_of(tmp_path / "out") == table_of(whole)
 
 
-# ---- other ways to train ---------------------------------------------------------------------------
+# ---- hold-out --------------------------------------------------------------------------------------
 
 
 def test_held_out_videos_are_tested_and_not_learned(world, tmp_path):
@@ -1427,198 +1164,23 @@ def test_given_experts_that_know_the_held_out_videos_are_named(world, tmp_path, 
     more = "--holdout 0.4 --epochs 0.5"
     start(world, tmp_path / "a", more)
     assert result_of(tmp_path / "a")["held_out_known_to"] == "one,two"
-    assert "the expert of two may have learned the held-out videos" in capfd.readouterr().out
+    assert "the expert of two may have been trained on the held-out videos" in capfd.readouterr().out
     for name in ("one", "two"):
         shutil.copytree(world / "experts" / name, tmp_path / "experts" / name)
         shutil.copy(tmp_path / "a" / name / "labelled.txt", tmp_path / "experts" / name)
-    start(world, tmp_path / "b", f"{more} --cache {tmp_path}/a/cache --expert {tmp_path}/experts")
+    more += f" --cache {tmp_path}/a/cache --expert {tmp_path}/experts"
+    start(world, tmp_path / "b", more)
     assert "held_out_known_to" not in result_of(tmp_path / "b")
     lines = "".join(f"train{i}.mp4 {i % 2}\n" for i in range(4))
     (tmp_path / "experts/two/labelled.txt").write_text(lines)
-    start(world, tmp_path / "c", f"{more} --cache {tmp_path}/a/cache --expert {tmp_path}/experts")
+    start(world, tmp_path / "c", more)
     assert result_of(tmp_path / "c")["held_out_known_to"] == "two"
-    start(world, tmp_path / "d", f"--epochs 0.5 --expert {tmp_path}/experts")
-    assert "held_out_known_to" not in result_of(tmp_path / "d")
 
 
-def test_students_and_teachers_by_turns(world, whole, tmp_path, monkeypatch):
-    """D11: two rounds, of two steps of teachers and two of students each, who learn of the elder ones."""
-    halves, steps, begin_half, step_loss = [], [], jedi.begin_half, jedi.step_loss
-    batches, inputs = [], jedi.FromDisk.inputs
-
-    def begun(joint, elder, optimizer, half):
-        before = copies(joint)
-        begin_half(joint, elder, optimizer, half)
-        assert half == len(halves)
-        halves.append((joint, elder, half % 2 == 0, before, copies(joint), copies(elder)))
-
-    def stepped(m, e, labels, own, y, w, weights, args):
-        joint, elder, teachers = halves[-1][:3]
-        steps.append((weights, copies(joint), copies(elder), labels))
-        if not teachers:
-            z = batches[-1][1]
-            assert alike(labels, elder.logits(z)[1])
-            assert alike(labels, joint.logits(z)[1]) == (len(steps) == 3)  # the elder had not learned yet
-        return step_loss(m, e, labels, own, y, w, weights, args)
-
-    monkeypatch.setattr(jedi, "begin_half", begun)
-    monkeypatch.setattr(jedi.FromDisk, "inputs", lambda *args: batches.append(inputs(*args)) or batches[-1])
-    monkeypatch.setattr(jedi, "step_loss", stepped)
-    start(world, tmp_path / "out", f"--alternate 2 --cache {whole}/cache --burn_in 3")
-    assert len(halves) == 4
-    begin = halves[0][4]
-    for k, (_, _, teachers, before, now, elder) in enumerate(halves):
-        mine, others = (("teachers.",), STUDENTS) if teachers else (STUDENTS, ("teachers.",))
-        (weights, first, _, labels), (_, second, elder_then, _) = steps[2 * k : 2 * k + 2]
-        assert equal(now, begin, *mine) and equal(now, before, *others)
-        assert equal(first, now) and equal(second, now, *others) and not equal(second, now, *mine)
-        assert weights == ((0, 1, 0) if teachers else (1, 0, 0.4)) and (labels is None) == teachers
-        assert equal(elder_then, elder) and (teachers or equal(elder, before))
-    last = {row["step"]: row for row in rows_of(tmp_path / "out") if "lr" in row}
-    assert [last[step]["loss_kd"] > 0 for step in range(1, 9)] == ([False] * 2 + [True] * 2) * 2
-    joint, elder = halves[-1][:2]
-    saved, table = evaluate.load_model(tmp_path / "out" / "two" / "model.pt")[0], table_of(tmp_path / "out")
-    assert torch.equal(saved.fc.weight, joint.heads[1].weight)
-    assert not equal(copies(joint), copies(elder), *STUDENTS)
-    one, two = (features.load(whole / "cache" / name / "two_test") for name in ("one", "two"))
-    z = torch.from_numpy(np.concatenate([one.rows[:, : elder.widths[0]], two.rows[:, : elder.widths[1]]], 1))
-    right = elder.logits(z)[1][1].argmax(1).numpy() == datasets.load(world / "two").test.labels
-    assert table["teacher"]["two top1"] == pytest.approx(100 * right.mean(), abs=0.01)
-
-
-def test_teachers_figures_are_of_those_who_learn(world, whole, tmp_path):
-    """In a half round of teachers these change, in one of students they rest."""
-    more = "--alternate 1 --epochs 20 --lr 0.05 --neurons 1000"
-    start(world, tmp_path / "out", f"{more} --cache {whole}/cache")
-    tests = [row for row in rows_of(tmp_path / "out") if row.get("eval") == "quick"]
-    seen = [tuple(value for key, value in row.items() if "_teacher_" in key) for row in tests]
-    assert [row["step"] for row in tests] == [*range(0, 41, 2)]
-    assert len(set(seen[:11])) > 1 and len(set(seen[10:])) == 1
-
-
-@pytest.fixture(scope="module")
-def tuned(world, tmp_path_factory):
-    """A run that trains the encoders as well, of three steps; what its batches looked like."""
-    seen, inputs = [], jedi.FromVideo.inputs
-
-    def watched(self, batch):
-        found = inputs(self, batch)
-        seen.append((batch["index"].tolist(), found[0].tolist(), [x.shape for x in found[1]]))
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jedi.FromVideo, "inputs", watched)
-        patch.setattr(evaluate, "VIEWS_PER_BATCH", 4)
-        more = "--finetune --batch 4 --epochs 1 --burn_in 0.34 --lr 0.01"
-        return start(world, tmp_path_factory.mktemp("tuned") / "run", more), seen
-
-
-def test_batches_of_clips(tuned):
-    _, seen = tuned
-    assert len(seen) == 3  # 9 videos, of which one cannot be read
-    for index, places, shapes in seen:
-        assert places == sorted(index) and shapes == [(4, 3, 4, 16, 16), (4, 3, 2, 16, 16)]
-    assert not (tuned[0] / "cache").exists()
-    assert "train1.mp4\t" in (tuned[0] / "bad_videos.txt").read_text()
-
-
-@pytest.mark.parametrize("name", ["one", "two"])
-def test_encoders_that_learn(world, tuned, run, name):
-    """D12: their weights do, their batch norms' statistics do not; the test is that of model.pt."""
-    out, _ = tuned
-    net, _, classes, recipe = evaluate.load_model(out / name / "model.pt")
-    expert = evaluate.load_model(world / "experts" / name / "model.pt")[0].state_dict()
-    now = net.state_dict()
-    assert {key.split(".")[0] for key in now.keys() - expert.keys()} == {"adapter"}
-    for key, value in expert.items():
-        still = "running" in key or "batches" in key
-        assert torch.equal(now[key], value) == still, key
-    scores = evaluate.score(net, datasets.load(world / name).test, recipe, run)
-    for key, value in jedi.figures(scores).items():
-        assert table_of(out)["student"][f"{name} {key}"] == pytest.approx(value, abs=0.006)
-    for i, row in enumerate(csv.DictReader(open(out / name / "predictions.csv"))):
-        if i in scores.bad:
-            assert row["top1"] == "" and row["unreadable"] == scores.bad[i]
-        else:
-            said, p = row["top1"].rsplit(":", 1)
-            assert said == classes[scores.probs[i].argmax()]
-            assert float(p) == pytest.approx(scores.probs[i].max(), abs=2e-6)
-    assert result_of(out)["unreadable"] == 1
-
-
-def test_signal_during_the_experts_test_of_a_run_that_has_learned(world, tmp_path, monkeypatch, capfd):
-    """--finetune: the same command has the last test still to do."""
-    score, more = evaluate.score, "--finetune --epochs 0"
-
-    def signalled(net, videos, recipe, run, *args):
-        run.stop = True
-        return score(net, videos, recipe, run, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(jedi, "finish", lambda *args: None)
-        start(world, tmp_path / "out", more)
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "score", signalled)
-        start(world, tmp_path / "out", more)
-    assert "stopped by a signal during the test" in capfd.readouterr().out
-    assert (tmp_path / "out" / "last.pt").exists() and not (tmp_path / "out" / "result.json").exists()
-
-
-def test_encoders_get_gradients_and_their_batch_norms_rest():
-    nets = [small(K=3)[1], small("tsm10-small", K=2, seed=1)[1]]
-    joint = jedi.Joint([expert_of(net) for net in nets], 4, 0.75, "adjusted", 4)
-    model = jedi.EndToEnd(nets, stirred(joint), nullcontext).train()
-    assert joint.training and not any(module.training for net in nets for module in net.modules())
-    before = [[b.clone() for b in net.buffers()] for net in nets]
-    x = [random(3, 3, 4, 16, 16), random(3, 3, 2, 16, 16, seed=1)]
-    own, y, w = [slice(0, 2), slice(2, 3)], torch.tensor([0, 2, 1]), torch.ones(3, 2)
-    out = model(x, own)
-    z = torch.cat([nets[0].embed(x[0]), nets[1].embed(x[1])], 1)
-    assert alike(out[2], joint.logits(z)[1])
-    jedi.step_loss(*out, own, y, w, (1, 1, 1), losses())[0].backward()
-    for k, net in enumerate(nets):
-        for name, p in net.named_parameters():
-            assert (p.grad is None) == name.startswith("fc.") == (not p.requires_grad)
-        assert next(net.parameters()).grad.any()
-        assert len(before[k]) > 9 and alike(net.buffers(), before[k], 0)
-    assert model(x, own, distill=False)[2] is None
-    assert not model.eval().joint.training
-
-
-def test_videos_and_clips_of_a_batch_are_sorted_alike():
-    """Each clip carries its video's place as its grey; one place is there twice, in the loader's order."""
-    index = torch.tensor([5, 2, 9, 2])
-    grey = torch.stack([torch.full((2, 3, 4, 4), 10 * int(k), dtype=torch.uint8) for k in index])
-    views = [grey.clone(), grey + 1]
-    views[0][3] += 5
-    recipes = [Recipe(2, 1, mean=(0.0,), std=(1 / 255,)), Recipe(2, 1, mean=(0.0,), std=(1 / 255,))]
-    feed = SimpleNamespace(recipes=recipes, run=SimpleNamespace(device="cpu"))
-    places, (x, other) = jedi.FromVideo.inputs(feed, {"index": index, "views": views})
-    assert isinstance(places, np.ndarray) and places.tolist() == [2, 2, 5, 9] and x.shape == (4, 3, 2, 4, 4)
-    assert x[:, 0, 0, 0, 0].round().tolist() == [20, 25, 50, 90]
-    assert other[:, 2, 1, 3, 3].round().tolist() == [21, 21, 51, 91]
-
-
-def test_random_clips_of_all_experts():
-    """A window for each recipe, dense or of segments; crops of each size; one flip for all of a video."""
-    recipes = [Recipe(4, 3, clips=2), Recipe(5, 1, clips=0, uniform=1)]
-    starts = set()
-    for seed in range(50):
-        dense, segments = jedi.random_windows(range(30), np.random.default_rng(seed), recipes)
-        assert np.diff(dense).tolist() == [3, 3, 3] and 0 <= dense[0] <= 20
-        assert [i // 6 for i in segments] == [0, 1, 2, 3, 4]
-        starts.add(int(dense[0]))
-    assert len(starts) > 10
-    ramp = torch.arange(40, dtype=torch.uint8).expand(2, 3, 30, 40)
-    mirrored = set()
-    for seed in range(30):
-        torch.manual_seed(seed)
-        crops = jedi.random_crops([ramp, ramp], [16, 20], [(20, 24), (24, 30)], flip=True)
-        assert [tuple(crop.shape) for crop in crops] == [(2, 3, 16, 16), (2, 3, 20, 20)]
-        ways = {bool(crop[0, 0, 0, 0] > crop[0, 0, 0, -1]) for crop in crops}
-        assert len(ways) == 1
-        mirrored |= ways
-        torch.manual_seed(seed)
-        crops = jedi.random_crops([ramp, ramp], [16, 20], [(20, 24), (24, 30)], flip=False)
-        assert all(crop[0, 0, 0, 0] < crop[0, 0, 0, -1] for crop in crops)
-    assert mirrored == {False, True}
+def test_an_expert_may_be_a_student_of_another_run(world, whole, tmp_path):
+    """The next generation: with its adjustment, which may have another number of units."""
+    start(world, tmp_path / "out", f"--expert {whole} --hidden 6 --epochs 0 --max_bad 0.5")
+    table = table_of(tmp_path / "out")
+    for key, value in table_of(whole)["student"].items():
+        assert table["expert"][key] == table["student"][key] == value
+    assert evaluate.load_model(tmp_path / "out" / "one" / "model.pt")[1]["adapter"] == 4

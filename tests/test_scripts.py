@@ -38,9 +38,9 @@ TINY = {
     "motionfit": "--per_class 2 --modality rgb --width 0.0625 --size 16 --stretch 20 24 --frames 4 "
     "--clusters 8 --batch 4 --multi_clips 2 --epochs 4 --clips 1 --log_every 2 --eval_every 2 "
     "--max_bad 0.1 --workers 0",
-    "jedi": "--per_class 2 --net resnet3d10 --width 0.0625 --size 16 --test_size 16 --jitter 20 24 "
-    "--frames 4 --views 1 1 --expert_epochs 0.2 --hidden 8 --batch 8 --epochs 60 --burn_in 1 --log_every 2 "
-    "--eval_every 30 --workers 0",
+    "jedi": "--per_class 2 --net resnet3d10 --expert_flags width=0.0625 size=16 test_size=16 jitter=20,24 "
+    "frames=4 clips=1 crops=1 epochs=0.2 eval_every=0 --hidden 8 --batch 8 --epochs 60 --burn_in 1 "
+    "--log_every 2 --eval_every 30 --workers 0",
 }
 # What the last line of log.jsonl, a quick test, says of the networks.
 LOGGED = {
@@ -50,6 +50,7 @@ LOGGED = {
     "motionfit": {"val_top1"},
     "jedi": {"toy_expert_mAP", "toy_student_top1", "toy_teacher_top5"},
 }
+TINY_EXPERT = shlex.split(TINY["jedi"])[5:10]
 SCRIPTS = list(TINY)
 FIRST = SCRIPTS[0]
 
@@ -489,7 +490,7 @@ def test_no_quick_tests_and_no_training(script, toy_root, tmp_path):
     log = rows(tested(script, tmp_path / "untested"))
     assert log and not [row for row in log if "eval" in row] and checkpoint(tmp_path / "untested")["step"] > 0
     out = tmp_path / "untrained"
-    printed, _ = run(script, toy_root, out, "--epochs", "0", *["--expert_epochs", "0"] * (script == "jedi"))
+    printed, _ = run(script, toy_root, out, "--epochs", "0")
     assert "0 steps" in printed and "RESULT" in printed and (made(script, out) / "model.pt").exists()
     assert checkpoint(out)["step"] == 0
     assert [(row["step"], row["eval"]) for row in rows(tested(script, out))] == [(0, "quick")]
@@ -534,7 +535,7 @@ def test_dead_rank_ends_the_run_which_then_resumes(toy_root, tmp_path):
 def test_result_of_two_ranks_is_that_of_their_model(finished, toy_root, tmp_path):
     """Batch-norm statistics differ between ranks after a step; a score must not."""
     script, flags = finished[0], ("--clips", "8", "--crops", "3")  # 24 views: blocks of 2 videos
-    its = ("--views", "8", "3") if script == "jedi" else flags
+    its = ("--expert_flags", *TINY_EXPERT, "clips=8", "crops=3") if script == "jedi" else flags
     run(script, toy_root, tmp_path / "a", "--epochs", "1", *its, ranks=2)
     folder = made(script, tmp_path / "a")
     run(script, toy_root, tmp_path / "b", *flags, "--eval", str(folder / "model.pt"))
@@ -748,9 +749,8 @@ VARIANTS = {
         "--granularity segment --lam 0 --iterations 1",
     ],
     "jedi": [
-        "--teacher_input adjusted+predictions --distill own --student_loss hinge --optimizer sgd --burn_in 0",
-        "--alternate 2 --teacher_input base --teacher_loss ovr --half --memory 0",
-        "--finetune --burn_in 0 --flip --batch 4",
+        "--teacher_input adjusted+predictions --distill own --burn_in 0",
+        "--teacher_input base --teacher_loss ovr --half",
         "--holdout 0.3 --distill none --net tsm10 --temperature 2 --teacher_input predictions",
     ],
 }
@@ -805,11 +805,11 @@ MISTAKES = {
     },
     "jedi": {
         "--expert /nowhere.pt": "/nowhere.pt",
-        "--expert_epochs 4 --expert_lr 1e30 --expert_optimizer sgd": "lower --expert_lr in another --out",
-        "--expert tsn50:/nowhere.pth": "--expert tsn50:/nowhere.pth",
+        "--expert_flags lr=1e30 optimizer=sgd epochs=4": "lower --lr in another --out",
+        "--expert tsn50:/nowhere.pth:8": "/nowhere.pth",
+        "--expert tsn50:/nowhere.pth": "must say what the network sees",
         "--distill nowhere": "--distill",
-        "--stage train": "--stage experts",
-        "--lr 1e30 --optimizer sgd": "--lr",
+        "--lr 1e30": "--lr",
     },
 }
 

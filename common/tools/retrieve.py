@@ -59,7 +59,8 @@ def retrieve(args, run):
     net = net.to(run.device)
     for part, videos in (("train", data.train), ("test", data.test)):
         call = partial(max_features, net)
-        found.append(features.extract(run.out / part, net, call, videos, recipe, run, args.workers, identity))
+        what = features.Extraction(net, call, videos, recipe, identity)
+        found.append(features.extract(run.out / part, what, run, args.workers))
         if found[-1] is None:
             return
     row = run.on_main(recalls, data, recipe, *found, run.device)

@@ -1,0 +1,1 @@
+"""Black boxes behind the first room: files, formats, published weights."""

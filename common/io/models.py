@@ -1,0 +1,72 @@
+"""Trained networks by a specification, one of
+
+    MODEL.PT                   a file of a run of these scripts
+    FOLDER                     the same in FOLDER/DATA/model.pt, for each data set
+    NET:WORD                   torchvision's weights, such as swin3d_b:kinetics (backbones.PUBLISHED)
+    NET:FILE:SEGMENTS          weights of another toolbox, such as MMAction2's tsm50; the network sees
+                               one view of a video, with a frame from each of SEGMENTS equal segments
+    NET:FILE:FRAMESxSTRIDE     the same; it sees ten clips of FRAMES frames, STRIDE apart
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from common import UserError, backbones, evaluate, modality
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """net: in eval mode, on the CPU; build: arguments of backbones.build; recipe: how it sees a video.
+
+    path: its file, or the word for torchvision's weights. labelled_list: the text of the list of the videos
+    it was trained on, labelled.txt beside a model.pt; None if there is none.
+    """
+
+    path: str
+    net: nn.Module
+    build: dict
+    recipe: evaluate.Recipe
+    labelled_list: str | None = None
+
+
+def parse(spec, data):
+    """(backbone, or None for a model.pt; file or word; Recipe, or None for that of the model.pt) of `spec`.
+
+    data: the name of a data set, for a FOLDER. Raises UserError where a network that is not a model.pt does
+    not say what it sees.
+    """
+    name, _, rest = spec.partition(":")
+    if name not in backbones.NAMES:
+        folder = os.path.isdir(spec) or not spec.endswith(".pt")
+        return None, os.path.join(spec, data.replace(":", "-"), "model.pt") if folder else spec, None
+    weights, _, clip = rest.partition(":")
+    if weights in backbones.PUBLISHED and not clip:
+        return name, weights, evaluate.Recipe(**backbones.published_input(name, weights))
+    match = re.fullmatch("([1-9][0-9]*)(?:x([1-9][0-9]*))?", clip)
+    if not match:
+        raise UserError(f"{name}:{weights} must say what the network sees: :8 for 8 segments of a video, "
+                        f":8x4 for clips of 8 frames with a stride of 4, not {clip!r}")  # fmt: skip
+    frames, stride = match.groups()
+    views = dict(clips=10) if stride else dict(clips=0, uniform=1)
+    rgb = modality.MODALITIES["rgb"]
+    return name, weights, evaluate.Recipe(int(frames), int(stride or 1), **views, mean=rgb.mean, std=rgb.std)
+
+
+def load(spec, data, run):
+    """The Model of `spec`, which must know the classes of `data`; UserError."""
+    name, path, recipe = parse(spec, data.name)
+    if name is None:
+        beside = Path(path).with_name("labelled.txt")
+        text = beside.read_text("utf-8", "surrogateescape") if beside.exists() else None
+        return Model(path, *evaluate.load_known(path, data), text)
+    if path in backbones.PUBLISHED:
+        run.on_main(backbones.fetch, name, path)  # one process downloads
+    build = dict(name=name, classes=len(data.classes))
+    net = backbones.build(**build, weights=path, names=data.classes).eval()
+    if net.new_fc:
+        raise UserError(f"{spec} does not know the classes of {data.name}")
+    return Model(path, net, build, recipe)

@@ -1,0 +1,140 @@
+"""A network trained by cross-entropy on labelled clips: a baseline for any method, an expert for some.
+
+    torchrun --nproc_per_node 8 -m common.supervised --data ucf101 --net tsm50 --init FILE.pth --out RUN
+    python -m common.supervised --data toy --net resnet3d10 --ratio 0.1
+
+A training view is a random clip with a short side within --jitter, a random crop, and a flip where the labels
+allow one. The learning rate follows a cosine to 0. The run folder has model.pt and the files of the test.
+"""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from common import augment, backbones, datasets, evaluate, modality, optim, video
+from common.flags import Parser, at_least, free_flags, share, wanted
+from common.run import Run, agreed
+
+RECIPES = {
+    "toy": dict(
+        net="resnet3d10", width=0.25, dropout=0.0, frames=8, stride=2, size=40, jitter=[44, 56], epochs=12,
+        batch=16, optimizer="adamw", lr=0.005, weight_decay=0.05, clips=4, crops=1, eval_every=5, workers=1,
+        channels_last=True,
+    ),
+}  # fmt: skip
+RECIPES["weizmann"] = RECIPES["toy"] | dict(
+    net="r2plus1d_10-pool", size=64, test_size=64, jitter=[72, 80], epochs=100, eval_every=50
+)
+
+
+def parse_args(argv=None):
+    p = Parser("supervised", __doc__, RECIPES)
+    g = p.data(unlabelled=None, ratio=1.0)
+    g.add_argument("--holdout", type=share, default=0.0, help="share of training videos to test on")
+    g.add_argument("--jitter", type=at_least(1), nargs=2, default=[256, 320], help="short side in training")
+    g = p.add_argument_group("network")
+    g.add_argument("--net", default="tsm50", help="backbone")
+    g.add_argument("--width", type=float, default=1.0, help="channel multiplier of the backbone")
+    g.add_argument("--dropout", type=float, default=0.5, help="dropout rate before the classifier")
+    g.add_argument("--init", help="initial weights: a file, imagenet or kinetics; default: random")
+    g.add_argument("--frames", type=at_least(1), default=8, help="frames of a clip")
+    g.add_argument("--stride", type=at_least(1), default=8, help="frames from one to the next in a clip")
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=at_least(0.0), default=50, help="passes over the labelled videos")
+    g.add_argument("--batch", type=at_least(1), default=8, help="clips per GPU and step")
+    g.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
+    g.add_argument("--lr", type=at_least(0.0), default=0.001, help="rate for 8 clips a step, scales linearly")
+    g.add_argument("--weight_decay", type=at_least(0.0), default=5e-4, help="weight decay of all parameters")
+    p.run()
+    args = p.parse(argv)
+    if args.jitter[0] > args.jitter[1]:
+        p.error(f"--jitter is a range such as 256 320, not {args.jitter[0]} {args.jitter[1]}")
+    if args.net not in backbones.NAMES:
+        p.error(f"there is no backbone {args.net}: choose one of {', '.join(backbones.NAMES)}")
+    return args
+
+
+def window(source, rng, args):
+    """Frame indices of the one random clip of a training video."""
+    return [video.dense(len(source), args.frames, args.stride, rng)]
+
+
+def view(clips, args, flip):
+    """The training view of a clip (T, C, H, W)."""
+    crop = augment.jitter_crop(clips[0], args.size, args.jitter)
+    return (augment.random_flip(crop) if flip else crop,)
+
+
+def train(args, run):
+    data = agreed(datasets.load, args.data, args.root, args.split)
+    if args.eval:
+        net, recipe = evaluate.load_for(args.eval, data, run.device, clips=args.clips, crops=args.crops)
+        evaluate.report(net, data, recipe, run, args.workers, **wanted(args))
+        return
+    labels = args.ratio, args.per_class, args.seed, args.labelled_list
+    held_out = datasets.held_out(data.train, args.holdout, args.seed)
+    labelled = np.setdiff1d(agreed(datasets.labelled, data, *labels), np.flatnonzero(held_out))
+    videos = data.train.subset(labelled)
+    if held_out.any():
+        data = replace(data, test=data.train.subset(np.flatnonzero(held_out)))
+    identity = dict(labelled=datasets.digest(data.train, labelled), classes=len(data.classes), net=args.net)
+    if run.finished(identity):
+        return
+    run.say(f"{data.name}: {len(data.classes)} classes, {len(videos)} labelled, {len(data.test)} test videos")
+    rgb, side, views = modality.MODALITIES["rgb"], args.test_size, (args.clips, args.crops)
+    recipe = evaluate.Recipe(args.frames, args.stride, *views, side, side, mean=rgb.mean, std=rgb.std)
+    flip = data.flip if args.flip is None else args.flip
+    clips = video.Clips(videos, partial(window, args=args), partial(view, args=args, flip=flip), args.seed)
+    epoch = math.ceil(len(videos) / (args.batch * run.world))
+    total, every = (optim.steps_of(epochs, epoch) for epochs in (args.epochs, args.eval_every))
+
+    torch.manual_seed(args.seed)
+    build = dict(name=args.net, classes=len(data.classes), width=args.width, dropout=args.dropout)
+    if args.init in backbones.PUBLISHED:
+        run.on_main(backbones.fetch, args.net, args.init)  # one process downloads
+    net = run.distribute(backbones.build(**build, weights=args.init), args.channels_last, args.compile)
+    lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, 8)
+    optimizer = optim.build(args.optimizer, net.parameters(), lr, args.weight_decay)
+    start = run.resume(identity, net=net.module, optimizer=optimizer)
+    run.write("labelled.txt", datasets.as_list(videos))
+    run.say(f"{total} steps, {epoch} an epoch, of {args.batch * run.world} clips; {rule}; {run.device.type}")
+    loader = video.train_loader([(clips, args.batch)], start, total, run.rank, run.world, args.workers)
+    test = partial(quick_test, args, run, data, net.module, recipe)
+    for step, (batch,) in run.steps(loader, start, total, args.seed, [videos], epoch, test, every):
+        with run.autocast():
+            logits = net(recipe.to_input(batch["views"][0], run.device))
+            loss = F.cross_entropy(logits, batch["label"].to(run.device))
+        optim.set_lr(optimizer, lr * optim.warmup_cosine(step, total))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.track(step, optimizer.param_groups[0]["lr"], loss=loss)
+    if not run.stopped:
+        if run.main:
+            evaluate.save_model(run.out / "model.pt", net.module, build, data.classes, recipe)
+        evaluate.report(net.module, data, recipe, run, args.workers, **wanted(args))
+
+
+def quick_test(args, run, data, net, recipe, step):
+    """Accuracy on one view of each test video, into the log."""
+    scores = evaluate.score(net, data.test, replace(recipe, clips=1, crops=1), run, args.workers)
+    if scores is not None:
+        run.log({"step": step, "eval": "quick", "top1": round(evaluate.metrics(scores)["top1"], 4)})
+
+
+def main(argv=None):
+    """Train a network, or find it trained; False if a signal has stopped it."""
+    args = parse_args(argv)
+    often = args.log_every, args.max_bad, args.save_minutes
+    with Run("supervised", args.out, vars(args), free_flags(args), *often) as run:
+        train(args, run)
+        return run.ended and not run.told_to_stop()
+
+
+if __name__ == "__main__":
+    record(main)()
