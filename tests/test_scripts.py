@@ -116,8 +116,8 @@ def made(script, out):
     return out / "toy" if script == "jedi" else out
 
 
-def tested(script, out):
-    """Whose log has quick tests: motionfit.py's last stage learns from all labels and has none."""
+def quick_log_of(script, out):
+    """The folder whose log has quick tests: motionfit.py's last stage learns from all labels and has none."""
     return out / "generator" if script == "motionfit" else out
 
 
@@ -214,7 +214,7 @@ def test_run_folder_is_complete(finished, toy_root):
     line = [line for line in printed.splitlines() if line.startswith("RESULT ")][-1]  # of the last stage
     assert line.startswith(f"RESULT script={script} data=toy ") and f"top1={result['top1']:.2f}" in line
     assert re.search(r"videos=20 unreadable=0 seconds=\d+$", line)
-    test, log = rows(tested(script, out))[-1], rows(out)
+    test, log = rows(quick_log_of(script, out))[-1], rows(out)
     assert test["eval"] == "quick" and LOGGED[script] <= test.keys()
     steps = [row["step"] for row in log if "eval" not in row]
     assert steps == list(range(2, steps[-1] + 1, 2))
@@ -487,13 +487,13 @@ def test_a_signal_during_a_quick_test_loses_no_row(finished, toy_root, tmp_path)
 def test_no_quick_tests_and_no_training(script, toy_root, tmp_path):
     """--eval_every 0 and --epochs 0."""
     run(script, toy_root, tmp_path / "untested", "--eval_every", "0", "--epochs", "1")
-    log = rows(tested(script, tmp_path / "untested"))
+    log = rows(quick_log_of(script, tmp_path / "untested"))
     assert log and not [row for row in log if "eval" in row] and checkpoint(tmp_path / "untested")["step"] > 0
     out = tmp_path / "untrained"
     printed, _ = run(script, toy_root, out, "--epochs", "0")
     assert "0 steps" in printed and "RESULT" in printed and (made(script, out) / "model.pt").exists()
     assert checkpoint(out)["step"] == 0
-    assert [(row["step"], row["eval"]) for row in rows(tested(script, out))] == [(0, "quick")]
+    assert [(row["step"], row["eval"]) for row in rows(quick_log_of(script, out))] == [(0, "quick")]
 
 
 def test_two_ranks_finish_with_status_0(toy_root, tmp_path):
@@ -761,7 +761,8 @@ def test_baselines_and_ablations_run(script, toy_root, tmp_path):
     def one(i):
         out = tmp_path / f"{i}"
         printed, _ = run(script, toy_root, out, "--epochs", "0.8", *VARIANTS[script][i].split())
-        assert "RESULT" in printed and rows(tested(script, out))[-1]["eval"] == "quick", VARIANTS[script][i]
+        assert "RESULT" in printed, VARIANTS[script][i]
+        assert rows(quick_log_of(script, out))[-1]["eval"] == "quick", VARIANTS[script][i]
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(one, range(len(VARIANTS[script]))))
