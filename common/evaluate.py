@@ -42,8 +42,9 @@ class Recipe:
     spread: `clips` from the "first" to the last frame, or at equal "parts" (video.dense_parts).
     stretch: (height, width) that pictures of any shape become, in place of short_side; 3 crops are then along
     the width.
-    modality: what an input frame is, see common/modality.py; of the optical flow, `bound` and `flow_side`
-    are the pixels of its largest motion and of the short side of its pictures.
+    modality: what an input frame is, see common/modality.py; `interval` frames are between the two of a tg;
+    of the optical flow, `bound` and `flow_side` are the pixels of its largest motion and of the short side of
+    its pictures.
     """
 
     frames: int
@@ -57,6 +58,7 @@ class Recipe:
     spread: str = "first"  # or "parts"
     stretch: tuple = ()
     modality: str = "rgb"
+    interval: int = 1
     bound: float = flow.BOUND
     flow_side: int = flow.SHORT_SIDE
     multilabel: bool = False
@@ -72,7 +74,7 @@ class Recipe:
         """What gives the clips of a video, to be opened by `with`."""
         if self.modality == "rgb":
             return video.open_video(videos, index)
-        return modality.Streams(videos, index, (self.modality,), self.bound, self.flow_side)
+        return modality.Streams(videos, index, (self.modality,), self.bound, self.flow_side, self.interval)
 
     def sample(self, source):
         """Indices of the input frames of the clips of an open video: a list of (frames,) arrays."""

@@ -1,11 +1,12 @@
-"""What a network may see in place of RGB frames: stacks of frame differences, or of optical flow.
+"""Input modalities other than RGB: the temporal gradient, stacks of frame differences, or optical flow.
 
     with Streams(videos, 0, ("rgb", "flow")) as source:
         source.lengths                                # {"rgb": 120, "flow": 115}: input frames there are
         x_rgb, x_flow = source.clips([i, j])          # uint8 (T, 3, H, W), (5 T, 2, H, W)
     x = stacked(x_flow[None], "flow")                 # (1, T, 10, H, W)
 
-An input frame, of which a clip has T, is one frame (rgb), six frames that become five differences (diff),
+An input frame, of which a clip has T, is one frame (rgb), two frames that become their difference (tg; Xiao
+et al., Learning from Temporal Gradient), six frames that become five differences (diff),
 five fields of flow, from six frames as well (flow; Komkov et al., Mutual Modality Learning, section 3.1), or
 one field of flow, as 3D networks see it (field).
 Clips stay as read, uint8, until `stacked` on the device.
@@ -24,7 +25,10 @@ from common.run import agree
 
 
 class Modality(NamedTuple):
-    """channels: C of the network's input; pictures: how many an input frame is made of, and of what."""
+    """channels: C of the network's input; pictures: how many an input frame is made of, and of what.
+
+    The pictures are successive ones; the two of tg are an interval apart, which the Recipe has.
+    """
 
     channels: int
     pictures: int
@@ -35,6 +39,7 @@ class Modality(NamedTuple):
 
 MODALITIES = {
     "rgb": Modality(3, 1, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "tg": Modality(3, 2, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "diff": Modality(15, 6, (0.0,), (1.0,)),
     "flow": Modality(10, 5, (0.5,), (0.226,), "flow"),
     "field": Modality(2, 1, (0.5,), (0.226,), "flow"),
@@ -50,9 +55,9 @@ class Streams:
     of fewer pictures repeats its last. Raises VideoError on entering and reading.
     """
 
-    def __init__(self, videos, index, modalities, bound=flow.BOUND, flow_side=flow.SHORT_SIDE):
+    def __init__(self, videos, index, modalities, bound=flow.BOUND, flow_side=flow.SHORT_SIDE, interval=1):
         self.videos, self.index, self.modalities = videos, index, modalities
-        self.bound, self.flow_side = bound, flow_side
+        self.bound, self.flow_side, self.interval = bound, flow_side, interval
 
     def __enter__(self):
         self._sources = {}
@@ -66,8 +71,8 @@ class Streams:
             if len(counts) == 2 and abs(counts[0] - 1 - counts[1]) > SLACK:
                 raise video.VideoError(f"its flow has {counts[1]} fields, for {counts[0]} frames")
             self._stack = stack.pop_all()
-        pictures = {m: MODALITIES[m].pictures for m in self.modalities}
-        self.lengths = {m: max(1, len(self._source(m)) - n + 1) for m, n in pictures.items()}
+        last = {m: int(_offsets(m, self.interval)[-1]) for m in self.modalities}
+        self.lengths = {m: max(1, len(self._source(m)) - offset) for m, offset in last.items()}
         return self
 
     def __exit__(self, *_):
@@ -98,7 +103,7 @@ class Streams:
         for source in self._sources.values():
             mine = [k for k, kind in enumerate(kinds) if self._source(kind) is source]
             if mine:
-                pictures = [_pictures(windows[k], kinds[k], len(source)) for k in mine]
+                pictures = [pictures_of(windows[k], kinds[k], len(source), self.interval) for k in mine]
                 for k, clip in zip(mine, video.together(source, pictures, short_side), strict=True):
                     found[k] = clip
         return found
@@ -138,22 +143,40 @@ def with_flow(data, name, root, folder, run, modalities, models):
     return data.with_flow(found), scale
 
 
-def _pictures(window, modality, n):
-    """The pictures, of n, that the input frames `window` are made of, one after the other."""
-    each = np.asarray(window)[:, None] + np.arange(MODALITIES[modality].pictures)
-    return np.minimum(each.ravel(), n - 1)
+def pictures_of(window, modality, n, interval=1):
+    """Indices (T pictures,), below n, of the pictures of the input frames `window` (T,), frame by frame.
+
+    interval: from the first to the second picture of tg.
+    """
+    indices = np.asarray(window)[:, None] + _offsets(modality, interval)  # (T, pictures)
+    return np.minimum(indices.ravel(), n - 1)
+
+
+def _offsets(modality, interval):
+    return np.arange(MODALITIES[modality].pictures) * (interval if modality == "tg" else 1)
+
+
+def temporal_gradient(x, x_next):
+    """TG = (x - x_next + 255) / 2, rounded down: 127 where nothing moves (Xiao et al. 2022, Suppl. A).
+
+    x, x_next: uint8 of one shape, frames t and t + n. Returns uint8.
+    """
+    return ((x.to(torch.int16) - x_next + 255) >> 1).to(torch.uint8)
 
 
 def stacked(x, modality):
     """uint8 (B, T pictures, c, H, W) to (B, T, C, H, W): uint8, or for diff int16 in -255..255.
 
-    Frames and single fields are as they were. The channels of flow are u and v of the first field, then of
-    the second, and so on; those of diff red, green and blue of the second frame less the first, and so on.
+    Frames and single fields stay as they are, two frames become their TG. The channels of flow are u and v of
+    the first field, then of the second, and so on; those of diff are red, green and blue of the second frame
+    minus the first, and so on.
     """
     pictures = MODALITIES[modality].pictures
     if pictures == 1:
         return x
     x = x.unflatten(1, (-1, pictures))  # (B, T, pictures, c, H, W)
+    if modality == "tg":
+        return temporal_gradient(x[:, :, 0], x[:, :, 1])
     if modality == "diff":
         x = x[:, :, 1:].to(torch.int16) - x[:, :, :-1]
     return x.flatten(2, 3)

@@ -12,7 +12,7 @@ from PIL import Image
 from common import UserError, flow, modality, video
 from common.datasets import Data, Videos
 from common.evaluate import Recipe
-from common.modality import MODALITIES, Streams, flip, stacked
+from common.modality import MODALITIES, Streams, flip, stacked, temporal_gradient
 from common.video import VideoError
 
 N, H, W = 12, 20, 24  # of the longest video
@@ -181,7 +181,8 @@ def test_subsets_keep_the_flow(library):
 
 
 def test_channels_of_each_modality():
-    assert {kind: m.channels for kind, m in MODALITIES.items()} == dict(rgb=3, diff=15, flow=10, field=2)
+    channels = {kind: m.channels for kind, m in MODALITIES.items()}
+    assert channels == dict(rgb=3, tg=3, diff=15, flow=10, field=2)
 
 
 def test_stacked_differences_match_a_loop():
@@ -211,6 +212,45 @@ def test_stacked_flow_matches_a_loop():
             assert torch.equal(out[:, t, 2 * k + 1], x[:, 5 * t + k, 1])
 
 
+def test_tg_of_all_pairs_of_levels():
+    """(x_t - x_t+n + 255) / 2, rounded down: 127 where nothing moves."""
+    a, b = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
+    tg = temporal_gradient(*(v.to(torch.uint8).view(1, 1, 256, 256) for v in (a, b)))
+    assert tg.dtype == torch.uint8 and (tg[0, 0].diagonal() == 127).all()
+    assert tg[0, 0].tolist() == [[(i - j + 255) // 2 for j in range(256)] for i in range(256)]
+
+
+def test_stacked_tg_matches_a_loop():
+    x = pixels(2, 3 * 2, 3, 4, 5)
+    out = stacked(x, "tg")
+    assert out.shape == (2, 3, 3, 4, 5) and out.dtype == torch.uint8
+    for t in range(3):
+        assert torch.equal(out[:, t], temporal_gradient(x[:, 2 * t], x[:, 2 * t + 1]))
+
+
+@pytest.mark.parametrize("interval", [1, 7])
+@pytest.mark.parametrize("name, n", LENGTHS.items())
+def test_tg_is_of_frames_an_interval_apart(library, name, n, interval):
+    frames, window = library[1][name], [i % max(1, n - interval) for i in (0, 3, 2)]
+    with Streams(library[0], index_of(library[0], name), ("tg",), interval=interval) as source:
+        assert len(source) == max(1, n - interval)
+        (clip,) = source.clips([np.array(window)])
+    assert torch.equal(clip[::2], frames[window])
+    assert torch.equal(clip[1::2], frames[[min(i + interval, n - 1) for i in window]])
+
+
+@pytest.mark.parametrize("crops", [1, 3])
+def test_a_recipe_of_tg_is_the_tg_of_the_crops(library, crops):
+    rgb = Recipe(2, 1, 2, crops, 12, 12, mean=(0.5,), std=(0.5,))
+    recipe, i = replace(rgb, modality="tg", interval=2), index_of(library[0], f"v{N}")
+    views = video.Views(library[0], recipe.sample, recipe.view, open=recipe.open)[i]["views"]
+    x = recipe.to_input(views, "cpu")
+    starts = [0, N - 2 - 2]  # of two clips, first and last
+    a, b = (rgb.view([library[1][f"v{N}"][[s + n, s + n + 1]] for s in starts]) for n in (0, 2))
+    assert x.shape == (2 * crops, 3, 2, 12, 12)
+    assert torch.equal(x, rgb.to_input(temporal_gradient(a, b), "cpu"))
+
+
 def test_stacked_rgb_is_as_it_was():
     x = pixels(2, 4, 3, 5, 6)
     assert torch.equal(stacked(x, "rgb"), x)
@@ -229,7 +269,7 @@ def test_a_field_is_one_of_flow(library):
 # ---- mirrored --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["rgb", "diff"])
+@pytest.mark.parametrize("kind", ["rgb", "tg", "diff"])
 def test_flip_mirrors_pictures(kind):
     clip = pixels(6, 3, 4, 5)
     assert torch.equal(flip(clip, kind), clip.flip(-1))

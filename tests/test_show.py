@@ -1,5 +1,11 @@
-"""Pictures for people: contact sheets pixel by pixel, Grad-CAM by hand."""
+"""Contact sheets pixel by pixel, Grad-CAM by hand, corruptions by their factor, and the command."""
 
+import csv
+import os
+import shutil
+from pathlib import Path
+
+import forks
 import numpy as np
 import pytest
 import torch
@@ -7,9 +13,12 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from common import show
+from common import backbones, evaluate, show, video
 from common.datasets import Videos
 from common.evaluate import Recipe
+from common.modality import stacked
+
+HERE = Path(__file__).resolve().parent.parent
 
 
 def pixels(*shape, seed=0):
@@ -134,3 +143,130 @@ def test_cam_sheets_are_of_videos_spread_over_the_list(videos, tmp_path):
     models = {"student": (Tiny(), Recipe(3, 1, 1, 1, 12, 12))}
     show.cam_sheets(tmp_path / "cam", videos, ("a", "b"), models, 2, torch.device("cpu"))
     assert sorted(path.name for path in (tmp_path / "cam").iterdir()) == ["00000.png", "00003.png"]
+
+
+# ---- corruptions -----------------------------------------------------------------------------------
+
+
+def corrupted(kind):
+    return show.Corrupted(2, 1, 2, 1, 12, 12, corruption=kind)
+
+
+def test_corrupt_brightness_has_one_factor_per_video():
+    clips, factors = [torch.full((2, 3, 12, 12), 100, dtype=torch.uint8)] * 3, set()
+    for seed in range(80):
+        torch.manual_seed(seed)
+        seen = corrupted("brightness").view(clips)
+        assert seen.shape == (3, 2, 3, 12, 12) and seen.unique().numel() == 1
+        factors.add(int(seen[0, 0, 0, 0, 0]))
+    assert 49 <= min(factors) < 60 and 140 < max(factors) <= 150  # 0.5 to 1.5
+
+
+def test_corrupt_contrast_scales_the_spread():
+    half = torch.cat([torch.full((2, 3, 12, 6), level, dtype=torch.uint8) for level in (80, 120)], dim=3)
+    spreads = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        seen = corrupted("contrast").view([half, half]).int()
+        spread = seen[..., -1] - seen[..., 0]
+        assert spread.unique().numel() == 1 and abs(seen.float().mean() - 100) < 1.5
+        spreads.add(int(spread.flatten()[0]))
+    assert 19 <= min(spreads) < 26 and 54 < max(spreads) <= 61  # 40 times 0.5 to 1.5
+
+
+def test_corrupt_grayscale_has_no_colour():
+    x = pixels(2, 3, 12, 12)
+    seen = corrupted("grayscale").view([x])[0]
+    assert seen.shape == x.shape and (seen == seen[:, :1]).all()
+    luminance = (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
+    assert ((seen[:, 0] - luminance).abs() <= 1.1).all()
+
+
+@pytest.mark.parametrize("kind", show.CORRUPTIONS)
+def test_the_two_frames_of_a_difference_are_corrupted_alike(kind):
+    """A video is corrupted, not its TG: what is still stays grey."""
+    x = pixels(2, 3, 12, 12).repeat_interleave(2, 0)  # frames t and t + n of a still video
+    assert (stacked(corrupted(kind).view([x]), "tg") == 127).all()
+
+
+def test_corruption_is_a_function_of_the_video(videos):
+    same = videos.subset([0] * 4)  # one file, so only the index can tell them apart
+    recipe = corrupted("brightness")
+    views = video.Views(same, recipe.sample, recipe.view)
+    first = [views[i]["views"] for i in range(4)]
+    torch.manual_seed(99)
+    torch.rand(7)
+    again = [views[i]["views"] for i in (3, 1, 0, 2)]
+    assert all(torch.equal(first[i], x) for i, x in zip((3, 1, 0, 2), again, strict=True))
+    assert all(not torch.equal(first[i], first[j]) for i in range(4) for j in range(i))
+
+
+# ---- the command -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(videos, tmp_path, leave, group):
+    """Runs `python -m common.show` on a student and a TG teacher; returns the folder of the results."""
+    (tmp_path / "v1" / "00.png").write_text("no picture")
+    shutil.copytree(tmp_path / "v0", tmp_path / "w0")
+    (tmp_path / "train.txt").write_text("w0 0\n")
+    (tmp_path / "test.txt").write_text("v0 0\nv1 1\nv2 0\nv3 1\n")
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    build = dict(name="r3d_10-pool", classes=2, width=1 / 16)
+    for name, kind in (("model", "rgb"), ("teacher", "tg"), ("fields", "flow")):
+        net, recipe = backbones.build(**build), Recipe(2, 1, 2, 1, 12, 12, modality=kind)
+        nn.init.constant_(net.fc.bias[:1], 9.0)  # always says "a"
+        evaluate.save_model(tmp_path / f"{name}.pt", net, build, ["a", "b"], recipe)
+
+    def run(figure, *models, flags=("--workers", "0")):
+        models = [f"{tmp_path}/{name}.pt" for name in models]
+        show.main([figure, *models, "--data", str(tmp_path), "--out", f"{tmp_path}/out", *flags])
+        return tmp_path / "out"
+
+    return run
+
+
+def test_cam_of_student_and_teacher(command):
+    out = command("cam", "model", "teacher", flags=["--videos", "4", "--workers", "0"])
+    assert sorted(path.name for path in out.glob("*.png")) == ["00000.png", "00002.png", "00003.png"]
+    sheet = np.asarray(Image.open(out / "00000.png"))
+    assert sheet.shape == (3 * (12 + show.CAPTION), 2 * 12, 3)
+
+
+@pytest.mark.parametrize("model", ["model", "teacher"])
+def test_embedding(command, model, tmp_path):
+    table = np.load(command("embedding", model) / "embedding.npz")
+    assert table["features"].shape == (3, 32) and table["features"].dtype == np.float32
+    assert table["names"].tolist() == ["v0", "v2", "v3"] and table["labels"].tolist() == [0, 0, 1]
+    assert table["classes"].tolist() == ["a", "b"]
+    net, _, _, recipe = evaluate.load_model(tmp_path / f"{model}.pt")
+    listed = Videos.make(tmp_path, ["v3"], [1])
+    x = video.Views(listed, recipe.sample, recipe.view, recipe.short_side, recipe.open)[0]["views"]
+    expected = net.embed(recipe.to_input(x, "cpu")).mean(0).detach().numpy()
+    assert table["features"][2] == pytest.approx(expected, abs=1e-5)
+
+
+def test_corruption(command):
+    out = command("corruption", "model", "teacher")
+    rows = list(csv.reader(open(out / "corruption.csv")))
+    assert rows[0] == ["model", "clean", "contrast", "brightness", "grayscale"]
+    assert [row[1:] for row in rows[1:]] == [["50.0"] * 4] * 2  # two of four: one is wrong, one unreadable
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (("cam", "fields"), "fields.pt sees flow"), (("cam", "nowhere"), "nowhere.pt"),
+    (("embedding", "model", "teacher"), "embedding takes one model"),
+])  # fmt: skip
+def test_mistakes_are_one_sentence(command, words, sentence):
+    with pytest.raises(SystemExit, match=f"show: .*{sentence}"):
+        command(*words)
+
+
+def test_command_with_workers(command, tmp_path):
+    """What the workers get is pickled by a process whose main module is the command."""
+    command("cam", "model")
+    words = ["-m", "common.show", "corruption", f"{tmp_path}/teacher.pt", "--data", str(tmp_path)]
+    process = forks.start([forks.sys.executable, *words, "--out", f"{tmp_path}/c", "--workers", "1"], HERE,
+                          os.environ | {"PYTHONPATH": str(HERE)})  # fmt: skip
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "clean contrast brightness grayscale" in out, out + err
