@@ -16,17 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from common import augment, backbones, datasets, evaluate, modality, optim, video
+from common import UserError, augment, backbones, datasets, evaluate, modality, optim, video
 from common.flags import Parser, at_least, free_flags, share, wanted
 from common.run import Run, agreed
 
-RECIPES = {
-    "toy": dict(
-        net="resnet3d10", width=0.25, dropout=0.0, frames=8, stride=2, size=40, jitter=[44, 56], epochs=12,
-        batch=16, optimizer="adamw", lr=0.005, weight_decay=0.05, clips=4, crops=1, eval_every=5, workers=1,
-        channels_last=True,
-    ),
-}  # fmt: skip
+RECIPES = {"toy": dict(
+    net="resnet3d10", width=0.25, dropout=0.0, frames=8, stride=2, size=40, jitter=[44, 56], epochs=12,
+    batch=16, optimizer="adamw", lr=0.005, weight_decay=0.05, clips=4, crops=1, eval_every=5, workers=1,
+    channels_last=True,
+)}  # fmt: skip
 RECIPES["weizmann"] = RECIPES["toy"] | dict(
     net="r2plus1d_10-pool", size=64, test_size=64, jitter=[72, 80], epochs=100, eval_every=50
 )
@@ -38,7 +36,7 @@ def parse_args(argv=None):
     g.add_argument("--holdout", type=share, default=0.0, help="share of training videos to test on")
     g.add_argument("--jitter", type=at_least(1), nargs=2, default=[256, 320], help="short side in training")
     g = p.add_argument_group("network")
-    g.add_argument("--net", default="tsm50", help="backbone")
+    g.add_argument("--net", choices=backbones.NAMES, metavar="NET", default="tsm50", help="backbone")
     g.add_argument("--width", type=float, default=1.0, help="channel multiplier of the backbone")
     g.add_argument("--dropout", type=float, default=0.5, help="dropout rate before the classifier")
     g.add_argument("--init", help="initial weights: a file, imagenet or kinetics; default: random")
@@ -54,8 +52,6 @@ def parse_args(argv=None):
     args = p.parse(argv)
     if args.jitter[0] > args.jitter[1]:
         p.error(f"--jitter is a range such as 256 320, not {args.jitter[0]} {args.jitter[1]}")
-    if args.net not in backbones.NAMES:
-        p.error(f"there is no backbone {args.net}: choose one of {', '.join(backbones.NAMES)}")
     return args
 
 
@@ -80,6 +76,9 @@ def train(args, run):
     held_out = datasets.held_out(data.train, args.holdout, args.seed)
     labelled = np.setdiff1d(agreed(datasets.labelled, data, *labels), np.flatnonzero(held_out))
     videos = data.train.subset(labelled)
+    if data.multilabel or not len(videos):
+        few = "no labelled video beside the held-out ones"
+        raise UserError(f"{data.name} has {'several labels per video' if data.multilabel else few}")
     if held_out.any():
         data = replace(data, test=data.train.subset(np.flatnonzero(held_out)))
     identity = dict(labelled=datasets.digest(data.train, labelled), classes=len(data.classes), net=args.net)

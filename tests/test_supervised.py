@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -114,6 +115,17 @@ def test_held_out_videos_are_tested_and_not_learned(data, tmp_path):
     assert len(tested) == 4 and sorted([*tested, *learned]) == [f"train{i}.mp4" for i in range(8)]
 
 
+def test_data_without_a_label_to_learn_are_refused(data, tmp_path):
+    held_out = datasets.held_out(datasets.load(data).train, 0.4, 0)
+    (tmp_path / "few.txt").write_text("".join(f"train{i}.mp4\n" for i in np.flatnonzero(held_out)))
+    said = refused(data, tmp_path / "out", f"--holdout 0.4 --labelled_list {tmp_path}/few.txt")
+    assert "set has no labelled video beside the held-out ones" in said
+    shutil.copytree(data, tmp_path / "multi")
+    for part in ("train", "test"):
+        (tmp_path / "multi" / f"{part}.txt").write_text("".join(f"{part}{i}.mp4 0 1\n" for i in range(3)))
+    assert "multi has several labels per video" in refused(tmp_path / "multi", tmp_path / "out2")
+
+
 def test_a_model_is_tested_and_another_starts_from_it(data, whole, tmp_path):
     start(data, tmp_path / "eval", f"--eval {whole}/model.pt")
     assert result_of(tmp_path / "eval")["top1"] == result_of(whole)["top1"]
@@ -142,7 +154,7 @@ def test_views_are_random_clips_and_crops_with_one_flip():
 
 
 @pytest.mark.parametrize("line, word", [
-    ("--jitter 30 20", "--jitter is a range"), ("--net tsm11", "no backbone tsm11"), ("--batch 0", "--batch"),
+    ("--jitter 30 20", "--jitter is a range"), ("--net tsm11", "tsm11"), ("--batch 0", "--batch"),
     ("--holdout 2", "--holdout"), ("--epochs -1", "--epochs"), ("--frames 0", "--frames"),
 ])  # fmt: skip
 def test_mistakes_are_one_sentence(line, word):
