@@ -567,55 +567,51 @@ def test_network_has_no_part_that_nothing_trains():
 # ---- a step ----------------------------------------------------------------------------------------
 
 
-class Spy:
-    """A network, and the orders it was given."""
-
-    def __init__(self, net):
-        self.net, self.p = net, None
-
-    def __call__(self, x, p):
-        self.p = p
-        return self.net(x, p)
-
-
-def step(R=2, lam=1.0, neighbours=False, teacher=False, y=True):
-    """(network, x, y, z_teacher, p, loss, {name: value}) of a step of 3 videos."""
-    net = network(R, 3, lam < 1, neighbours)
-    spied, x = Spy(net), random(3, R, 3, 4, 16, 16, scale=1.0)
-    y = torch.arange(3 * R * 3).view(3, R, 3) * 5 % 7 % 4 - 1 if y else None
+def naive_terms(net, x, y, p, z_teacher):
+    """The terms of a step by plain loops."""
+    z = net.backbone.embed(x.flatten(0, 1)).detach()
+    heads = [net.backbone.fc, *net.heads] if y is not None else []
+    logits = [(z @ head.weight.T + head.bias).detach().view(*x.shape[:2], -1) for head in heads]
+    names = ["loss_mc", "loss_next", "loss_previous"][: len(heads)]
+    terms = {name: naive_mc(row, y[..., k]) for k, (name, row) in enumerate(zip(names, logits, strict=True))}
+    if p is not None:
+        order = net.order(z.view(*x.shape[:2], -1), p).tolist()
+        terms["loss_co"] = sum(-math.log(softmax(row)[k]) for row, k in zip(order, p, strict=True)) / len(p)
+    if z_teacher is not None:
+        terms["loss_features"] = naive_features(z, z_teacher)
     if y is not None:
-        y[..., 0] = torch.arange(3 * R).view(3, R) % 3
-        y = y if neighbours else y[..., :1]
+        terms["clip_top1"] = (logits[0].argmax(-1) == y[..., 0]).double().mean().item()
+    return terms
+
+
+@pytest.mark.parametrize("R, lam, neighbours, teacher, labels", [
+    (2, 1.0, False, False, True), (3, 0.3, False, False, True), (3, 0.0, False, False, True),
+    (2, 1.0, True, False, True), (2, 0.6, True, False, True),
+    (2, 1.0, False, True, False), (2, 1.0, False, True, True),  # MERS, MARS
+])  # fmt: skip
+def test_train_step_matches_plain_loops(R, lam, neighbours, teacher, labels):
+    """Eq. 3 weighs all losses of labels against the order; MARS adds 50 times the features (D13)."""
+    net, orders = network(R, 3, lam < 1, neighbours), []
+    x = random(3, R, 3, 4, 16, 16, scale=1.0)
+    y = torch.arange(3 * R * 3).view(3, R, 3) * 5 % 7 % 4 - 1
+    y[..., 0] = torch.arange(3 * R).view(3, R) % 3
+    assert (y[..., 1:] < 0).any()
+    y = (y if neighbours else y[..., :1]) if labels else None
     z_teacher = random(3 * R, 32, seed=5).requires_grad_() if teacher else None
     args = Namespace(multi_clips=R, lam=lam, alpha=50.0)
-    loss, terms = motionfit.train_step(spied, x, y, args, z_teacher)
-    return net, x, y, z_teacher, spied.p, loss, {name: term.item() for name, term in terms.items()}
-
-
-def outputs(net, x):
-    z = net.backbone.embed(x.flatten(0, 1)).detach()
-    fc = net.backbone.fc
-    return z, (z @ fc.weight.T + fc.bias).detach().view(*x.shape[:2], -1)
-
-
-def test_step_of_clips_alone():
-    net, x, y, _, p, loss, terms = step()
-    _, logits = outputs(net, x)
-    right = sum(int(logits[b, i].argmax()) == int(y[b, i, 0]) for b in range(3) for i in range(2))
-    assert p is None and terms == pytest.approx(
-        {"loss_mc": naive_mc(logits, y[..., 0]), "clip_top1": right / 6}, rel=1e-4)  # fmt: skip
-    assert loss.item() == pytest.approx(terms["loss_mc"], rel=1e-6)
-
-
-def test_step_with_the_order():
-    net, x, y, _, p, loss, terms = step(R=3, lam=0.3)
-    z, logits = outputs(net, x)
-    order = net.order(z.view(3, 3, -1), p)
-    naive = sum(-math.log(softmax(row)[k]) for row, k in zip(order.tolist(), p.tolist(), strict=True)) / 3
-    assert set(terms) == {"loss_mc", "loss_co", "clip_top1"}
-    assert terms["loss_mc"] == pytest.approx(naive_mc(logits, y[..., 0]), rel=1e-4)
-    assert terms["loss_co"] == pytest.approx(naive, rel=1e-4)
-    assert loss.item() == pytest.approx(0.3 * terms["loss_mc"] + 0.7 * naive, rel=1e-4)
+    loss, terms = motionfit.train_step(lambda x, p: (orders.append(p), net(x, p))[1], x, y, args, z_teacher)
+    expected = naive_terms(net, x, y, orders[0], z_teacher)
+    assert (orders[0] is None) == (lam == 1)
+    assert {name: term.item() for name, term in terms.items()} == pytest.approx(expected, rel=1e-4)
+    of_labels = sum(expected.get(name, 0) for name in ("loss_mc", "loss_next", "loss_previous"))
+    total = lam * of_labels + (1 - lam) * expected.get("loss_co", 0)
+    total += (50 if labels else 1) * expected.get("loss_features", 0)
+    assert loss.item() == pytest.approx(total, rel=1e-4)
+    loss.backward()
+    fc = net.backbone.fc.weight.grad
+    assert (fc is not None and bool(fc.any())) == (labels and lam > 0)  # lambda 0 is the order alone
+    assert net.backbone.stem[0].weight.grad.any() and (not teacher or z_teacher.grad is None)
+    assert net.order is None or net.order.last[1].weight.grad.any()
 
 
 def test_step_draws_every_order_alike():
@@ -629,55 +625,6 @@ def test_step_draws_every_order_alike():
     motionfit.train_step(net, torch.zeros(600, 1), y, Namespace(multi_clips=3, lam=0.5))
     counts = torch.bincount(found[0])
     assert len(counts) == 6 and counts.min() > 60  # of 100
-
-
-def test_step_with_neighbours():
-    net, x, y, _, _, loss, terms = step(neighbours=True)
-    z, logits = outputs(net, x)
-    by_hand = {"loss_mc": naive_mc(logits, y[..., 0])}
-    for k, name in ((1, "loss_next"), (2, "loss_previous")):
-        head = net.heads[k - 1]
-        by_hand[name] = naive_mc((z @ head.weight.T + head.bias).detach().view(3, 2, 3), y[..., k])
-    assert (y[..., 1:] < 0).any() and set(terms) == {*by_hand, "clip_top1"}
-    assert terms["clip_top1"] == pytest.approx((logits.argmax(-1) == y[..., 0]).double().mean().item())
-    assert {name: terms[name] for name in by_hand} == pytest.approx(by_hand, rel=1e-4)
-    assert loss.item() == pytest.approx(sum(by_hand.values()), rel=1e-4)
-
-
-def test_step_with_neighbours_and_the_order():
-    """Eq. 3 weighs all that is told of pseudo-labels against the order."""
-    *_, loss, terms = step(R=2, lam=0.6, neighbours=True)
-    labels = terms["loss_mc"] + terms["loss_next"] + terms["loss_previous"]
-    assert loss.item() == pytest.approx(0.6 * labels + 0.4 * terms["loss_co"], rel=1e-5)
-
-
-def test_step_of_mers():
-    net, x, _, z_teacher, _, loss, terms = step(teacher=True, y=False)
-    by_hand = naive_features(outputs(net, x)[0], z_teacher)
-    assert terms == pytest.approx({"loss_features": by_hand}, rel=1e-4)
-    assert loss.item() == pytest.approx(by_hand, rel=1e-4)
-    loss.backward()
-    assert z_teacher.grad is None and net.backbone.fc.weight.grad is None
-    assert net.backbone.stem[0].weight.grad.any()
-
-
-def test_step_of_mars():
-    net, x, y, z_teacher, _, loss, terms = step(teacher=True)
-    z, logits = outputs(net, x)
-    by_hand = naive_mc(logits, y[..., 0]), naive_features(z, z_teacher)
-    assert set(terms) == {"loss_mc", "loss_features", "clip_top1"}
-    assert (terms["loss_mc"], terms["loss_features"]) == pytest.approx(by_hand, rel=1e-4)
-    assert loss.item() == pytest.approx(by_hand[0] + 50 * by_hand[1], rel=1e-4)  # D13
-    loss.backward()
-    assert z_teacher.grad is None and net.backbone.fc.weight.grad.any()
-
-
-@pytest.mark.parametrize("lam", [0.0, 0.5])
-def test_eq3_lambda_0_is_the_order_alone(lam):
-    net, *_, loss, terms = step(R=3, lam=lam)
-    loss.backward()
-    assert bool(net.backbone.fc.weight.grad.any()) == (lam > 0) and terms["loss_mc"] > 0  # reported
-    assert net.backbone.stem[0].weight.grad.any() and net.order.last[1].weight.grad.any()
 
 
 # ---- training --------------------------------------------------------------------------------------
