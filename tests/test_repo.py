@@ -68,20 +68,6 @@ def help_of(*words):
     return done.stdout
 
 
-@pytest.mark.parametrize("page", sorted((HERE / "tests" / "claims").glob("*.md")), ids=lambda p: p.stem)
-def test_rows_of_the_claims_parse(page):
-    """A table row of a paper is a command that its script, or a tool, takes."""
-    rows = re.findall(r"^\|.*\| `(.+ -?-?.*)` \|.*\|$", page.read_text().split("\n## ")[0], re.M)
-    assert len(rows) > 5
-    for row in rows:
-        words = shlex.split(row)
-        if (script := f"{page.stem}.py") in words:
-            importlib.import_module(page.stem).parse_args(words[words.index(script) + 1 :])
-        else:
-            start = words.index("-m") + 1
-            importlib.import_module(words[start]).parse_args(words[start + 1 :])
-
-
 def test_ci_runs_the_commands_of_the_readme():
     readme, ci = (HERE / "README.md").read_text(), (HERE / ".ci" / "run").read_text()
     assert "\npython -m pytest -q\n" in readme and "\npython -m pytest -q\n" in ci
