@@ -16,23 +16,9 @@ HERE = Path(__file__).resolve().parent.parent
 SCRIPTS = ["cmpl", "tg_distill", "mml", "motionfit", "jedi"]
 
 
-def rows_of_pages():
-    """(page, paper row, command, key) of each row of the tables of commands in tests/claims."""
-    for page in sorted((HERE / "tests" / "claims").glob("*.md")):
-        for line in page.read_text().split("\n# ")[0].splitlines():  # under other headings are results
-            cells = [cell.strip() for cell in line.strip("|").split(" | ")]
-            if line.startswith("| ") and cells[1] != "command":
-                yield page.name, *cells
-
-
-def test_each_row_of_a_page_has_a_command_and_a_key():
-    rows = list(rows_of_pages())
-    assert rows and all(len(row) == 4 and re.fullmatch("`.+`", row[2]) and row[3] for row in rows)
-
-
 def commands():
-    """Command lines of the README, of the pages of ablations and of the scripts' docstrings."""
-    texts = [(HERE / "README.md").read_text(), *(row[2].strip("`") for row in rows_of_pages())]
+    """Command lines of the README and of the scripts' docstrings."""
+    texts = [(HERE / "README.md").read_text()]
     texts += [importlib.import_module(name).__doc__ for name in SCRIPTS]
     lines = "\n".join(texts).replace("\\\n", " ").splitlines()
     pattern = r"^(?:    )?((?:RANKS_2_RUNS=\d+ )?(?:python|torchrun) .*)"
