@@ -995,6 +995,10 @@ def watched(loader):
                 return
             except _Hung:
                 raise RuntimeError(f"DataLoader timed out after {TIMEOUT} seconds") from None
+            except (EOFError, ConnectionError) as error:  # killed while it was handing over a batch
+                if "in DataLoader worker" in str(error):  # raised by what the worker ran
+                    raise
+                raise RuntimeError("DataLoader worker (pid unknown) exited unexpectedly") from error
             finally:
                 signal.alarm(0)
             yield batch

@@ -44,7 +44,7 @@ TINY = {
 }
 # What the last line of log.jsonl, a quick test, says of the networks.
 LOGGED = {
-    "cmpl": {"pri_top1", "aux_top1", "kept_aux", "agree"},
+    "cmpl": {"pri_top1", "aux_top1", "test_kept_aux", "test_agree"},
     "tg_distill": {"rgb_top1", "tg_top1"},
     "mml": {"rgb_top1", "diff_top1"},
     "motionfit": {"val_top1"},
@@ -439,6 +439,7 @@ TESTS = {
 def test_every_test_has_a_folder_of_its_own_and_names_what_it_was_asked(finished, toy_root):
     script, out, _ = finished
     folders, model = [], made(script, out) / "model.pt"
+    before = len(list(model.parent.glob("eval_*/result.json")))  # of other tests of this run
     for flag in ("--clips 1", "--clips 2", "--crops 3", *TESTS[script]):
         words = f"--data toy --root {toy_root} --workers 0 --eval {model} {flag}".split()
         process = start([sys.executable, f"{HERE / script}.py", *words])
@@ -448,7 +449,7 @@ def test_every_test_has_a_folder_of_its_own_and_names_what_it_was_asked(finished
         name, value = (flag.removeprefix("--").split() if " " in flag else ("train_accuracy", "True"))
         assert said[name] == value and said["split"] == "1" and said["eval"] == str(model)
         folders.append(sorted(path for path in model.parent.glob("eval_*/result.json")))
-    assert len(folders[-1]) == len(folders)
+    assert len(folders[-1]) == before + len(folders)
     words += ["--clips", "7", "--out", str(folders[0][0].parent)]
     process = start([sys.executable, f"{HERE / script}.py", *words])
     _, err = process.communicate(timeout=240)
