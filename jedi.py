@@ -70,9 +70,9 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
-from common import UserError, backbones, datasets, evaluate, features, files, optim, supervised, video
+from common import UserError, backbones, datasets, evaluate, optim, supervised, video
 from common.flags import LABELS, Parser, at_least, free_flags, share, wanted
-from common.io import models
+from common.io import features, files, models
 from common.run import PLACES, Run, agreed
 
 # Other defaults for some data sets (the flags' own defaults are the paper's, Sec. 4.4).

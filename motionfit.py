@@ -80,8 +80,9 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
-from common import UserError, augment, backbones, datasets, evaluate, features, files, modality, optim
+from common import UserError, augment, backbones, datasets, evaluate, modality, optim
 from common.flags import Parser, at_least, by_stage, epochs, free_flags, share, wanted
+from common.io import features, files
 from common.kmeans import kmeans, purity
 from common.modality import MODALITIES
 from common.run import PLACES, Run, agreed

@@ -83,7 +83,8 @@ from torchvision.models.video.swin_transformer import (
 )
 from torchvision.ops import Conv3dNormActivation
 
-from common import UserError, files
+from common import UserError
+from common.io import files
 
 BLOCKS = {
     10: (1, 1, 1, 1),

@@ -38,7 +38,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import UserError, files, toy
+from common import UserError
+from common.io import files, toy
 from common.run import agreed, survive_output
 from common.video import FLOW, FPS, PICTURES, Video, VideoError, encode, end_with_parent, reason_of, reasons
 

@@ -24,8 +24,9 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from common import UserError, augment, backbones, files, flow, modality, video
+from common import UserError, augment, backbones, flow, modality, video
 from common.datasets import printable
+from common.io import files
 from common.run import survive_output
 
 VIEWS_PER_BATCH = 64  # how many views go through the network at once, about

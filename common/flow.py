@@ -37,8 +37,9 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from common import UserError, files
+from common import UserError
 from common.datasets import default_root, forms, load, printable, stem_of
+from common.io import files
 from common.run import survive_output
 from common.video import FPS, OutOfRange, Video, VideoError, check_size, encode, reason_of, reasons
 

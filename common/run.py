@@ -37,7 +37,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import UserError, files, video
+from common import UserError, video
+from common.io import files
 
 # Flags that say where something is, when what is there counts.
 PLACES = "data", "root", "labelled_list"

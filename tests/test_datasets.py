@@ -985,7 +985,7 @@ def test_activitynet(tmp_path):
 
 
 def test_toy_is_made_and_read(tmp_path, monkeypatch):
-    from common import toy
+    from common.io import toy
 
     def make(root, variant):
         assert (root, variant) == (os.path.join("data", "toy_b"), "b")

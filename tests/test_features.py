@@ -18,9 +18,10 @@ import pytest
 import torch
 from torch import nn
 
-from common import UserError, augment, evaluate, features, video
+from common import UserError, augment, evaluate, video
 from common.datasets import Videos
-from common.features import Extraction
+from common.io import features
+from common.io.features import Extraction
 from common.run import Run
 
 HERE = Path(__file__).resolve().parent.parent
@@ -514,7 +515,8 @@ def test_progress_in_words(videos, run, folder, often, capsys, monkeypatch):
 RANKS = """
 import os, signal, sys, zlib
 import test_features as t
-from common import evaluate, features, files
+from common import evaluate
+from common.io import features, files
 from common.run import Run
 
 root, out, what, n = sys.argv[1:]

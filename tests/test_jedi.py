@@ -22,10 +22,11 @@ import torch.distributed as dist
 from torch import nn
 
 import jedi
-from common import UserError, backbones, datasets, evaluate, features, video
+from common import UserError, backbones, datasets, evaluate, video
 from common.datasets import Data, Videos
 from common.evaluate import Recipe
-from common.features import Features
+from common.io import features
+from common.io.features import Features
 from common.run import Run
 
 HERE = Path(__file__).resolve().parent.parent
@@ -986,7 +987,8 @@ def test_what_is_not_there_is_missed_before_stage_1(world, tmp_path, more, word)
 
 RANKS = """
 import jedi
-from common import evaluate, features
+from common import evaluate
+from common.io import features
 
 evaluate.VIEWS_PER_BATCH, features.EVERY = 4, 0
 jedi.main()

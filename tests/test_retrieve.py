@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from common import backbones, datasets, evaluate, show
+from common import backbones, datasets, evaluate
 from common.datasets import Data, Videos
-from common.features import Features
-from common.tools import retrieve
+from common.io.features import Features
+from common.tools import figures, retrieve
 
 pytestmark = pytest.mark.usefixtures("leave", "group")
 
@@ -104,7 +104,7 @@ def folder(tmp_path_factory):
 def test_the_sheet_shows_distinct_videos(folder, tmp_path, monkeypatch):
     """The nearest clips of the first query are all of one video, of which the sheet shows the nearest."""
     data, sheets = datasets.load(str(folder)), []
-    monkeypatch.setattr(show, "contact_sheet", lambda *sheet: sheets.append(sheet))
+    monkeypatch.setattr(figures, "contact_sheet", lambda *sheet: sheets.append(sheet))
     recipe = evaluate.Recipe(4, 1, 3, 1, size=16, stretch=(20, 26))
     train = part_of(directions(0, 1, 2, 40, 20, 60, 90, 91, 92, 150, 151, 152), [3, 3, 3, 3])
     test = part_of(directions(3, 0.9, 3, 0, 90, 0), [3, 3, 0])  # the middle clips are at 0.9 and 90
@@ -133,7 +133,7 @@ def test_a_run(net, folder, tmp_path, capsys, monkeypatch):
     assert "RESULT script=retrieve" in capsys.readouterr().out
     assert np.load(out / "train" / "features.npy").shape[0] == 8
     with Image.open(out / "sheet.png") as sheet:
-        assert sheet.size == (4 * 16, 8 * (16 + show.CAPTION))
+        assert sheet.size == (4 * 16, 8 * (16 + figures.CAPTION))
     made["classes"] = 3
     evaluate.save_model(model, backbones.build(**made), made, "abc", evaluate.Recipe(4, 1, 10, 3, 20, 16))
     with pytest.raises(SystemExit, match="other features"):

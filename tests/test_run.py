@@ -23,8 +23,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import UserError, files
+from common import UserError
 from common.datasets import Videos
+from common.io import files
 from common.run import Run, explain, step_seed
 from common.video import SIGNALS, VideoError
 

@@ -24,7 +24,7 @@ import forks
 import pytest
 import torch
 
-from common import toy
+from common.io import toy
 
 HERE = Path(__file__).resolve().parent.parent
 TINY = {

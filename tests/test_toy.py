@@ -16,11 +16,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import UserError, datasets, toy
+from common import UserError, datasets
+from common.io import toy
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FEW = dict(train_per_class=1, val_per_class=1, test_per_class=1)
-MAKE = "import sys; from common import toy; toy.make(sys.argv[1], 'c', int(sys.argv[2]), 1, 1)"
+MAKE = "import sys; from common.io import toy; toy.make(sys.argv[1], 'c', int(sys.argv[2]), 1, 1)"
 
 
 def start(root, train_per_class):
@@ -304,7 +305,7 @@ PICTURES = {
 }
 HASH = """
 import hashlib
-from common import toy
+from common.io import toy
 for key in {keys}:
     print(hashlib.sha256(toy.render(*key).tobytes()).hexdigest()[:12])
 """

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import UserError, datasets, evaluate, features, modality, show
+from common import UserError, datasets, evaluate, modality
 from common.flags import Parser, at_least
+from common.io import features
 from common.run import Run, agreed
+from common.tools import figures
 from common.video import Views
 
 NEAREST = 1, 5, 10, 20, 50  # n of R@n
@@ -117,7 +119,7 @@ def sheet(path, count, data, recipe, train, test):
             hit = "hit" if data.train.labels[k] == data.test.labels[i] else "miss"
             rows.append(clip_of(data.train, k, clip - int(train.first[k]), recipe))
             captions.append(f"  {place} {hit}: {data.classes[data.train.labels[k]]}, {data.train.name(k)}")
-    show.contact_sheet(path, rows, captions)
+    figures.contact_sheet(path, rows, captions)
 
 
 def clip_of(videos, i, clip, recipe):

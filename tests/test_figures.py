@@ -13,10 +13,11 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from common import backbones, evaluate, show, video
+from common import backbones, evaluate, video
 from common.datasets import Videos
 from common.evaluate import Recipe
 from common.modality import stacked
+from common.tools import figures
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -27,9 +28,9 @@ def pixels(*shape, seed=0):
 
 def test_contact_sheet(tmp_path):
     rows = [pixels(3, 3, 8, 10), pixels(2, 3, 6, 20, seed=1)]  # 30 and 40 pixels wide
-    show.contact_sheet(tmp_path / "a.png", rows, ["row 1", "r\u00fcck"])
+    figures.contact_sheet(tmp_path / "a.png", rows, ["row 1", "r\u00fcck"])
     sheet = np.asarray(Image.open(tmp_path / "a.png"))
-    line = show.CAPTION
+    line = figures.CAPTION
     assert sheet.shape == (2 * line + 8 + 6, 40, 3) and sheet.dtype == np.uint8
     for top, row in ((line, rows[0]), (2 * line + 8, rows[1])):
         T, _, H, W = row.shape
@@ -43,18 +44,18 @@ def test_contact_sheet(tmp_path):
 
 def test_contact_sheet_wants_a_caption_for_each_row(tmp_path):
     with pytest.raises(ValueError):
-        show.contact_sheet(tmp_path / "a.png", [pixels(1, 3, 4, 4)] * 2, ["one"])
+        figures.contact_sheet(tmp_path / "a.png", [pixels(1, 3, 4, 4)] * 2, ["one"])
     assert not list(tmp_path.iterdir())
 
 
 def test_heat_is_blue_where_low_and_red_where_high():
     values = torch.tensor([[[0.0, 0.5, 1.0]]])  # (T, H, W)
-    seen = show.heat(torch.zeros(1, 3, 1, 3, dtype=torch.uint8), values)
+    seen = figures.heat(torch.zeros(1, 3, 1, 3, dtype=torch.uint8), values)
     assert seen.shape == (1, 3, 1, 3) and seen.dtype == torch.uint8
     (r0, r5, r1), (g0, g5, g1), (b0, b5, b1) = seen[0, :, 0].tolist()
     assert b0 > r0 == g0 == 0 and r1 > b1 == g1 == 0 and g5 > max(r5, b5)
     # Half of the picture shines through, and nothing overflows.
-    white = show.heat(torch.full((1, 3, 1, 3), 255, dtype=torch.uint8), values)
+    white = figures.heat(torch.full((1, 3, 1, 3), 255, dtype=torch.uint8), values)
     assert (white.int() - seen.int() >= 127).all() and (white.int() - seen.int() <= 128).all()
 
 
@@ -83,14 +84,14 @@ X = torch.tensor([[[[[1.0, 2.0], [3.0, 4.0]]], [[[1.0, 1.0], [5.0, 1.0]]]]])  # 
 
 @pytest.mark.parametrize("y, cam", [(0, [[0, 1 / 3], [0, 1]]), (1, [[0, 0], [1, 0]])])
 def test_grad_cam_by_hand(y, cam):
-    found = show.grad_cam(Tiny(), X, torch.tensor([y]))
+    found = figures.grad_cam(Tiny(), X, torch.tensor([y]))
     assert found.shape == (1, 1, 2, 2) and not found.requires_grad
     assert found[0, 0].numpy() == pytest.approx(np.array(cam), abs=1e-6)
 
 
 def test_grad_cam_of_each_clip_and_its_own_class():
     x = torch.cat([X, 10 * X, -X])  # the last: what speaks for class 1 there speaks for class 0 in the first
-    found = show.grad_cam(Tiny(), x, torch.tensor([0, 1, 1]))[:, 0]
+    found = figures.grad_cam(Tiny(), x, torch.tensor([0, 1, 1]))[:, 0]
     assert torch.allclose(found[2], found[0]) and found[1].tolist() == [[0, 0], [1, 0]]
     assert found.amax((1, 2)).tolist() == [1, 1, 1]
 
@@ -105,7 +106,7 @@ class Coarse(Tiny):
 def test_grad_cam_is_resized_and_may_be_empty():
     x = torch.cat([X, torch.ones(1, 2, 1, 2, 2)]).expand(2, 2, 3, 2, 2)
     x = x.repeat_interleave(2, 3).repeat_interleave(2, 4)  # (2, 2, 3, 4, 4)
-    found = show.grad_cam(Coarse(), x, torch.tensor([0, 0]))
+    found = figures.grad_cam(Coarse(), x, torch.tensor([0, 0]))
     assert found.shape == (2, 3, 4, 4) and found.min() == 0 and found[0].max() == 1
     assert not found[1].any()  # no channel speaks for the class
     assert found[0, 0, -1, -1] == 1 and found[0, 0, 0, 0] == 0 and torch.equal(found[0, 0], found[0, 2])
@@ -125,12 +126,12 @@ def videos(tmp_path):
 def test_cam_sheets(videos, tmp_path):
     recipe = Recipe(3, 1, 10, 3, 12, 12)
     models = {"student": (Tiny(), recipe), "teacher": (Tiny(), recipe)}
-    show.cam_sheets(tmp_path / "new" / "cam", videos, ("a", "b"), models, 99, torch.device("cpu"))
+    figures.cam_sheets(tmp_path / "new" / "cam", videos, ("a", "b"), models, 99, torch.device("cpu"))
     sheets = sorted(path.name for path in (tmp_path / "new" / "cam").iterdir())
     assert sheets == ["00000.png", "00002.png", "00003.png"]
     for i in (0, 2, 3):
         sheet = np.asarray(Image.open(tmp_path / "new" / "cam" / f"{i:05d}.png"))
-        assert sheet.shape == (3 * (12 + show.CAPTION), 3 * 12, 3)
+        assert sheet.shape == (3 * (12 + figures.CAPTION), 3 * 12, 3)
         for t in range(3):  # the central crop of the whole frames, then where each model looks
             frame = np.asarray(Image.open(tmp_path / f"v{i}" / f"{t:02d}.png"))[:, 2:14]
             at = [slice(top, top + 12) for top in (14, 40, 66)]
@@ -141,7 +142,7 @@ def test_cam_sheets(videos, tmp_path):
 
 def test_cam_sheets_are_of_videos_spread_over_the_list(videos, tmp_path):
     models = {"student": (Tiny(), Recipe(3, 1, 1, 1, 12, 12))}
-    show.cam_sheets(tmp_path / "cam", videos, ("a", "b"), models, 2, torch.device("cpu"))
+    figures.cam_sheets(tmp_path / "cam", videos, ("a", "b"), models, 2, torch.device("cpu"))
     assert sorted(path.name for path in (tmp_path / "cam").iterdir()) == ["00000.png", "00003.png"]
 
 
@@ -149,7 +150,7 @@ def test_cam_sheets_are_of_videos_spread_over_the_list(videos, tmp_path):
 
 
 def corrupted(kind):
-    return show.Corrupted(2, 1, 2, 1, 12, 12, corruption=kind)
+    return figures.Corrupted(2, 1, 2, 1, 12, 12, corruption=kind)
 
 
 def test_corrupt_brightness_has_one_factor_per_video():
@@ -182,7 +183,7 @@ def test_corrupt_grayscale_has_no_colour():
     assert ((seen[:, 0] - luminance).abs() <= 1.1).all()
 
 
-@pytest.mark.parametrize("kind", show.CORRUPTIONS)
+@pytest.mark.parametrize("kind", figures.CORRUPTIONS)
 def test_the_two_frames_of_a_difference_are_corrupted_alike(kind):
     """A video is corrupted, not its TG: what is still stays grey."""
     x = pixels(2, 3, 12, 12).repeat_interleave(2, 0)  # frames t and t + n of a still video
@@ -206,7 +207,7 @@ def test_corruption_is_a_function_of_the_video(videos):
 
 @pytest.fixture
 def command(videos, tmp_path, leave, group):
-    """Runs `python -m common.show` on a student and a TG teacher; returns the folder of the results."""
+    """Runs the command on a student and a TG teacher; returns the folder of the results."""
     (tmp_path / "v1" / "00.png").write_text("no picture")
     shutil.copytree(tmp_path / "v0", tmp_path / "w0")
     (tmp_path / "train.txt").write_text("w0 0\n")
@@ -220,7 +221,7 @@ def command(videos, tmp_path, leave, group):
 
     def run(figure, *models, flags=("--workers", "0")):
         models = [f"{tmp_path}/{name}.pt" for name in models]
-        show.main([figure, *models, "--data", str(tmp_path), "--out", f"{tmp_path}/out", *flags])
+        figures.main([figure, *models, "--data", str(tmp_path), "--out", f"{tmp_path}/out", *flags])
         return tmp_path / "out"
 
     return run
@@ -230,7 +231,7 @@ def test_cam_of_student_and_teacher(command):
     out = command("cam", "model", "teacher", flags=["--videos", "4", "--workers", "0"])
     assert sorted(path.name for path in out.glob("*.png")) == ["00000.png", "00002.png", "00003.png"]
     sheet = np.asarray(Image.open(out / "00000.png"))
-    assert sheet.shape == (3 * (12 + show.CAPTION), 2 * 12, 3)
+    assert sheet.shape == (3 * (12 + figures.CAPTION), 2 * 12, 3)
 
 
 @pytest.mark.parametrize("model", ["model", "teacher"])
@@ -258,14 +259,14 @@ def test_corruption(command):
     (("embedding", "model", "teacher"), "embedding takes one model"),
 ])  # fmt: skip
 def test_mistakes_are_one_sentence(command, words, sentence):
-    with pytest.raises(SystemExit, match=f"show: .*{sentence}"):
+    with pytest.raises(SystemExit, match=f"figures: .*{sentence}"):
         command(*words)
 
 
 def test_command_with_workers(command, tmp_path):
     """What the workers get is pickled by a process whose main module is the command."""
     command("cam", "model")
-    words = ["-m", "common.show", "corruption", f"{tmp_path}/teacher.pt", "--data", str(tmp_path)]
+    words = ["-m", "common.tools.figures", "corruption", f"{tmp_path}/teacher.pt", "--data", str(tmp_path)]
     process = forks.start([forks.sys.executable, *words, "--out", f"{tmp_path}/c", "--workers", "1"], HERE,
                           os.environ | {"PYTHONPATH": str(HERE)})  # fmt: skip
     out, err = process.communicate(timeout=120)

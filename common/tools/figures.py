@@ -1,8 +1,8 @@
 """Figures of trained models: Grad-CAM sheets, embeddings, and accuracy on corrupted videos.
 
-    python -m common.show cam MODEL.PT ... --data ucf101 --out sheets
-    python -m common.show embedding MODEL.PT --data ucf101 --out embeddings
-    python -m common.show corruption MODEL.PT ... --data ucf101 --out corrupted
+    python -m common.tools.figures cam MODEL.PT ... --data ucf101 --out sheets
+    python -m common.tools.figures embedding MODEL.PT --data ucf101 --out embeddings
+    python -m common.tools.figures corruption MODEL.PT ... --data ucf101 --out corrupted
 
 The models are model.pt files of any script. The folder --out gets, of the test videos,
 
@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as V
 
-from common import UserError, datasets, evaluate, files, modality, video
+from common import UserError, datasets, evaluate, modality, video
 from common.flags import Parser, at_least
+from common.io import files
 from common.run import Run, agreed
 
 CAPTION = 14  # pixels of a line of text
@@ -136,8 +137,8 @@ def corruption_table(models, data, run, workers):
 
 
 def parse_args(argv=None):
-    p = Parser("show", __doc__, {})
-    p.prog, p.epilog = "python -m common.show", None
+    p = Parser("figures", __doc__, {})
+    p.prog, p.epilog = "python -m common.tools.figures", None
     p.add_argument("figure", choices=["cam", "embedding", "corruption"], help="what to make")
     p.add_argument("models", nargs="+", metavar="MODEL.PT", help="models to make it of")
     p.add_argument("--data", required=True, help="data set whose test videos are used, or a folder")
@@ -179,7 +180,7 @@ def make(args, run):
 
 def main(argv=None):
     args = parse_args(argv)
-    with Run("show", args.out, vars(args), free=("out", "workers")) as run:
+    with Run("figures", args.out, vars(args), free=("out", "workers")) as run:
         make(args, run)
 
 

@@ -31,7 +31,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import UserError, datasets, evaluate, files
+from common import UserError, datasets, evaluate
+from common.io import files
 
 EVERY = 60  # seconds of work in a part file
 LARGEST = 2**28  # bytes of features in a part file

@@ -33,7 +33,8 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError, files
+from common import UserError
+from common.io import files
 
 VERSION = 2  # of the contents: a change that alters a video needs another number
 SIZE, FRAMES, FPS = 48, 48, 25
