@@ -16,13 +16,35 @@ HERE = Path(__file__).resolve().parent.parent
 SCRIPTS = ["cmpl", "tg_distill", "mml", "motionfit", "jedi"]
 
 
+def rows_of_pages():
+    """(page, cells) of each row of the tables of commands in tests/claims."""
+    for page in sorted((HERE / "tests" / "claims").glob("*.md")):
+        in_table = False
+        for line in page.read_text().splitlines():
+            in_table = line.startswith("|") and (in_table or line.startswith("| paper row | command |"))
+            if in_table and not line.startswith(("| paper row |", "|---")):
+                yield page.name, [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
+def test_each_row_of_a_page_has_a_command_and_a_key():
+    rows = list(rows_of_pages())
+    assert {page for page, _ in rows} == {f"{script}.md" for script in SCRIPTS}
+    for page, cells in rows:
+        assert len(cells) == 3 and re.fullmatch("`.+`", cells[1]) and cells[2], (page, cells)
+
+
 def commands():
-    """Command lines of the README and of the scripts' docstrings."""
-    texts = [(HERE / "README.md").read_text()]
+    """Command lines of the README, of the pages of ablations and of the scripts' docstrings."""
+    texts = [(HERE / "README.md").read_text(), *(cells[1].strip("`") for _, cells in rows_of_pages())]
     texts += [importlib.import_module(name).__doc__ for name in SCRIPTS]
     lines = "\n".join(texts).replace("\\\n", " ").splitlines()
     pattern = r"^(?:    )?((?:RANKS_2_RUNS=\d+ )?(?:python|torchrun) .*)"
     return sorted({m[1].split(" # ")[0].strip() for line in lines if (m := re.match(pattern, line))})
+
+
+def test_the_readme_is_short():
+    lines = (HERE / "README.md").read_text().splitlines()
+    assert len(lines) <= 220 and next(i for i, line in enumerate(lines) if "python cmpl.py" in line) < 25
 
 
 def test_there_are_commands():
