@@ -812,8 +812,9 @@ def _decode(dataset, index, *rng):
             source = stack.enter_context(dataset.open(dataset.videos, index))
         drawn = dataset.sample(source, *rng)
         windows, label = drawn if isinstance(drawn, tuple) else (drawn, None)
+        windows = [np.asarray(window, dtype=np.int64) for window in windows]  # what is none surfaces here
         with reasons():
-            return source.clips(list(windows), dataset.short_side), label
+            return source.clips(windows, dataset.short_side), label
 
 
 class Clips(Dataset):
