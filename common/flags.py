@@ -178,12 +178,6 @@ class Parser(argparse.ArgumentParser):
             sizes = {name: count / ratio for (name, ratio), count in datasets.PER_CLASS.items()}
             return args.ratio or (args.per_class or 1) / sizes[Path(args.data).name.partition(":")[0]]
 
-    def share(self, args, *names):
-        """Refuse what is not in [0, 1]."""
-        for name in names:
-            if not 0 <= getattr(args, name) <= 1:
-                self.error(f"--{name} is a share in [0, 1], not {getattr(args, name)}")
-
     def rand_augment(self, args):
         """Refuse what augment.rand_augment cannot do."""
         operations, magnitude = args.rand_augment

@@ -427,10 +427,8 @@ class Run:
 
         Raises UserError on every rank when more than `max_bad` of the training videos are bad.
         """
-        everyone = [None] * self.world
-        dist.all_gather_object(everyone, self.new_bad)
-        for found in everyone:
-            for name, reason in found.items():
+        for unreadable in gather(self.new_bad):
+            for name, reason in unreadable.items():
                 if name not in self.bad:
                     self.bad.add(name)
                     self.say(f"unreadable, nothing is learned from it: {name}: {reason}")
@@ -456,9 +454,9 @@ class Run:
         nets = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
         if not all(torch.isfinite(p).all() for net in nets for p in net.parameters()):  # equal on all ranks
             raise self._diverged(f"weights not finite after step {step}")
-        since = [None] * self.world  # the last row of log.jsonl, so that the next one is of the same steps
         sums = {name: value.item() for name, value in self.sums.items()}
-        dist.all_gather_object(since, (sums, self.count, self.wait, time.perf_counter() - self.mark))
+        # Since the last row of log.jsonl, so that the next one is of the same steps.
+        since = gather((sums, self.count, self.wait, time.perf_counter() - self.mark))
         if not self.main:
             return
         state = {"script": self.script, "identity": identity, "step": step, "world": self.world,
