@@ -27,7 +27,7 @@ from tqdm import tqdm
 from common import UserError, augment, backbones, flow, modality, video
 from common.datasets import printable
 from common.io import files
-from common.run import survive_output
+from common.run import gather, survive_output
 
 VIEWS_PER_BATCH = 64  # how many views go through the network at once, about
 
@@ -190,7 +190,7 @@ def _each_video(net, call, of_videos, videos, recipe, run, workers, bar):
         bad.update(batch["bad"])
         if y is not None:
             rows += of_videos(y, batch)
-    return _gather(rows, bad, run.stop, videos, run.world)  # also of a rank without videos
+    return _gather(rows, bad, run.stop, videos)  # also of a rank without videos
 
 
 def videos_per_block(recipe):
@@ -264,11 +264,8 @@ def average_views(net, y, batch, average, multilabel):
     return rows
 
 
-def _gather(rows, bad, halted, videos, world):
-    everyone = [(rows, bad, halted)]
-    if world > 1:
-        everyone = [None] * world
-        dist.all_gather_object(everyone, (rows, bad, halted))
+def _gather(rows, bad, halted, videos):
+    everyone = gather((rows, bad, halted))
     if any(part[2] for part in everyone):
         return None
     rows = [row for part in everyone for row in part[0]]
