@@ -66,8 +66,15 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from common import evaluate
+from common.clips import Clips, dense, train_loader
+from common.data import as_list, digest_of_videos, load_data, semi_supervised
+from common.io.models import load_for, save_model
+from common.modality import Recipe
+
 sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
-from common import UserError, augment, backbones, datasets, evaluate, optim, video
+from common import augment, backbones, optim
+from common.errors import UserError
 from common.flags import Parser, at_least, free_flags, share, wanted
 from common.run import Run, agreed
 
@@ -251,7 +258,7 @@ def build_networks(args, classes, run):
 def windows(source, rng, args):
     """Frame indices of F's and A's clip: windows of one length at two frame rates, t_s apart (Sec. 3.3)."""
     n, span = len(source), args.frames * args.stride
-    pri = video.dense(n, args.frames, args.stride, rng)
+    pri = dense(n, args.frames, args.stride, rng)
     if args.aux == "none" or not args.lam:
         return [pri]
     starts = source.times[: max(n - span, 0) + 1]  # in seconds, of all windows
@@ -292,23 +299,23 @@ def unlabelled_views(clips, args, flip):
 
 def recipes_of(args):
     """{net: what it sees of a test video}; D10: the short side is the side of the crop."""
-    pri = evaluate.Recipe(args.frames, args.stride, args.clips, args.crops, args.test_size, args.test_size)
+    pri = Recipe(args.frames, args.stride, args.clips, args.crops, args.test_size, args.test_size)
     return {"pri": pri, "aux": replace(pri, frames=args.aux_frames, stride=args.aux_stride)}
 
 
 def train(args, run):
     """One run: data, networks, steps, final test."""
-    data = agreed(datasets.load, args.data, args.root, args.split)
+    data = agreed(load_data, args.data, args.root, args.split)
     if data.multilabel:
         raise UserError(f"{data.name} has several labels per video; CMPL needs one (mml.py takes it)")
     if args.eval:
         changes = {name: getattr(args, name) for name in ("clips", "crops", *TEST)}
-        net, recipe = evaluate.load_for(args.eval, data, run.device, **changes)
+        net, recipe = load_for(args.eval, data, run.device, **changes)
         evaluate.report(net, data, recipe, run, args.workers, **wanted(args, also=TEST))
         return
 
     # 1. Data: labelled videos, unlabelled videos (D3), and how many steps an epoch has.
-    videos_l, videos_u = datasets.semi_supervised(
+    videos_l, videos_u = semi_supervised(
         data, args.ratio, args.per_class, args.seed, args.labelled_list, args.unlabelled, run.say
     )
     if args.lam and len(videos_l) == len(data.train):
@@ -318,9 +325,9 @@ def train(args, run):
     flip = data.flip if args.flip is None else args.flip
     sample = partial(windows, args=args)
     view_l, view_u = (partial(view, args=args, flip=flip) for view in (labelled_views, unlabelled_views))
-    sources = [(video.Clips(videos_l, sample, view_l, 2 * args.seed), args.batch)]
+    sources = [(Clips(videos_l, sample, view_l, 2 * args.seed), args.batch)]
     if args.lam:
-        sources.append((video.Clips(videos_u, sample, view_u, 2 * args.seed + 1), args.batch * args.mu))
+        sources.append((Clips(videos_u, sample, view_u, 2 * args.seed + 1), args.batch * args.mu))
     epoch = math.ceil(len(videos_u) / (args.batch * args.mu * run.world))  # D1
     total, every = (optim.steps_of(epochs, epoch) for epochs in (args.epochs, args.eval_every))
 
@@ -332,15 +339,15 @@ def train(args, run):
     lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, args.lr_batch, "labelled clips")  # D2
     optimizer = optim.build(args.optimizer, parameters, lr, args.weight_decay)
     parts = {net: nets[net].module for net in builds} | {"optimizer": optimizer}
-    identity = dict(labelled=datasets.digest(videos_l), unlabelled=datasets.digest(videos_u),
+    identity = dict(labelled=digest_of_videos(videos_l), unlabelled=digest_of_videos(videos_u),
                     classes=len(data.classes), net=f"{args.net} x{args.width}", aux=args.aux)  # fmt: skip
 
     # 3. Steps.
     start = run.resume(identity, **parts)
-    run.write("labelled.txt", datasets.as_list(videos_l))
+    run.write("labelled.txt", as_list(videos_l))
     clips = " + ".join(f"{batch * run.world}" for _, batch in sources)
     run.say(f"{total} steps, {epoch} an epoch, of {clips} clips; {rule}; {run.device.type}")
-    loader = video.train_loader(sources, start, total, run.rank, run.world, args.workers)
+    loader = train_loader(sources, start, total, run.rank, run.world, args.workers)
     lists, test = [clips.videos for clips, _ in sources], partial(quick_test, args, run, data, nets)
     for step, batches in run.steps(loader, start, total, args.seed, lists, epoch, test, every):
         x = {net: {view: recipes[net].to_input(clips, run.device)
@@ -362,7 +369,7 @@ def train(args, run):
     if run.main:
         for net, file in (("pri", "model.pt"), ("aux", "model_aux.pt")):
             if net in builds:
-                evaluate.save_model(run.out / file, nets[net].module, builds[net], data.classes, recipes[net])
+                save_model(run.out / file, nets[net].module, builds[net], data.classes, recipes[net])
     if every:
         test(total)
     recipe = replace(recipes["pri"], keep_every=args.keep_every)

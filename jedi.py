@@ -69,15 +69,33 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from common import evaluate
+from common.clips import Order
+from common.data import Data, Videos, as_list, digest_of_videos, hold_out, labelled_subset, load_data
+from common.io.models import digest_of_model, load_for, save_model
+
 sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
-from common import UserError, backbones, datasets, evaluate, optim, supervised, video
+from common import backbones, optim, supervised
+from common.errors import UserError
 from common.flags import LABELS, Parser, at_least, free_flags, share, wanted
 from common.io import features, files, models
 from common.run import PLACES, Run, agreed
 
 # Other defaults for some data sets (the flags' own defaults are the paper's, Sec. 4.4).
-RECIPES = {"toy": dict(net=["resnet3d10", "r2plus1d_10-pool", "tsm10-small"], hidden=64, epochs=100, lr=1e-3,
-                       batch=128, lr_batch=128, burn_in=5, eval_every=5, workers=1, channels_last=True)}
+RECIPES = {
+    "toy": dict(
+        net=["resnet3d10", "r2plus1d_10-pool", "tsm10-small"],
+        hidden=64,
+        epochs=100,
+        lr=1e-3,
+        batch=128,
+        lr_batch=128,
+        burn_in=5,
+        eval_every=5,
+        workers=1,
+        channels_last=True,
+    )
+}
 RECIPES["weizmann"] = RECIPES["toy"] | dict(net=["r2plus1d_10-pool"])
 # The teachers' classification losses by name (D2): logits (B, K), y (B,) to (B,).
 LOSSES = {
@@ -102,8 +120,13 @@ def parse_args(argv=None):
     g.add_argument("--expert", nargs="+", default=["supervised"], metavar="EXPERT", help=EXPERT_HELP)
     g.add_argument("--net", nargs="+", default=["tsm50"], help="backbones of supervised experts")
     g.add_argument("--init", nargs="+", default=["none"], help="their start: FILE, imagenet, kinetics, none")
-    g.add_argument("--expert_flags", nargs="+", default=[], metavar="NAME=VALUE",
-                   help="more flags of python -m common.supervised, such as epochs=60 jitter=256,320")
+    g.add_argument(
+        "--expert_flags",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="more flags of python -m common.supervised, such as epochs=60 jitter=256,320",
+    )
     g.add_argument("--cache", metavar="DIR", help="feature cache, which runs may share; default: OUT/cache")
     g.add_argument("--half", action="store_true", help="keep embeddings in half precision")
     g.add_argument("--stop_after", choices=["experts", "embeddings"], help="end after this stage")
@@ -111,10 +134,18 @@ def parse_args(argv=None):
     g.add_argument("--alpha", type=at_least(0.0), default=1.0, help="weight of students' label loss (Eq. 1)")
     g.add_argument("--beta", type=at_least(0.0), default=1.0, help="weight of teachers' label loss (Eq. 1)")
     g.add_argument("--gamma", type=at_least(0.0), default=0.4, help="weight of the distillation loss (Eq. 1)")
-    g.add_argument("--distill", default="all", metavar="VIDEOS",
-                   help="videos to distil on: all, none, own, or the name of one data set (Sec. 5.2)")
-    g.add_argument("--teacher_input", choices=INPUTS, default="adjusted",
-                   help="embeddings after or before the adjustment, students' logits, or two (Sec. 5.1, D13)")
+    g.add_argument(
+        "--distill",
+        default="all",
+        metavar="VIDEOS",
+        help="videos to distil on: all, none, own, or the name of one data set (Sec. 5.2)",
+    )
+    g.add_argument(
+        "--teacher_input",
+        choices=INPUTS,
+        default="adjusted",
+        help="embeddings after or before the adjustment, students' logits, or two (Sec. 5.1, D13)",
+    )
     g.add_argument("--teacher_loss", choices=LOSSES, default="hinge", help="teachers' label loss (D2)")
     g.add_argument("--temperature", type=at_least(1e-6), default=1.0, help="T of the distillation (Sec. 4.4)")
     g.add_argument("--hidden", type=at_least(1), default=256, help="units of the adjustment (Sec. 4.4)")
@@ -289,7 +320,7 @@ class Part:
     read (D12), where z is 0.
     """
 
-    data: datasets.Data
+    data: Data
     name: str
     indices: np.ndarray
     y: np.ndarray | None = None
@@ -302,7 +333,7 @@ class Part:
 
     @property
     def labelled_list(self):
-        return datasets.as_list(self.data.train.subset(self.indices[self.y >= 0]))  # labelled.txt
+        return as_list(self.data.train.subset(self.indices[self.y >= 0]))  # labelled.txt
 
 
 def slug(name):
@@ -325,15 +356,15 @@ def load_parts(args):
     """(Parts to learn, of all data sets; Parts to test, of those with an expert)."""
     learned, tests = [], []
     for k, name in enumerate(args.names):
-        data = agreed(datasets.load, name, nth(args.root, k), args.split)
+        data = agreed(load_data, name, nth(args.root, k), args.split)
         used, y = np.ones(len(data.train), bool), np.full(len(data.train), -1)
         if k < len(args.expert):
             if data.multilabel:
                 raise UserError(f"{data.name} has several labels per video, which JEDI does not know")
             ratio, per_class, path = labels_of(args, k)
-            labelled = agreed(datasets.labelled, data, ratio, per_class, args.seed, path)
+            labelled = agreed(labelled_subset, data, ratio, per_class, args.seed, path)
             y[labelled] = data.train.labels[labelled]
-            used = ~datasets.held_out(data.train, args.holdout, args.seed)  # D10
+            used = ~hold_out(data.train, args.holdout, args.seed)  # D10
             tests.append(Part(data, "test", np.arange(len(data.test))) if used.all() else
                          Part(data, "train", np.flatnonzero(~used)))  # fmt: skip
             if (y[used] < 0).all():
@@ -368,7 +399,7 @@ def load_experts(args, run, learned, tests):
         known = experts[-1].labelled_list
         if known not in (None, part.labelled_list):
             run.say(f"{experts[-1].path} was trained on other videos than those with a label here")
-        held_out = datasets.as_list(test.videos).splitlines() if test.name == "train" else []
+        held_out = as_list(test.videos).splitlines() if test.name == "train" else []
         if held_out and (known is None or set(held_out) & set(known.splitlines())):
             run.say(f"--holdout: the expert of {part.data.name} may have been trained on the held-out videos")
             knowing.append(part.data.name)
@@ -391,7 +422,7 @@ def embed(args, run, parts, experts):
     for expert, own in zip(experts, parts, strict=False):
         D = expert.net.fc.in_features
         run.say(f"expert of {own.data.name}: {expert.path}, {expert.net.name}, {D} wide")
-        net, identity = run.place(expert.net, args.channels_last), {"expert": evaluate.digest_of(expert.net)}
+        net, identity = run.place(expert.net, args.channels_last), {"expert": digest_of_model(expert.net)}
         identity |= {f"network.{key}": value for key, value in expert.build.items()}
         for part in parts:
             videos = getattr(part.data, part.name)  # the whole list, so that runs can share the cache
@@ -419,19 +450,19 @@ def embed(args, run, parts, experts):
 def train(args, run):
     """Stages 2 and 3, students and teachers jointly (D11); with --eval the test of one student on video."""
     if args.eval:
-        data = agreed(datasets.load, args.data, args.root, args.split)
+        data = agreed(load_data, args.data, args.root, args.split)
         views = {name: getattr(args, name) for name in VIEWS if getattr(args, name) is not None}
-        net, recipe = evaluate.load_for(args.eval, data, run.device, **views)
+        net, recipe = load_for(args.eval, data, run.device, **views)
         evaluate.report(net, data, recipe, run, args.workers, **wanted(args))
         return
 
     # 1. Data sets and experts.
     learned, tests = load_parts(args)
     experts, knowing = load_experts(args, run, learned, tests)
-    identity = {f"list of {part.data.name}": [datasets.digest(part.videos), int((part.y >= 0).sum())]
+    identity = {f"list of {part.data.name}": [digest_of_videos(part.videos), int((part.y >= 0).sum())]
                 for part in learned}  # fmt: skip
     for part, expert in zip(tests, experts, strict=True):
-        identity[f"expert of {part.data.name}"] = [expert.net.name, evaluate.digest_of(expert.net)]
+        identity[f"expert of {part.data.name}"] = [expert.net.name, digest_of_model(expert.net)]
     if run.finished(identity):
         return
     run.say(f"recipe: {args.recipe or 'none, the defaults of the flags'}")
@@ -468,8 +499,8 @@ def train(args, run):
     run.say(f"{total} steps, {epoch} an epoch, of {B * run.world} videos; {rule}; {run.device.type}")
 
     # 4. Each step takes the next B videos of a shuffled pass over all data sets.
-    passes, test = video.Order(len(rows), args.seed), partial(quick_test, run, joint, experts, tests)
-    paths = [datasets.Videos.make("", map(part.videos.path, range(len(part.y))), part.y) for part in learned]
+    passes, test = Order(len(rows), args.seed), partial(quick_test, run, joint, experts, tests)
+    paths = [Videos.make("", map(part.videos.path, range(len(part.y))), part.y) for part in learned]
     reports = itertools.chain([[{"bad": part.bad.items()} for part in learned]],
                               itertools.repeat([{"bad": ()}] * len(learned)))  # fmt: skip
     for step, _ in run.steps(reports, start, total, args.seed, paths, every or total or 1, test, every, 0):
@@ -534,7 +565,7 @@ def write_results(args, run, joint, experts, tests):
             state |= {f"{name}.{key}": value.cpu() for key, value in module.state_dict().items()}
         student.load_state_dict(state, assign=True)
         recipe = replace(expert.recipe, average="embeddings")  # D6
-        evaluate.save_model(folder / "model.pt", student, build, classes, recipe)
+        save_model(folder / "model.pt", student, build, classes, recipe)
     header = ["", *(f"{name} {key}" for name in names for key in FIGURES)]
     lines = [[who, *(f"{row[who][key]:.2f}" for row in rows for key in FIGURES)] for who in rows[0]]
     for line in (header, *lines):

@@ -29,7 +29,7 @@ clip's input frames, xi their common offset; teacher: the frozen network of MARS
 
 Run (8 GPUs, the paper's pipeline; then one process on the embedded data set, on a CPU too):
 
-    python -m common.flow ssv2 --out data/ssv2_flow
+    python -m common.tools.flow ssv2 --out data/ssv2_flow
     torchrun --nproc_per_node 8 mml.py --data ssv2 --pipeline --nets rgb,flow
     python mml.py --data toy
 
@@ -84,8 +84,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from common import evaluate
+from common.clips import Clips, train_loader, uniform
+from common.data import as_list, digest_of_videos, labelled_subset, load_data
+from common.io.models import load_for, save_model
+from common.modality import Recipe
+
 sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
-from common import UserError, augment, backbones, datasets, evaluate, modality, optim, video
+from common import augment, backbones, modality, optim
+from common.errors import UserError
 from common.flags import Parser, free_flags, wanted
 from common.modality import MODALITIES
 from common.run import Run, agreed
@@ -341,7 +348,7 @@ def load_teacher(args, data, run):
     """(Recipe, frozen Network) of --teacher, or None."""
     if not args.teacher:
         return None
-    net, recipe = evaluate.load_for(args.teacher, data, run.device)
+    net, recipe = load_for(args.teacher, data, run.device)
     kind = MODALITIES[recipe.modality]
     if (tuple(recipe.mean), tuple(recipe.std)) != (kind.mean, kind.std):
         raise UserError(f"{args.teacher} has its input normalised in another way than this script does")
@@ -364,7 +371,7 @@ def windows(source, rng, args):
     """Sec. 2.3: input frames (i_1, ..., i_T) of the modality that has fewest, + xi for one that has more."""
     n = min(source.lengths.values())
     dense = args.sampling == "dense" or args.sampling == "both" and rng.random() < 0.5
-    sample = partial(video.dense, stride=args.stride) if dense else video.uniform  # Sec. 3.1.1
+    sample = partial(dense, stride=args.stride) if dense else uniform  # Sec. 3.1.1
     i = sample(n, args.frames, rng=rng)
     return [i + rng.integers(N - n + 1) for N in source.lengths.values()]  # xi ~ unif{0, ..., N - n}
 
@@ -379,7 +386,7 @@ def train_views(clips, args, kinds):
 
 def recipe_of(kind, args, scale, multilabel):
     """How the network of a modality sees a test video: k dense and m uniform clips (Appendix 1, D5)."""
-    return evaluate.Recipe(
+    return Recipe(
         args.frames, args.stride, args.clips, args.crops, args.test_size, args.test_crop or args.test_size,
         uniform=args.uniform, spread="parts", modality=kind, bound=scale[0], flow_side=scale[1],
         multilabel=multilabel, average=args.average, mean=MODALITIES[kind].mean, std=MODALITIES[kind].std,
@@ -391,12 +398,12 @@ def recipe_of(kind, args, scale, multilabel):
 
 def train(args, run):
     """One run: data, networks, steps, final test."""
-    data = agreed(datasets.load, args.data, args.root, args.split)
+    data = agreed(load_data, args.data, args.root, args.split)
     if args.eval:
         return test_only(args, data, run)
     args.flip = data.flip if args.flip is None else args.flip
     few = args.ratio, args.per_class, args.label_seed, args.labelled_list
-    chosen = agreed(datasets.labelled, data, *few)  # D1
+    chosen = agreed(labelled_subset, data, *few)  # D1
     run.say(f"{data.name}: {len(data.classes)} classes, {len(chosen)} of {len(data.train)} training videos, "
             f"{len(data.test)} test videos")  # fmt: skip
     for note in data.notes:
@@ -408,7 +415,7 @@ def train(args, run):
     videos = data.train.subset(chosen)
     sample, view = partial(windows, args=args), partial(train_views, args=args, kinds=kinds)
     streams = partial(modality.Streams, modalities=kinds, bound=scale[0], flow_side=scale[1])
-    clips = video.Clips(videos, sample, view, args.seed, open=streams)
+    clips = Clips(videos, sample, view, args.seed, open=streams)
     epoch = ceil(len(videos) / (args.batch * run.world))
     total, every = (optim.steps_of(epochs, epoch) for epochs in (args.epochs, args.eval_every))
 
@@ -420,13 +427,13 @@ def train(args, run):
     lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, args.lr_batch)  # D2
     optimizer = optim.build(args.optimizer, groups, lr, args.weight_decay)
     parts = {name: net.module for name, net in nets.items()} | {"optimizer": optimizer}
-    identity = dict(labelled=datasets.digest(videos), classes=len(data.classes),
+    identity = dict(labelled=digest_of_videos(videos), classes=len(data.classes),
                     net=f"{args.net} x{args.width}", nets=args.nets, flow=str(scale))  # fmt: skip
 
     start = run.resume(identity, **parts)
-    run.write("labelled.txt", datasets.as_list(videos))
+    run.write("labelled.txt", as_list(videos))
     run.say(f"{total} steps, {epoch} an epoch, of {args.batch * run.world} clips; {rule}; {run.device.type}")
-    loader = video.train_loader([(clips, args.batch)], start, total, run.rank, run.world, args.workers)
+    loader = train_loader([(clips, args.batch)], start, total, run.rank, run.world, args.workers)
     test = partial(quick_test, args, run, data, nets, recipes)
     for step, (batch,) in run.steps(loader, start, total, args.seed, [videos], epoch, test, every):
         x = {kind: recipes[kind].to_input(views, run.device)
@@ -480,7 +487,7 @@ def final_test(args, run, data, nets, builds, recipes):
         backbone = net.module.backbone
         if run.main:
             path = run.out / f"{name if k else 'model'}.pt"
-            evaluate.save_model(path, backbone, builds[name], data.classes, recipes[name])  # D12
+            save_model(path, backbone, builds[name], data.classes, recipes[name])  # D12
         if k:
             scores = evaluate.score(backbone, data.test, recipes[name], run, args.workers, bar=True)
             if scores is None:
@@ -500,7 +507,7 @@ def test_only(args, data, run):
     changes = dict(clips=args.clips, uniform=args.uniform, crops=args.crops, average=args.average)
     if args.test_crop:
         changes |= dict(size=args.test_crop)
-    net, recipe = evaluate.load_for(args.eval, data, run.device, **changes)
+    net, recipe = load_for(args.eval, data, run.device, **changes)
     kinds, models = [recipe.modality], {args.eval: recipe}
     data, _ = modality.with_flow(data, args.data, args.root, args.flow, run, kinds, models)
     evaluate.report(net, data, recipe, run, args.workers, **wanted(args, also=TEST))

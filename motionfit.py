@@ -21,8 +21,8 @@ Names: B videos of a step, R clips of each, T dense clips of a video, K classes 
 
 Run (the paper's data sets and batches on one GPU; then the embedded data set, on a CPU too):
 
-    python -m common.flow ucf101 --out data/ucf101_flow
-    python -m common.flow k400 --out data/k400_flow
+    python -m common.tools.flow ucf101 --out data/ucf101_flow
+    python -m common.tools.flow k400 --out data/k400_flow
     python motionfit.py --data ucf101 --source k400
     python motionfit.py --data toy
 
@@ -79,14 +79,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from common import evaluate
+from common.data import as_list, digest_of_videos, hold_out, labelled_subset, load_data
+from common.io.models import digest_of_model, load_for, load_model, save_model
+from common.modality import Recipe
+
 sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
-from common import UserError, augment, backbones, datasets, evaluate, modality, optim
+from common import augment, backbones, modality, optim
+from common.clips import Clips, dense_test, train_loader
+from common.errors import UserError
 from common.flags import Parser, at_least, by_stage, epochs, free_flags, share, wanted
 from common.io import features, files
 from common.kmeans import kmeans, purity
 from common.modality import MODALITIES
 from common.run import PLACES, Run, agreed
-from common.video import Clips, dense_test, train_loader
 
 STAGES = "generator", "pseudo", "selftrain", "finetune"
 # Defaults per data set (the flags' own defaults are UCF-101's, with Kinetics-400 as source). Sec. 4.2.
@@ -325,11 +331,11 @@ class OrderHead(nn.Module):
 
 def labelled_videos(args, run, kinds, models):
     """(Data, its labelled videos, (bound, short side) of their flow) of --data."""
-    data = agreed(datasets.load, args.data, args.root, args.split)
+    data = agreed(load_data, args.data, args.root, args.split)
     if data.multilabel:
         raise UserError(f"{data.name} has several labels per video, which this method does not know")
     data, scale = modality.with_flow(data, args.data, args.root, args.flow, run, kinds, models)
-    few = agreed(datasets.labelled, data, args.ratio, args.per_class, args.seed, args.labelled_list)
+    few = agreed(labelled_subset, data, args.ratio, args.per_class, args.seed, args.labelled_list)
     return data, data.train.subset(few), scale
 
 
@@ -339,18 +345,18 @@ def source_videos(args, run, kinds, models):
     if own := name in ("all", "rest") or (name == args.data and not root):  # D14
         name, root, folder, split = args.data, args.root, args.flow, args.split
     is_test = args.source.endswith(":test")
-    data = agreed(datasets.load, name, root, split, labels=own or is_test)
+    data = agreed(load_data, name, root, split, labels=own or is_test)
     data, scale = modality.with_flow(data, name, root, folder, run, kinds, models)
     data = replace(data, train=data.test) if is_test else data
     use = np.arange(len(data.train))
     if args.source == "rest":
-        few = agreed(datasets.labelled, data, args.ratio, args.per_class, args.seed, args.labelled_list)
+        few = agreed(labelled_subset, data, args.ratio, args.per_class, args.seed, args.labelled_list)
         use = np.setdiff1d(use, few)
     if args.source_list:
-        use = np.intersect1d(use, agreed(datasets.labelled, data, listfile=args.source_list))
+        use = np.intersect1d(use, agreed(labelled_subset, data, listfile=args.source_list))
     if not len(use):
         raise UserError(f"--source {args.source} has no video without a label")
-    test = agreed(datasets.load, args.data, args.root, args.split).test
+    test = agreed(load_data, args.data, args.root, args.split).test
     leaked = {os.path.abspath(data.train.path(i)) for i in use}
     leaked &= {os.path.abspath(test.path(i)) for i in range(len(test))}
     if leaked and not args.allow_leak:
@@ -388,7 +394,7 @@ def train_views(clips, args, kinds):
 
 
 @dataclass(frozen=True)
-class DenseClips(evaluate.Recipe):
+class DenseClips(Recipe):
     """The recipe of a generator, for all dense clips of a video (D6)."""
 
     hop: int = 16
@@ -420,11 +426,11 @@ def pseudo(args, run):
     """Stage 2 (Sec. 3.2): features of the dense clips of the source, their clusters, pseudo-labels."""
     net, recipe, learned = load_generator(args, args.generator, run)
     data, videos, _ = source_videos(args, run, (recipe.modality,), {args.generator: recipe})
-    run.resume(source := {"unlabelled": datasets.digest(videos)})  # refuses a result of other videos
+    run.resume(source := {"unlabelled": digest_of_videos(videos)})  # refuses a result of other videos
     # `clips` only decides how many videos go through the network together: one where flow is computed.
     clips = 64 if recipe.modality == "field" and videos.flow is None else 8
     dense = vars(recipe) | dict(clips=clips, crops=1, hop=args.hop or recipe.frames * recipe.stride)
-    folder, identity = Path(args.features or run.out / "features"), {"generator": evaluate.digest_of(net)}
+    folder, identity = Path(args.features or run.out / "features"), {"generator": digest_of_model(net)}
     what = features.Extraction(net, net.embed, videos, DenseClips(**dense), identity)
     found = features.extract(folder, what, run, args.workers)
     if found is None:
@@ -435,8 +441,18 @@ def pseudo(args, run):
     about = {"clusters": args.clusters, "granularity": args.granularity, "learned": learned, **source}
     row = run.on_main(write_pseudo, args, run, found, videos.labels, about)
     run.save(1, source)
-    run.result({"script": run.script, "data": Path(args.data).name, "stage": "pseudo", "source": data.name,
-                **row, "videos": len(videos), "unreadable": len(found.bad), "seconds": round(run.seconds)})
+    run.result(
+        {
+            "script": run.script,
+            "data": Path(args.data).name,
+            "stage": "pseudo",
+            "source": data.name,
+            **row,
+            "videos": len(videos),
+            "unreadable": len(found.bad),
+            "seconds": round(run.seconds),
+        }
+    )
 
 
 def write_pseudo(args, run, found, y, about):
@@ -468,7 +484,7 @@ def load_pseudo(args, videos):
             pseudo = Pseudo(file["labels"], file["first"], **json.loads(str(file["about"])))
     except (OSError, TypeError, AttributeError, *features.DAMAGE):
         raise UserError(f"{args.pseudo} holds no pseudo-labels, or is damaged") from None
-    if pseudo.unlabelled != datasets.digest(videos):
+    if pseudo.unlabelled != digest_of_videos(videos):
         raise UserError(f"{args.pseudo} has pseudo-labels of other videos than --source {args.source} has")
     if args.neighbours and pseudo.granularity != "clip":
         raise UserError(f"--neighbours needs pseudo-labels of clips, {args.pseudo} has {pseudo.granularity}")
@@ -478,7 +494,7 @@ def load_pseudo(args, videos):
 
 def load_generator(args, path, run):
     """(network in eval mode, without gradients; its Recipe; {data set: splits} that it has learned)."""
-    net, _, _, recipe = evaluate.load_model(path)
+    net, _, _, recipe = load_model(path)
     return run.place(net, args.channels_last).requires_grad_(False), recipe, learned_by(args, path)
 
 
@@ -525,12 +541,12 @@ def train(stage, args, run):
         classes = [f"cluster {k}" for k in range(1 if mers else labels.clusters)]
     else:
         data, videos, scale = labelled_videos(args, run, kinds, models)
-        run.write("labelled.txt", datasets.as_list(videos))
+        run.write("labelled.txt", as_list(videos))
         name = Path(args.data).name.partition(":")[0]
         learned = learned | {name: sorted({*learned.get(name, []), args.split})}
         classes = data.classes
     run.say("\n".join([f"{data.name}: {len(videos)} videos, {len(classes)} classes", *data.notes]))
-    is_held_out = datasets.held_out(videos, getattr(args, "holdout", 0), args.seed)  # D9
+    is_held_out = hold_out(videos, getattr(args, "holdout", 0), args.seed)  # D9
     held_out = videos.subset([] if mers else np.flatnonzero(is_held_out))
     videos = videos.subset(np.flatnonzero(~is_held_out))
     if labels:
@@ -538,7 +554,7 @@ def train(stage, args, run):
         held_out = replace(held_out, labels=np.array(middle, dtype=np.int64))
     open_video = partial(modality.Streams, modalities=kinds, bound=scale[0], flow_side=scale[1])
     clips = Clips(videos, sample, partial(train_views, args=args, kinds=kinds), args.seed, open=open_video)
-    recipe = evaluate.Recipe(  # D2, D11
+    recipe = Recipe(  # D2, D11
         args.frames, args.stride, args.clips, args.crops, 0, args.test_size, stretch=tuple(args.stretch),
         modality=kind, bound=scale[0], flow_side=scale[1], average="logits", mean=MODALITIES[kind].mean,
         std=MODALITIES[kind].std,
@@ -568,7 +584,7 @@ def train(stage, args, run):
     epoch = ceil(len(videos) / (args.batch * run.world))
     total, every = (optim.steps_of(epochs, epoch) for epochs in (args.epochs, args.eval_every))
     identity = {"classes": len(classes), "net": args.net, "flow": str(scale)}
-    identity["unlabelled" if stage == "selftrain" else "labelled"] = datasets.digest(videos)
+    identity["unlabelled" if stage == "selftrain" else "labelled"] = digest_of_videos(videos)
     start = run.resume(identity, net=net.module, optimizer=optimizer)
     run.say(f"{total} steps, {epoch} an epoch, of {args.batch * run.world} x {args.multi_clips} clips; "
             f"{rule}; {run.device.type}")  # fmt: skip
@@ -597,7 +613,7 @@ def train(stage, args, run):
 
     # 5. model.pt and the test.
     if run.main:
-        evaluate.save_model(run.out / "model.pt", backbone, build, classes, recipe, learned=learned)
+        save_model(run.out / "model.pt", backbone, build, classes, recipe, learned=learned)
     words = {"stage": stage} | ({"teacher": path} if teacher else {})
     if stage == "selftrain":
         run.result({"script": run.script, "data": Path(args.data).name, **words, "source": data.name,
@@ -617,8 +633,8 @@ def validate(args, run, net, held_out, recipe, step):
 def test(args, run):
     """--eval: the test of one model."""
     learned_by(args, args.eval)
-    data = agreed(datasets.load, args.data, args.root, args.split)
-    net, recipe = evaluate.load_for(args.eval, data, run.device, clips=args.clips, crops=args.crops)
+    data = agreed(load_data, args.data, args.root, args.split)
+    net, recipe = load_for(args.eval, data, run.device, clips=args.clips, crops=args.crops)
     kinds, models = (recipe.modality,), {args.eval: recipe}
     data, _ = modality.with_flow(data, args.data, args.root, args.flow, run, kinds, models)
     evaluate.report(net, data, recipe, run, args.workers, **wanted(args))

@@ -78,8 +78,15 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.nn.functional import all_gather
 
+from common import evaluate
+from common.clips import Clips, dense, train_loader
+from common.data import as_list, digest_of_videos, labelled_subset, load_data, semi_supervised
+from common.io.models import load_for, save_model
+from common.modality import Recipe
+
 sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
-from common import UserError, augment, backbones, datasets, evaluate, modality, optim, video
+from common import augment, backbones, modality, optim
+from common.errors import UserError
 from common.flags import Parser, at_least, free_flags, share, wanted
 from common.run import Run, agreed
 
@@ -359,7 +366,7 @@ def gather(x):
 def windows(source, rng, args):
     """One window: frames t and, if a network sees TG, each followed by frame t + n."""
     usable = max(1, len(source) - args.interval)  # the frames t; the same for RGB alone
-    t = video.dense(usable, args.frames, args.stride, rng)
+    t = dense(usable, args.frames, args.stride, rng)
     return [t if args.nets == "rgb" else modality.pictures_of(t, "tg", len(source), args.interval)]
 
 
@@ -399,33 +406,33 @@ def unlabelled_views(clips, args, flip):
 def recipes_of(args):
     """{net: what it sees of a test video}."""
     side, inputs = args.test_size, dict(mean=RGB.mean, std=RGB.std)  # D6
-    rgb = evaluate.Recipe(args.frames, args.stride, args.clips, args.crops, side, side, **inputs)
+    rgb = Recipe(args.frames, args.stride, args.clips, args.crops, side, side, **inputs)
     rgb = replace(rgb, average=args.average)
     return {"rgb": rgb, "tg": replace(rgb, modality="tg", interval=args.interval)}
 
 
 def train(args, run):
     """One run: data, networks, steps, final test."""
-    data = agreed(datasets.load, args.data, args.root, args.split)
+    data = agreed(load_data, args.data, args.root, args.split)
     if data.multilabel:
         raise UserError(f"{data.name} has several labels per video; TG needs one (mml.py takes it)")
     given = args.ratio, args.per_class, args.seed, args.labelled_list
     if args.eval:
         changes = {name: getattr(args, name) for name in ("clips", "crops", "average")}
-        net, recipe = evaluate.load_for(args.eval, data, run.device, **changes)
-        labelled = agreed(datasets.labelled, data, *given) if args.train_accuracy else []
+        net, recipe = load_for(args.eval, data, run.device, **changes)
+        labelled = agreed(labelled_subset, data, *given) if args.train_accuracy else []
         final_test(args, run, data, net, recipe, data.train.subset(labelled))
         return
     if data.name == "hmdb51":
         run.say("the paper's labels are drawn from the videos of hmdb51:all, not of hmdb51")
 
     # 1. Data: labelled videos, unlabelled videos (D1), and how many steps an epoch has.
-    videos_l, videos_u = datasets.semi_supervised(data, *given, args.unlabelled, run.say)
+    videos_l, videos_u = semi_supervised(data, *given, args.unlabelled, run.say)
     flip = data.flip if args.flip is None else args.flip
     sample = partial(windows, args=args)
     view_l, view_u = (partial(view, args=args, flip=flip) for view in (labelled_views, unlabelled_views))
-    sources = [(video.Clips(videos_l, sample, view_l, 2 * args.seed), args.batch),
-               (video.Clips(videos_u, sample, view_u, 2 * args.seed + 1), args.batch * args.mu)]  # fmt: skip
+    sources = [(Clips(videos_l, sample, view_l, 2 * args.seed), args.batch),
+               (Clips(videos_u, sample, view_u, 2 * args.seed + 1), args.batch * args.mu)]  # fmt: skip
     epoch = math.ceil(len(videos_u) / (args.batch * args.mu * run.world))  # D1
     total, every = (optim.steps_of(epochs, epoch) for epochs in (args.epochs, args.eval_every))
 
@@ -437,15 +444,15 @@ def train(args, run):
     lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, args.lr_batch, "labelled clips")  # D2
     optimizer = optim.build(args.optimizer, parameters, lr, args.weight_decay)
     parts = {net: nets[net].module for net in nets} | {"optimizer": optimizer}
-    identity = dict(labelled=datasets.digest(videos_l), unlabelled=datasets.digest(videos_u),
+    identity = dict(labelled=digest_of_videos(videos_l), unlabelled=digest_of_videos(videos_u),
                     classes=len(data.classes), net=f"{args.net} x{args.width}", nets=args.nets)  # fmt: skip
 
     # 3. Steps.
     start = run.resume(identity, **parts)
-    run.write("labelled.txt", datasets.as_list(videos_l))
+    run.write("labelled.txt", as_list(videos_l))
     clips = " + ".join(f"{batch * run.world}" for _, batch in sources)
     run.say(f"{total} steps, {epoch} an epoch, of {clips} clips; {rule}; {run.device.type}")
-    loader = video.train_loader(sources, start, total, run.rank, run.world, args.workers)
+    loader = train_loader(sources, start, total, run.rank, run.world, args.workers)
     lists, test = [clips.videos for clips, _ in sources], partial(quick_test, args, run, data, nets, build)
     for step, batches in run.steps(loader, start, total, args.seed, lists, epoch, test, every):
         x = {net: {view: recipes["rgb"].to_input(clips, run.device)  # of TG, too: the loader has computed it
@@ -475,7 +482,7 @@ def train(args, run):
     if run.main:
         for net, copy in tested.items():
             file = run.out / ("model.pt" if net == kept else "teacher.pt")
-            evaluate.save_model(file, copy, build, data.classes, recipes[net])
+            save_model(file, copy, build, data.classes, recipes[net])
     final_test(args, run, data, tested[kept], recipes[kept], videos_l)
 
 

@@ -83,7 +83,7 @@ from torchvision.models.video.swin_transformer import (
 )
 from torchvision.ops import Conv3dNormActivation
 
-from common import UserError
+from common.errors import UserError
 from common.io import files
 
 BLOCKS = {

@@ -1,6 +1,6 @@
 """Multi-view scoring across ranks, metrics, per-class and per-video files, one-file prediction.
 
-    python -m common.evaluate predict runs/cmpl/model.pt clip.mp4
+    python -m common.tools.predict runs/cmpl/model.pt clip.mp4
 
 A test view is one spatial crop of one clip. All views of a video go through the network together
 and are averaged, as probabilities, logits or embeddings; a video is scored once, by one rank, in a block
@@ -8,13 +8,11 @@ of videos that does not depend on the number of ranks. So scores are the same nu
 ranks and workers.
 """
 
-import argparse
 import csv
-import hashlib
 import io
 import math
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,82 +22,14 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from common import UserError, augment, backbones, flow, modality, video
-from common.datasets import printable
+from common import modality
+from common.clips import Views, test_loader
+from common.errors import UserError
 from common.io import files
-from common.run import gather, survive_output
+from common.io.workers import watched
+from common.run import gather
 
 VIEWS_PER_BATCH = 64  # how many views go through the network at once, about
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a network wants to see a video: what a test does, and what model.pt remembers.
-
-    frames x stride is a clip; `clips` of them, evenly spread, times `crops` (1 centre, or 3 along
-    the long side) of `size` pixels are the views, after the short side became `short_side`.
-    `keep_every` n thins a clip: every n-th frame is kept and shown n times (CMPL, Fig. 5).
-    `uniform` more clips have a frame of each of `frames` equal segments, as 2D networks see a video.
-    spread: `clips` from the "first" to the last frame, or at equal "parts" (video.dense_parts).
-    stretch: (height, width) that pictures of any shape become, in place of short_side; 3 crops are then along
-    the width.
-    modality: what an input frame is, see common/modality.py; `interval` frames are between the two of a tg;
-    of the optical flow, `bound` and `flow_side` are the pixels of its largest motion and of the short side of
-    its pictures.
-    """
-
-    frames: int
-    stride: int
-    clips: int = 10
-    crops: int = 3
-    short_side: int = 256
-    size: int = 256
-    keep_every: int = 1
-    uniform: int = 0
-    spread: str = "first"  # or "parts"
-    stretch: tuple = ()
-    modality: str = "rgb"
-    interval: int = 1
-    bound: float = flow.BOUND
-    flow_side: int = flow.SHORT_SIDE
-    multilabel: bool = False
-    average: str = "softmax"  # or "logits", or "embeddings"
-    mean: tuple = (0.45,)
-    std: tuple = (0.225,)
-
-    @property
-    def views(self):
-        return (self.clips + self.uniform) * self.crops
-
-    def open(self, videos, index):
-        """What gives the clips of a video, to be opened by `with`."""
-        if self.modality == "rgb":
-            return video.open_video(videos, index)
-        return modality.Streams(videos, index, (self.modality,), self.bound, self.flow_side, self.interval)
-
-    def sample(self, source):
-        """Indices of the input frames of the clips of an open video: a list of (frames,) arrays."""
-        dense = video.dense_test if self.spread == "first" else video.dense_parts
-        clips = dense(len(source), self.frames, self.stride, self.clips)
-        clips = clips[:, np.arange(self.frames) // self.keep_every * self.keep_every]
-        return [*clips, *video.uniform_test(len(source), self.frames, self.uniform)]
-
-    def view(self, clips):
-        """uint8 clips (T, C, H, W) to views (V, T, C, size, size)."""
-        if self.stretch:
-            places = (0.5,) if self.crops == 1 else (0, 0.5, 1)
-            crops = [augment.stretched_crop([clip], self.size, self.stretch, at)[0]
-                     for clip in clips for at in places]  # fmt: skip
-        elif self.crops == 1:
-            crops = [augment.resize_crop(clip, self.size, self.short_side) for clip in clips]
-        else:
-            crops = [crop for clip in clips for crop in augment.three_crops(clip, self.size)]
-        return torch.stack(crops)
-
-    def to_input(self, x, device):
-        """uint8 (B, frames, C, H, W) of a loader to the float (B, C, T, H, W) of the network, on `device`."""
-        x = modality.stacked(x.to(device, non_blocking=True), self.modality)
-        return augment.normalise(x, self.mean, self.std)
 
 
 @dataclass(frozen=True)
@@ -208,13 +138,13 @@ def blocks(net, call, videos, recipe, run, workers=0, bar=None, done=()):
     """
     for buffer in net.buffers():  # since the last step of DDP each rank has had its own
         dist.broadcast(buffer, 0)
-    views = video.Views(videos, recipe.sample, recipe.view, recipe.short_side, recipe.open)
-    loader = video.test_loader(views, videos_per_block(recipe), run.rank, run.world, workers, done)
+    views = Views(videos, recipe.sample, recipe.view, recipe.short_side, recipe.open)
+    loader = test_loader(views, videos_per_block(recipe), run.rank, run.world, workers, done)
     quiet = not (bar and run.main and sys.stderr.isatty())
     was_training = net.training
     net.eval()
     try:
-        for batch in tqdm(video.watched(loader), total=len(loader), desc=bar, leave=False, disable=quiet):
+        for batch in tqdm(watched(loader), total=len(loader), desc=bar, leave=False, disable=quiet):
             y = None
             if batch["views"] is not None:
                 x = recipe.to_input(batch["views"], run.device)
@@ -303,8 +233,8 @@ def precise_bn(net, videos, recipe, run, workers=0, block=40):
 
     pairs = list(zip(norms, sums, strict=True))
     hooks = [norm.register_forward_pre_hook(partial(add, total)) for norm, total in pairs]
-    views = video.Views(videos, recipe.sample, recipe.view, open=recipe.open)
-    for batch in video.watched(video.test_loader(views, block, run.rank, run.world, workers)):
+    views = Views(videos, recipe.sample, recipe.view, open=recipe.open)
+    for batch in watched(test_loader(views, block, run.rank, run.world, workers)):
         i = int(batch["index"][0]) // block
         if batch["views"] is not None and len(batch["views"]) > 1:
             with run.autocast():
@@ -399,53 +329,6 @@ def write_csv(path, header, rows):
     files.write(path, text.getvalue())
 
 
-# -------------------------------------------------------------------------------- model files
-
-
-def save_model(path, net, build, classes, recipe, **more):
-    """Write model.pt: weights, the arguments of `backbones.build`, class names, input recipe, and `more`."""
-    files.save({"net": net.state_dict(), "build": dict(build), "classes": list(classes),
-                "input": asdict(recipe), **more}, path)  # fmt: skip
-
-
-def digest_of(net):
-    """sha256 (hex) of the weights of a network."""
-    sha = hashlib.sha256()
-    for name, value in net.state_dict().items():
-        sha.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()
-
-
-def load_model(path, recipe=Recipe):
-    """(net in eval mode on the CPU, build arguments, class names, recipe) of a model.pt; UserError.
-
-    recipe: the class that knows the file's input, where a script has one of its own.
-    """
-    model = files.load(path)
-    try:
-        net = backbones.build(**model["build"])
-        # assign: in the memory format in which it was trained, whose kernels round alike.
-        net.load_state_dict(model["net"], assign=True)
-        return net.eval(), model["build"], tuple(model["classes"]), recipe(**model["input"])
-    except (KeyError, TypeError, RuntimeError):
-        own = "" if recipe is not Recipe else ", or has an input that only its script makes"
-        raise UserError(f"{path} is not a model.pt of these scripts{own}") from None
-
-
-def load_known(path, data, recipe=Recipe):
-    """(net, build arguments, recipe) of `load_model`, of a file that must know the classes of `data`."""
-    net, build, classes, found = load_model(path, recipe)
-    if classes != data.classes:
-        raise UserError(f"{path} knows {len(classes)} other classes, not those of {data.name}")
-    return net, build, found
-
-
-def load_for(path, data, device, recipe=Recipe, **changes):
-    """(net on `device`, recipe with `changes`) of `load_known`."""
-    net, _, found = load_known(path, data, recipe)
-    return net.to(device), replace(found, **changes)
-
-
 def report(net, data, recipe, run, workers, **words):
     """The last test of a run: all views of every test video.
 
@@ -459,66 +342,3 @@ def report(net, data, recipe, run, workers, **words):
         write_files(run.out, scores, data.test, data.classes)
     run.result({"script": run.script, "data": data.name, **words, **metrics(scores),
                 "seconds": round(run.seconds)})  # fmt: skip
-
-
-@torch.no_grad()
-def predict(model, path, device="cpu", top=5):
-    """[(class, probability)] of one video file, best first."""
-    net, _, classes, recipe = model
-    views = video.Views(OneFile(path), recipe.sample, recipe.view, recipe.short_side, recipe.open)
-    item = views[0]
-    if item["bad"]:
-        raise UserError(f"{path} cannot be read: {item['bad']}")
-    y = what_is_averaged(net, recipe)(recipe.to_input(item["views"], device)).float().cpu()
-    batch = {"counts": torch.tensor([len(y)]), "label": [-1], "index": [0]}
-    p = average_views(net, y, batch, recipe.average, recipe.multilabel)[0][1]
-    return [(classes[k], float(p[k])) for k in np.argsort(-p, kind="stable")[:top]]
-
-
-class OneFile:
-    """A list of one unlabelled video, for `video.Views`."""
-
-    flow = None
-
-    def __init__(self, file):
-        self.file, self.labels = str(file), np.zeros(1, np.int64)
-
-    def __len__(self):
-        return 1
-
-    def path(self, index):
-        return self.file
-
-    def span(self, index):
-        return None
-
-
-def main():
-    survive_output()
-    description = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m common.evaluate", description=description)
-    commands = parser.add_subparsers(required=True, metavar="predict")
-    one = commands.add_parser("predict", help="print the top five classes of video files")
-    one.add_argument("model", help="a model.pt")
-    one.add_argument("videos", nargs="+", metavar="VIDEO")
-    args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    status = 0
-    try:
-        model = load_model(args.model)
-        model[0].to(device)
-        for path in args.videos:
-            try:
-                for name, p in predict(model, path, device):
-                    print(printable(f"{path}\t{name}\t{p:.4f}"))
-            except UserError as error:
-                print(error, file=sys.stderr)
-                status = 2
-    except UserError as error:
-        print(error, file=sys.stderr)
-        status = 2
-    sys.exit(status)
-
-
-if __name__ == "__main__":
-    main()

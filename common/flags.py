@@ -1,11 +1,11 @@
 """Command lines: flags that mean the same in every script, recipes of defaults, shared checks.
 
-    p = Parser("cmpl", __doc__, RECIPES)
-    g = p.data()                         # --data, --root, --split, ... and the script's own
-    g = p.add_argument_group("method")
-    g.add_argument("--lam", type=float, default=5.0, help="weight of L_u, Eq. 6")
-    p.run()                              # --out, --seed, --workers, ...
-    args = p.parse(argv)
+p = Parser("cmpl", __doc__, RECIPES)
+g = p.data()                         # --data, --root, --split, ... and the script's own
+g = p.add_argument_group("method")
+g.add_argument("--lam", type=float, default=5.0, help="weight of L_u, Eq. 6")
+p.run()                              # --out, --seed, --workers, ...
+args = p.parse(argv)
 """
 
 import argparse
@@ -17,8 +17,8 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-from common import UserError, datasets
-from common.run import leave, survive_output
+from common.data import PER_CLASS, labelled_subset, load_data
+from common.errors import UserError, leave, survive_output
 
 LABELS = "ratio", "per_class", "labelled_list"  # ways to say which videos have a label
 TEST = "split", "clips", "crops"  # flags of --eval that make it another test, for every script
@@ -171,11 +171,11 @@ class Parser(argparse.ArgumentParser):
         """
         try:
             with warnings.catch_warnings(action="ignore"):  # the run says them
-                data = datasets.load(args.data, args.root, args.split)
-                few = datasets.labelled(data, args.ratio, args.per_class, args.seed, args.labelled_list)
+                data = load_data(args.data, args.root, args.split)
+                few = labelled_subset(data, args.ratio, args.per_class, args.seed, args.labelled_list)
             return len(few) / len(data.train)
         except UserError:
-            sizes = {name: count / ratio for (name, ratio), count in datasets.PER_CLASS.items()}
+            sizes = {name: count / ratio for (name, ratio), count in PER_CLASS.items()}
             return args.ratio or (args.per_class or 1) / sizes[Path(args.data).name.partition(":")[0]]
 
     def rand_augment(self, args):

@@ -14,13 +14,19 @@ Clips stay as read, uint8, until `stacked` on the device.
 
 import os
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import UserError, datasets, flow, video
+from common import augment, modality
+from common.clips import dense_parts, dense_test, open_video, uniform_test
+from common.data import default_root
+from common.errors import UserError, VideoError
+from common.io.decode import read_windows
+from common.io.flow import BOUND, SHORT_SIDE, Computed, Flow, extract_flow, find_flow, scale_of
 from common.run import agree
 
 
@@ -55,7 +61,7 @@ class Streams:
     of fewer pictures repeats its last. Raises VideoError on entering and reading.
     """
 
-    def __init__(self, videos, index, modalities, bound=flow.BOUND, flow_side=flow.SHORT_SIDE, interval=1):
+    def __init__(self, videos, index, modalities, bound=BOUND, flow_side=SHORT_SIDE, interval=1):
         self.videos, self.index, self.modalities = videos, index, modalities
         self.bound, self.flow_side, self.interval = bound, flow_side, interval
 
@@ -64,12 +70,12 @@ class Streams:
         with ExitStack() as stack:
             needed = {MODALITIES[m].source for m in self.modalities}
             if "frames" in needed:
-                self._sources["frames"] = stack.enter_context(video.open_video(self.videos, self.index))
+                self._sources["frames"] = stack.enter_context(open_video(self.videos, self.index))
             if "flow" in needed:
                 self._sources["flow"] = stack.enter_context(self._flow())
             counts = [len(source) for source in self._sources.values()]
             if len(counts) == 2 and abs(counts[0] - 1 - counts[1]) > SLACK:
-                raise video.VideoError(f"its flow has {counts[1]} fields, for {counts[0]} frames")
+                raise VideoError(f"its flow has {counts[1]} fields, for {counts[0]} frames")
             self._stack = stack.pop_all()
         last = {m: int(_offsets(m, self.interval)[-1]) for m in self.modalities}
         self.lengths = {m: max(1, len(self._source(m)) - offset) for m, offset in last.items()}
@@ -84,11 +90,11 @@ class Streams:
     def _flow(self):
         path, span = self.videos.path(self.index), self.videos.span(self.index)
         if self.videos.flow is None:
-            return flow.Computed(path, span, self.bound, self.flow_side)
-        found = flow.find(self.videos.flow, self.videos.name(self.index))
+            return Computed(path, span, self.bound, self.flow_side)
+        found = find_flow(self.videos.flow, self.videos.name(self.index))
         if found is None:
-            raise video.VideoError(f"no extracted flow of it in {self.videos.flow}")
-        return flow.Flow(found, span)
+            raise VideoError(f"no extracted flow of it in {self.videos.flow}")
+        return Flow(found, span)
 
     def _source(self, modality):
         return self._sources[MODALITIES[modality].source]
@@ -104,7 +110,7 @@ class Streams:
             mine = [k for k, kind in enumerate(kinds) if self._source(kind) is source]
             if mine:
                 pictures = [pictures_of(windows[k], kinds[k], len(source), self.interval) for k in mine]
-                for k, clip in zip(mine, video.together(source, pictures, short_side), strict=True):
+                for k, clip in zip(mine, read_windows(source, pictures, short_side), strict=True):
                     found[k] = clip
         return found
 
@@ -117,15 +123,15 @@ def with_flow(data, name, root, folder, run, modalities, models):
     must know flow of that scale; flow that is computed has theirs. Nothing is done if `modalities` are
     without flow. Raises UserError for a folder that is not there, or of another scale.
     """
-    usual = flow.BOUND, flow.SHORT_SIDE
+    usual = BOUND, SHORT_SIDE
     if not any(MODALITIES[m].source == "flow" for m in modalities):
         return data, usual
     made = folder is None and name.split(":")[0] == "toy"
-    found = folder or f"{(root or datasets.default_root(name)).rstrip('/')}_flow"
-    command = f"python -m common.flow {name} --out {found}"
+    found = folder or f"{(root or default_root(name)).rstrip('/')}_flow"
+    command = f"python -m common.tools.flow {name} --out {found}"
     if made:
         videos = [data.train, data.test]
-        flow.extract(videos, found, device=run.device, rank=run.rank, world=run.world, say=run.say)
+        extract_flow(videos, found, device=run.device, rank=run.rank, world=run.world, say=run.say)
         dist.barrier()
     elif not os.path.isdir(found) and folder:
         raise UserError(f"the folder of flow {folder} is not there: {command}")
@@ -135,7 +141,7 @@ def with_flow(data, name, root, folder, run, modalities, models):
         found = None
     scales = {path: (r.bound, r.flow_side) for path, r in models.items()
               if MODALITIES[r.modality].source == "flow"}  # fmt: skip
-    scale = flow.scale_of(found) if found else next(iter(scales.values()), usual)
+    scale = scale_of(found) if found else next(iter(scales.values()), usual)
     agree({"optical flow": [f"{'extracted' if found else 'computed'}, bound and short side {scale}"]})
     for path, wants in scales.items():
         if wants != scale:
@@ -188,3 +194,73 @@ def flip(clip, modality):
     if MODALITIES[modality].source == "flow":
         clip[:, 0] = (256 - clip[:, 0].to(torch.int16)).clamp(max=255)  # 128 is no motion
     return clip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network wants to see a video: what a test does, and what model.pt remembers.
+
+    frames x stride is a clip; `clips` of them, evenly spread, times `crops` (1 centre, or 3 along
+    the long side) of `size` pixels are the views, after the short side became `short_side`.
+    `keep_every` n thins a clip: every n-th frame is kept and shown n times (CMPL, Fig. 5).
+    `uniform` more clips have a frame of each of `frames` equal segments, as 2D networks see a video.
+    spread: `clips` from the "first" to the last frame, or at equal "parts" (video.dense_parts).
+    stretch: (height, width) that pictures of any shape become, in place of short_side; 3 crops are then along
+    the width.
+    modality: what an input frame is, see common/modality.py; `interval` frames are between the two of a tg;
+    of the optical flow, `bound` and `flow_side` are the pixels of its largest motion and of the short side of
+    its pictures.
+    """
+
+    frames: int
+    stride: int
+    clips: int = 10
+    crops: int = 3
+    short_side: int = 256
+    size: int = 256
+    keep_every: int = 1
+    uniform: int = 0
+    spread: str = "first"  # or "parts"
+    stretch: tuple = ()
+    modality: str = "rgb"
+    interval: int = 1
+    bound: float = BOUND
+    flow_side: int = SHORT_SIDE
+    multilabel: bool = False
+    average: str = "softmax"  # or "logits", or "embeddings"
+    mean: tuple = (0.45,)
+    std: tuple = (0.225,)
+
+    @property
+    def views(self):
+        return (self.clips + self.uniform) * self.crops
+
+    def open(self, videos, index):
+        """What gives the clips of a video, to be opened by `with`."""
+        if self.modality == "rgb":
+            return open_video(videos, index)
+        return modality.Streams(videos, index, (self.modality,), self.bound, self.flow_side, self.interval)
+
+    def sample(self, source):
+        """Indices of the input frames of the clips of an open video: a list of (frames,) arrays."""
+        dense = dense_test if self.spread == "first" else dense_parts
+        clips = dense(len(source), self.frames, self.stride, self.clips)
+        clips = clips[:, np.arange(self.frames) // self.keep_every * self.keep_every]
+        return [*clips, *uniform_test(len(source), self.frames, self.uniform)]
+
+    def view(self, clips):
+        """uint8 clips (T, C, H, W) to views (V, T, C, size, size)."""
+        if self.stretch:
+            places = (0.5,) if self.crops == 1 else (0, 0.5, 1)
+            crops = [augment.stretched_crop([clip], self.size, self.stretch, at)[0]
+                     for clip in clips for at in places]  # fmt: skip
+        elif self.crops == 1:
+            crops = [augment.resize_crop(clip, self.size, self.short_side) for clip in clips]
+        else:
+            crops = [crop for clip in clips for crop in augment.three_crops(clip, self.size)]
+        return torch.stack(crops)
+
+    def to_input(self, x, device):
+        """uint8 (B, frames, C, H, W) of a loader to the float (B, C, T, H, W) of the network, on `device`."""
+        x = modality.stacked(x.to(device, non_blocking=True), self.modality)
+        return augment.normalise(x, self.mean, self.std)

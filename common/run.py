@@ -15,12 +15,10 @@ The run folder (all of it readable without this package):
 
 import gc
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -37,33 +35,21 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import UserError, video
+from common.errors import UserError, explain, first_line, leave, survive_output
 from common.io import files
+from common.io.workers import SIGNALS, watched
 
 # Flags that say where something is, when what is there counts.
 PLACES = "data", "root", "labelled_list"
-RUNS = itertools.count()  # of this process
-PATIENCE = timedelta(days=30)  # of ranks that wait for work of rank 0 alone
-PARENT = os.getppid()  # torchrun, while it lives
 
-# What an error of torch means to the person who started the run: (text in the error, our sentence, status).
-TROUBLES = (
-    (("Expected more than 1 value per channel",),
-     "batch norm needs more than one value of each channel: raise --batch, --frames or --size", 2),
-    (
-        ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL error",
-         "Socket Timeout", "Timed out waiting", "remote process exited"),
-        "another rank has died; its own message says why. The same command resumes from last.pt", 1,
-    ),
-    (
-        ("DataLoader worker (pid", "DataLoader timed out", "shared memory", "unable to mmap",
-         "unable to write to file", "unable to resize file"),
-        "a loader worker died or hung (memory or /dev/shm full, stalled storage, or a file that crashes "
-        "the decoder, which python -m common.datasets check names): try fewer --workers. The same command "
-        "resumes from last.pt", 1,
-    ),
-    (("out of memory",), "the GPU is out of memory: lower --batch, --frames or --size, or use more GPUs", 1),
-)  # fmt: skip
+
+RUNS = itertools.count()  # of this process
+
+
+PATIENCE = timedelta(days=30)  # of ranks that wait for work of rank 0 alone
+
+
+PARENT = os.getppid()  # torchrun, while it lives
 
 
 class Run:
@@ -108,7 +94,7 @@ class Run:
 
     def __enter__(self):
         survive_output()
-        for number in video.SIGNALS:
+        for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # what nohup asks for
                 signal.signal(number, self._on_signal)
         if not self.main:
@@ -310,7 +296,7 @@ class Run:
         self.bar = tqdm(total=total, initial=start, dynamic_ncols=True, smoothing=0.05,
                         disable=not (self.main and sys.stderr.isatty()))  # fmt: skip
         self.mark, self.saved = time.perf_counter() - self.elapsed, time.monotonic()
-        batches = video.watched(loader)
+        batches = watched(loader)
         for step in range(start, total):
             if test_every and step % test_every == 0 and step >= first:
                 with self.untimed():
@@ -683,61 +669,6 @@ def _some(lines):
 def step_seed(seed, step, rank):
     """A 63-bit seed for what is random in one step of one rank (dropout, on-device noise)."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
-
-
-def leave(script, message, status=2):
-    """End the process with one sentence, said by rank 0 alone if all ranks have it; `error` for a parser."""
-    for number in video.SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)  # rank 0 says the same, and torchrun then ends this rank
-    print(f"{script}: {message}", file=sys.stderr, flush=True)
-    os._exit(status)  # peers may be gone: no collective clean-up can be trusted to end
-
-
-def explain(error):
-    """(sentence, exit status) for an error that a user can understand, else (None, None)."""
-    if isinstance(error, UserError):  # one from a loader worker has the worker's traceback before it
-        return re.sub(r"^[\w.]+Error: ", "", str(error).strip().splitlines()[-1]), 2
-    if isinstance(error, OSError) and error.errno in files.FULL:
-        return (f"{error.filename or 'a file'} could not be written: {error.strerror}. Free some space; the "
-                "same command resumes from last.pt"), 1  # fmt: skip
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}", 1
-    if isinstance(error, RuntimeError | ValueError):
-        for texts, sentence, status in TROUBLES:
-            if any(text in str(error) for text in texts):
-                return f"{sentence} ({first_line(error)})", status
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            return f"--compile fails: install what is missing or leave it out ({first_line(error)})", 2
-    return None, None
-
-
-def first_line(error):
-    return str(error).strip().partition("\n")[0][:120]
-
-
-class Output(io.FileIO):
-    """Standard output or error; drops what a closed pipe, a lost terminal or a full disk does not take."""
-
-    def write(self, data):
-        try:
-            return super().write(data)
-        except OSError:
-            return len(data)
-
-
-def survive_output():
-    """Let the process go on when nobody takes what it prints (`| head -1`, `>&-`, a full disk)."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # in place of those that are closed
-        pass
-    os.close(descriptor)
-    for number, name in enumerate(("stdout", "stderr"), 1):
-        stream = getattr(sys, name)
-        if stream is getattr(sys, f"__{name}__"):  # None too; but not what a notebook or a test has put there
-            file = io.BufferedWriter(Output(number, "w", closefd=False))
-            encoding = getattr(stream, "encoding", None)
-            setattr(sys, name, io.TextIOWrapper(file, encoding, "backslashreplace", line_buffering=True))
 
 
 def versions():

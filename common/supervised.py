@@ -16,8 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from common import UserError, augment, backbones, datasets, evaluate, modality, optim, video
+from common import augment, backbones, evaluate, modality, optim
+from common.clips import Clips, dense, train_loader
+from common.data import as_list, digest_of_videos, hold_out, labelled_subset, load_data
+from common.errors import UserError
 from common.flags import Parser, at_least, free_flags, share, wanted
+from common.io.models import load_for, save_model
+from common.modality import Recipe
 from common.run import Run, agreed
 
 RECIPES = {"toy": dict(
@@ -57,7 +62,7 @@ def parse_args(argv=None):
 
 def window(source, rng, args):
     """Frame indices of the one random clip of a training video."""
-    return [video.dense(len(source), args.frames, args.stride, rng)]
+    return [dense(len(source), args.frames, args.stride, rng)]
 
 
 def view(clips, args, flip):
@@ -67,28 +72,28 @@ def view(clips, args, flip):
 
 
 def train(args, run):
-    data = agreed(datasets.load, args.data, args.root, args.split)
+    data = agreed(load_data, args.data, args.root, args.split)
     if args.eval:
-        net, recipe = evaluate.load_for(args.eval, data, run.device, clips=args.clips, crops=args.crops)
+        net, recipe = load_for(args.eval, data, run.device, clips=args.clips, crops=args.crops)
         evaluate.report(net, data, recipe, run, args.workers, **wanted(args))
         return
     labels = args.ratio, args.per_class, args.seed, args.labelled_list
-    held_out = datasets.held_out(data.train, args.holdout, args.seed)
-    labelled = np.setdiff1d(agreed(datasets.labelled, data, *labels), np.flatnonzero(held_out))
+    held_out = hold_out(data.train, args.holdout, args.seed)
+    labelled = np.setdiff1d(agreed(labelled_subset, data, *labels), np.flatnonzero(held_out))
     videos = data.train.subset(labelled)
     if data.multilabel or not len(videos):
         few = "no labelled video beside the held-out ones"
         raise UserError(f"{data.name} has {'several labels per video' if data.multilabel else few}")
     if held_out.any():
         data = replace(data, test=data.train.subset(np.flatnonzero(held_out)))
-    identity = dict(labelled=datasets.digest(data.train, labelled), classes=len(data.classes), net=args.net)
+    identity = dict(labelled=digest_of_videos(data.train, labelled), classes=len(data.classes), net=args.net)
     if run.finished(identity):
         return
     run.say(f"{data.name}: {len(data.classes)} classes, {len(videos)} labelled, {len(data.test)} test videos")
     rgb, side, views = modality.MODALITIES["rgb"], args.test_size, (args.clips, args.crops)
-    recipe = evaluate.Recipe(args.frames, args.stride, *views, side, side, mean=rgb.mean, std=rgb.std)
+    recipe = Recipe(args.frames, args.stride, *views, side, side, mean=rgb.mean, std=rgb.std)
     flip = data.flip if args.flip is None else args.flip
-    clips = video.Clips(videos, partial(window, args=args), partial(view, args=args, flip=flip), args.seed)
+    clips = Clips(videos, partial(window, args=args), partial(view, args=args, flip=flip), args.seed)
     epoch = math.ceil(len(videos) / (args.batch * run.world))
     total, every = (optim.steps_of(epochs, epoch) for epochs in (args.epochs, args.eval_every))
 
@@ -100,9 +105,9 @@ def train(args, run):
     lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, 8)
     optimizer = optim.build(args.optimizer, net.parameters(), lr, args.weight_decay)
     start = run.resume(identity, net=net.module, optimizer=optimizer)
-    run.write("labelled.txt", datasets.as_list(videos))
+    run.write("labelled.txt", as_list(videos))
     run.say(f"{total} steps, {epoch} an epoch, of {args.batch * run.world} clips; {rule}; {run.device.type}")
-    loader = video.train_loader([(clips, args.batch)], start, total, run.rank, run.world, args.workers)
+    loader = train_loader([(clips, args.batch)], start, total, run.rank, run.world, args.workers)
     test = partial(quick_test, args, run, data, net.module, recipe)
     for step, (batch,) in run.steps(loader, start, total, args.seed, [videos], epoch, test, every):
         with run.autocast():
@@ -115,7 +120,7 @@ def train(args, run):
         run.track(step, optimizer.param_groups[0]["lr"], loss=loss)
     if not run.stopped:
         if run.main:
-            evaluate.save_model(run.out / "model.pt", net.module, build, data.classes, recipe)
+            save_model(run.out / "model.pt", net.module, build, data.classes, recipe)
         evaluate.report(net.module, data, recipe, run, args.workers, **wanted(args))
 
 

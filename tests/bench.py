@@ -14,6 +14,11 @@ from fractions import Fraction
 from functools import partial
 from types import SimpleNamespace
 
+from common.clips import Order, dense
+from common.io.decode import read_frames
+from common.tools import check
+from common.tvl1 import SCHEME, _gray, tvl1
+
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import av
@@ -21,9 +26,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
-
-from common import datasets, video
-from common import flow as tv
 
 LENGTH, STRIDE, SIDE = 8, 8, 256  # the clip that is asked for: frames, stride, short side
 
@@ -90,7 +92,7 @@ def size_of(path):
 
 
 def ours(path, indices):
-    return video.read(path, indices, SIDE)
+    return read_frames(path, indices, SIDE)
 
 
 def naive(path, indices):
@@ -244,13 +246,13 @@ def shrink(args):
         encode(f"{before}/{part}.mp4", scene(1280, 720, args.frames), "libx264", 250, 1280, 720)
         with open(f"{before}/{part}.txt", "w") as file:
             file.write(f"{part}.mp4 0\n")
-    assert datasets.main(["shrink", before, "--out", after, "--workers", "0"]) == 0
+    assert check.main(["shrink", before, "--out", after, "--workers", "0"]) == 0
     rng, times = np.random.default_rng(0), {before: [], after: []}
     for _ in range(args.windows):
-        indices = video.dense(args.frames, LENGTH, STRIDE, rng)
+        indices = dense(args.frames, LENGTH, STRIDE, rng)
         for folder in rng.permutation([before, after]):
             start = time.process_time()
-            video.read(f"{folder}/train.mp4", indices, SIDE)
+            read_frames(f"{folder}/train.mp4", indices, SIDE)
             times[str(folder)].append(time.process_time() - start)
     old, new = (1e3 * np.median(times[folder]) for folder in (before, after))
     rate = os.path.getsize(f"{before}/train.mp4") * 8 * 30 / args.frames / 1000
@@ -272,7 +274,7 @@ def photos():
         print("scikit-learn and its photographs are not there: on a texture")
         pictures = [next(scene(640, 427, 1))]
     x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    return tv._gray(TF.resize(x, [320, 480], antialias=True))
+    return _gray(TF.resize(x, [320, 480], antialias=True))
 
 
 # name: degrees, zoom, and shift to the right and down in pixels, about the centre
@@ -313,15 +315,15 @@ def flow(args):
     torch.set_num_threads(1)
     same = dict(OuterIterations=1, MedianFiltering=1, Epsilon=0)
     variants = {
-        "ours": lambda pair: tv.tvl1(pair[None])[0, 0].numpy(),
-        "ours, flow videos": lambda pair: tv.tvl1(pair[None], **tv.SCHEME)[0, 0].numpy(),
-        "ours, zfactor 0.5": lambda pair: tv.tvl1(pair[None], zfactor=0.5)[0, 0].numpy(),
+        "ours": lambda pair: tvl1(pair[None])[0, 0].numpy(),
+        "ours, flow videos": lambda pair: tvl1(pair[None], **SCHEME)[0, 0].numpy(),
+        "ours, zfactor 0.5": lambda pair: tvl1(pair[None], zfactor=0.5)[0, 0].numpy(),
     }
     try:
         variants["OpenCV, same iterations"] = opencv_flow(**same)
         variants["OpenCV, default"] = opencv_flow()
-        variants["OpenCV, same, 8 levels"] = opencv_flow(**same, ScalesNumber=tv.SCHEME["nscales"])
-        variants["OpenCV, 8 levels"] = opencv_flow(ScalesNumber=tv.SCHEME["nscales"])
+        variants["OpenCV, same, 8 levels"] = opencv_flow(**same, ScalesNumber=SCHEME["nscales"])
+        variants["OpenCV, 8 levels"] = opencv_flow(ScalesNumber=SCHEME["nscales"])
     except ImportError as error:
         print(f"without OpenCV ({error})")
     pairs = [pair for photo in photos() for pair in moved(photo)]
@@ -351,10 +353,10 @@ def flow(args):
         print(line)
     if torch.cuda.is_available():
         batch = torch.stack([pair for pair, _ in pairs]).cuda().repeat(16, 1, 1, 1)
-        tv.tvl1(batch)  # compiles
+        tvl1(batch)  # compiles
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        on_gpu = tv.tvl1(batch)
+        on_gpu = tvl1(batch)
         end.record()
         torch.cuda.synchronize()
         apart = on_gpu[: len(pairs), 0].cpu().numpy() - [found["ours", i] for i in range(len(pairs))]
@@ -426,7 +428,7 @@ def jedi(args):
         on = [x.to(device) for x in (y, of_source, w)]
 
         def our_batches(epoch, N=N, n=n, z=z, of_source=of_source):
-            order, steps = video.Order(N, 0), -(-N // args.batch)
+            order, steps = Order(N, 0), -(-N // args.batch)
             for step in range(epoch * steps, (epoch + 1) * steps):
                 at = torch.from_numpy(np.sort(order.take(args.batch * step, args.batch)))
                 own = [(of_source[at] == i).nonzero()[:, 0].to(device) for i in range(n)]

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from common import flags, run
+from common import flags
 
 torch.set_num_threads(1)
 
@@ -37,7 +37,7 @@ def leave():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flags, "leave", leave)
-        patch.setattr(run, "leave", leave)
+        patch.setattr("common.errors.leave", leave)
         yield
 
 
@@ -77,9 +77,7 @@ def write(path, frames=60, codec="libx264", size=(96, 64), gop=12, times=None, r
         options["x264-params"] = "mbtree=0:" + options.get("x264-params", "")
     pix_fmt = options.pop("pix_fmt", "yuv420p")
     container_options = {k: options.pop(k) for k in ("movflags",) if k in options}
-    with av.open(
-        str(path), "w", format=options.pop("format", None), options=container_options
-    ) as out:
+    with av.open(str(path), "w", format=options.pop("format", None), options=container_options) as out:
         stream = out.add_stream(codec, rate=rate, options={k: str(v) for k, v in options.items()})
         stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
         stream.codec_context.gop_size, stream.codec_context.thread_count = gop, 1

@@ -28,7 +28,6 @@ from torchvision.models.video import (
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 from torchvision.ops import StochasticDepth
 
-from common import UserError, evaluate
 from common.backbones import (
     BLOCKS,
     NAMES,
@@ -44,6 +43,8 @@ from common.backbones import (
     fetch,
     published_input,
 )
+from common.errors import UserError
+from common.modality import Recipe
 
 SLOW = [name for name in NAMES if name.startswith("resnet3d")]
 R3D = [name for name in NAMES if name.startswith("r3d_")]
@@ -1052,7 +1053,7 @@ def test_swin_of_the_paper_starts_from_imagenet22k():
 
 
 def check_input(name, word):
-    weights, found = PUBLISHED[word][name], evaluate.Recipe(**published_input(name, word))
+    weights, found = PUBLISHED[word][name], Recipe(**published_input(name, word))
     view, docs = weights.transforms(), dict(re.findall(r"`(\w+)=(\d+)`", weights.meta["_docs"]))
     assert [found.size] * 2 == view.crop_size and found.crops == 1
     assert view.resize_size == [*(found.stretch or [found.short_side])]

@@ -10,7 +10,7 @@ import torch
 
 import cmpl
 import tg_distill
-from common import datasets, video
+from common.data import Data, Videos
 from common.run import Run
 
 pytestmark = pytest.mark.usefixtures("group")
@@ -250,8 +250,8 @@ def test_a_video_shorter_than_a_window_has_one_start():
 
 def test_labelled_and_unlabelled_videos_have_such_windows(tmp_path, monkeypatch):
     labels = np.arange(40) % 2
-    train, test = (datasets.Videos.make("/", [f"{part}{i}.mp4" for i in range(40)], labels) for part in "ab")
-    data = datasets.Data("some", 1, ("x", "y"), train, test, False, True, ())
+    train, test = (Videos.make("/", [f"{part}{i}.mp4" for i in range(40)], labels) for part in "ab")
+    data = Data("some", 1, ("x", "y"), train, test, False, True, ())
 
     class Reached(Exception):
         pass
@@ -259,8 +259,8 @@ def test_labelled_and_unlabelled_videos_have_such_windows(tmp_path, monkeypatch)
     def reached(sources, *_):
         raise Reached([clips.sample for clips, _ in sources])
 
-    monkeypatch.setattr(datasets, "load", lambda *_: data)
-    monkeypatch.setattr(video, "train_loader", reached)
+    monkeypatch.setattr("common.data.load_data", lambda *_: data)
+    monkeypatch.setattr("common.clips.train_loader", reached)
     line = f"--out {tmp_path}/run --per_class 3 --width 0.0625 --aux_width 0.0625 --stride 8 --offset 10"
     args = cmpl.parse_args(line.split())
     with pytest.raises(Reached) as found, Run("cmpl", args.out, vars(args)) as run:

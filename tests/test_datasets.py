@@ -22,9 +22,15 @@ import pytest
 import torch
 from PIL import Image
 
-from common import UserError, datasets, flow, video
-from common.datasets import Data, Videos, digest, labelled, load
-from common.video import Clips, Video
+from common.clips import Clips, train_loader
+from common.data import Data, Videos, as_list, digest_of_videos, labelled_subset, load_data
+from common.errors import UserError
+from common.io.decode import Video
+from common.io.readers import _scan, stem_of
+from common.io.workers import in_parallel
+from common.tools import check, flow
+from common.tools.check import _check_one
+from common.tools.shrink import _shrink_one
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 LISTS = SHARED / "splits"
@@ -55,7 +61,7 @@ def pairs(videos):
     return dict(zip(map(videos.name, range(len(videos))), tuples, strict=True))
 
 
-def fails(*parts, call=load, **options):
+def fails(*parts, call=load_data, **options):
     """The sentence of the UserError that the call must raise; it must have all the parts."""
     with pytest.raises(UserError) as error:
         call(**options)
@@ -104,15 +110,15 @@ def test_a_quarter_million_videos_stay_small():
 
 def test_digest_sees_names_labels_spans_and_order():
     videos = Videos.make("a", ["x", "y"], [0, 1])
-    same = digest(videos, [0, 1])
-    assert digest(Videos.make("b", ["x", "y"], [0, 1]), [0, 1]) == same and len(same) == 64
+    same = digest_of_videos(videos, [0, 1])
+    assert digest_of_videos(Videos.make("b", ["x", "y"], [0, 1]), [0, 1]) == same and len(same) == 64
     others = [
-        digest(videos, [1, 0]),
-        digest(videos, [0]),
-        digest(Videos.make("a", ["x", "z"], [0, 1]), [0, 1]),
-        digest(Videos.make("a", ["x", "y"], [0, 2]), [0, 1]),
-        digest(Videos.make("a", ["x", "y"], [0, 1], spans=[(0, 1), (1, 2)]), [0, 1]),
-        digest(Videos.make("a", ["x", "y"], [[1, 0], [0, 1]]), [0, 1]),
+        digest_of_videos(videos, [1, 0]),
+        digest_of_videos(videos, [0]),
+        digest_of_videos(Videos.make("a", ["x", "z"], [0, 1]), [0, 1]),
+        digest_of_videos(Videos.make("a", ["x", "y"], [0, 2]), [0, 1]),
+        digest_of_videos(Videos.make("a", ["x", "y"], [0, 1], spans=[(0, 1), (1, 2)]), [0, 1]),
+        digest_of_videos(Videos.make("a", ["x", "y"], [[1, 0], [0, 1]]), [0, 1]),
     ]
     assert len({same, *others}) == 7
 
@@ -149,7 +155,7 @@ def test_lists_of_every_form(tmp_path, separator, end):
     lines = [f"{name}{separator}{int(name.startswith('walk'))}" for name in STRANGE]
     content = "\ufeff" + end.join(lines)  # with a byte order mark, without an end of the last line
     (tmp_path / "train.txt").write_bytes(content.encode("utf-8", "surrogateescape"))
-    data = load(str(tmp_path))
+    data = load_data(str(tmp_path))
     assert pairs(data.train) == {name: int(name.startswith("walk")) for name in STRANGE}
     assert pairs(data.test) == {"walk/t.mp4": 1} and data.classes == ("run", "walk")
     assert data.name == tmp_path.name and data.flip and not data.multilabel and data.split == 1
@@ -161,7 +167,7 @@ def test_lists_of_frame_folders(tmp_path):
     tree(tmp_path, "run/a/", "run/b 1/", "walk/c/", "walk/t/")
     os.makedirs(tmp_path / "run" / "empty")
     lists(tmp_path, ["run/a 163 0", "run/b 1,3,0", "walk/c 1"], ["walk/t 7 1"])
-    assert pairs(load(str(tmp_path)).train) == {"run/a": 0, "run/b 1": 0, "walk/c": 1}
+    assert pairs(load_data(str(tmp_path)).train) == {"run/a": 0, "run/b 1": 0, "walk/c": 1}
 
 
 @pytest.mark.parametrize("separator", [" ", ",", "\t"])
@@ -172,28 +178,28 @@ def test_lists_of_segments_of_frame_folders(tmp_path, make, separator):
     tree(root, "test/")
     lines = [separator.join(map(str, line)) for line in SEGMENTS]
     lists(root, lines, ["test 0 3 1"])
-    data = load(str(root))
+    data = load_data(str(root))
     assert data.train.labels.tolist() == [0, 1, 1] and data.test.labels.tolist() == [1]
     assert sorted(note.partition(" are read as folder, start, frames, label")[0] for note in data.notes) == [
         f"the lines of {root}/{part}.txt" for part in ("test", "train")
     ]
     pictures(root / "test", make, 3)
-    assert datasets.main(["shrink", str(root), "--out", str(out), "--workers", "0"]) == 0
-    for videos in (data.train, load(str(out)).train):
+    assert check.main(["shrink", str(root), "--out", str(out), "--workers", "0"]) == 0
+    for videos in (data.train, load_data(str(out)).train):
         for i, (_, start, frames, _) in enumerate(SEGMENTS):
             with Video(videos.path(i), videos.span(i)) as video:
                 numbers = [make.number(x) for x in video.get(range(len(video))).numpy()]
             assert numbers == list(range(start, start + frames)), (videos.path(i), i)
     part = data.train.subset([2, 0])
-    few = text(tmp_path / "few.txt", *datasets.as_list(part).splitlines())
+    few = text(tmp_path / "few.txt", *as_list(part).splitlines())
     assert few.read_text() == "long 25 15 1\nlong 0 10 0\n"
-    assert labelled(data, listfile=few).tolist() == [0, 2]
+    assert labelled_subset(data, listfile=few).tolist() == [0, 2]
     text(few, "long 1")
-    assert labelled(data, listfile=few).tolist() == [1, 2]  # without start: all that have the label
+    assert labelled_subset(data, listfile=few).tolist() == [1, 2]  # without start: all that have the label
     text(few, "long 25 15 1", "long 3 4 0")
     with pytest.warns(UserWarning, match="1 of 2 videos .* are not training videos"):
-        assert labelled(data, listfile=few).tolist() == [2]
-    unlabelled = load(str(root), labels=False).train
+        assert labelled_subset(data, listfile=few).tolist() == [2]
+    unlabelled = load_data(str(root), labels=False).train
     assert [unlabelled.span(i) for i in range(3)] == [data.train.span(i) for i in range(3)]
 
 
@@ -209,19 +215,19 @@ def pictures(folder, make, n):
 def test_lines_of_three_numbers_that_are_no_segments(tmp_path):
     tree(tmp_path, "a/", "b/", "c.mp4", "t.mp4")
     lists(tmp_path, ["a 99 1 2", "b 99 0"], ["t.mp4 0"], ["x", "y", "z"])  # not all lines
-    assert pairs(load(str(tmp_path)).train) == {"a": (1, 2), "b": (0,)}
+    assert pairs(load_data(str(tmp_path)).train) == {"a": (1, 2), "b": (0,)}
     lists(tmp_path, ["a 99 0 2"], ["t.mp4 0"], ["x", "y", "z"])  # none has 0 frames
-    assert pairs(load(str(tmp_path)).train) == {"a": (0, 2)}
+    assert pairs(load_data(str(tmp_path)).train) == {"a": (0, 2)}
     lists(tmp_path, ["c.mp4 2 1 0"], ["t.mp4 0"], ["x", "y", "z"])  # not a folder
-    assert pairs(load(str(tmp_path)).train) == {"c.mp4": (0, 1, 2)}
+    assert pairs(load_data(str(tmp_path)).train) == {"c.mp4": (0, 1, 2)}
     lists(tmp_path, ['a,99,"1,2"'], ["t.mp4 0"], ["x", "y", "z"])
-    assert pairs(load(str(tmp_path)).train) == {"a": (1, 2)}
+    assert pairs(load_data(str(tmp_path)).train) == {"a": (1, 2)}
 
 
 def test_lists_of_several_labels(tmp_path):
     tree(tmp_path, "a.mp4", "b.mp4", "c.mp4", "d/", "t.mp4")
     lists(tmp_path, ["a.mp4 0", "b.mp4 2 0", 'c.mp4 "1,2"', "d 99 1 2"], ["t.mp4"], ["x", "y", "z"])
-    data = load(str(tmp_path))
+    data = load_data(str(tmp_path))
     assert data.multilabel and data.train.labels.dtype == np.uint8 and data.train.labels.shape == (4, 3)
     assert pairs(data.train) == {"a.mp4": (0,), "b.mp4": (0, 2), "c.mp4": (1, 2), "d": (1, 2)}
     assert pairs(data.test) == {"t.mp4": ()}
@@ -237,7 +243,7 @@ def test_names_are_found_with_other_suffixes_prefixes_and_spellings(tmp_path):
     )
     train = ["/mnt/blob/riding_a_bike/a.avi 0", "RidingABike/b.x.mp4 0", "c 1"]
     lists(tmp_path, train, ["./clips/jump/t 1"], ["riding a bike", "jump"])
-    data = load(str(tmp_path))
+    data = load_data(str(tmp_path))
     assert pairs(data.train) == {
         "clips/riding a bike/a.mp4": 0,
         "clips/riding a bike/b.x.webm": 0,
@@ -248,7 +254,7 @@ def test_names_are_found_with_other_suffixes_prefixes_and_spellings(tmp_path):
 def test_a_video_of_the_same_name_elsewhere_does_not_stand_in(tmp_path):
     tree(tmp_path, "s1/1.mp4", "s1/2.mp4", "s1/3.mp4", "s9/t.mp4")
     lists(tmp_path, ["s1/1.mp4 0", "s1/2.mp4 0", "s2/1.mp4 1", "s1/3.mp4 0"], ["s9/t.mp4 1"])
-    data = load(str(tmp_path))
+    data = load_data(str(tmp_path))
     assert pairs(data.train) == {"s1/1.mp4": 0, "s1/2.mp4": 0, "s1/3.mp4": 0}
     assert "1 of 4 videos" in data.notes[0] and "s2/1.mp4" in data.notes[0]
 
@@ -261,7 +267,7 @@ def test_paths_that_lead_elsewhere(tmp_path):
         [f"{tmp_path}/far/run/a.mp4 0", "../far/walk/b 1", f"{root}/run/c.mp4 0"],
         ["../far/walk/t.mp4 1"],
     )
-    data = load(str(root))
+    data = load_data(str(root))
     assert sorted(os.path.realpath(data.train.path(i)) for i in range(3)) == sorted(
         f"{tmp_path}/{name}" for name in ("far/run/a.mp4", "far/walk/b", "data/run/c.mp4")
     )
@@ -270,14 +276,14 @@ def test_paths_that_lead_elsewhere(tmp_path):
 def test_a_whole_path_is_not_ambiguous(tmp_path):
     tree(tmp_path, "train/run/1.mp4", "test/run/1.mp4", "test/walk/2.mp4")
     lists(tmp_path, [f"{tmp_path}/train/run/1.mp4 0"], ["test/run/1.mp4 0"])
-    data = load(str(tmp_path))
+    data = load_data(str(tmp_path))
     assert pairs(data.train) == {"train/run/1.mp4": 0} and pairs(data.test) == {"test/run/1.mp4": 0}
 
 
 def test_a_shrunk_list_of_frame_folders_is_read(tmp_path):
     tree(tmp_path, "run/a.mp4", "run/b 1.mp4", "walk/t.mp4")
     lists(tmp_path, ["run/a 163 0", "run/b 1,3,0"], ["/mnt/blob/walk/t.avi 1"])
-    assert pairs(load(str(tmp_path)).train) == {"run/a.mp4": 0, "run/b 1.mp4": 0}
+    assert pairs(load_data(str(tmp_path)).train) == {"run/a.mp4": 0, "run/b 1.mp4": 0}
 
 
 def test_missing_videos_are_reported(tmp_path):
@@ -286,7 +292,7 @@ def test_missing_videos_are_reported(tmp_path):
     os.symlink("nowhere.mp4", tmp_path / "run" / "13.mp4")
     os.mkdir(tmp_path / "run" / "14.mp4")
     lists(tmp_path, [f"{name} 0" for name in names])
-    notes = load(str(tmp_path)).notes
+    notes = load_data(str(tmp_path)).notes
     assert len(notes) == 1 and "7 of 20 videos" in notes[0] and "train.txt" in notes[0]
     assert "run/17.mp4, ..." in notes[0] and "run/18.mp4" not in notes[0]
     for name in names[8:13]:
@@ -297,7 +303,7 @@ def test_missing_videos_are_reported(tmp_path):
 def test_repeated_lines_and_blank_lines_are_noted(tmp_path):
     tree(tmp_path, "run/a.mp4", "run/b.mp4", "walk/t.mp4")
     lists(tmp_path, ["run/a.mp4 0", "", "run/b.mp4 0", "run/a.mp4 0"])
-    data = load(str(tmp_path))
+    data = load_data(str(tmp_path))
     assert len(data.train) == 2 and "1 blank lines" in data.notes[0] and "1 repeated" in data.notes[1]
 
 
@@ -347,7 +353,7 @@ def test_errors_in_lists_name_file_and_line(tmp_path, case):
 def test_lists_without_class_names(tmp_path):
     tree(tmp_path, "a.mp4", "b.mp4", "c.mp4", "t.mp4")
     lists(tmp_path, ["a.mp4 0", "b.mp4 2", "c.mp4 1"], ["t.mp4 3"], classes=None)
-    assert load(str(tmp_path)).classes == ("0", "1", "2", "3")
+    assert load_data(str(tmp_path)).classes == ("0", "1", "2", "3")
     lists(tmp_path, ["a.mp4 1", "b.mp4 3", "c.mp4 2"], ["t.mp4 3"], classes=None)
     fails("train.txt", "must begin at 0", "classes.txt", name=str(tmp_path))
 
@@ -366,7 +372,7 @@ def test_a_label_far_from_all_others_is_refused(tmp_path, label):
     name = numbered(tmp_path, [0, label, 2])
     fails("train.txt:2", f"label {label}", "4 lines", "classes.txt", name=name)
     fails("train.txt:2", f"label {label}", "0 to 2", name=numbered(tmp_path, [0, label, 2], ["x", "y", "z"]))
-    assert load(numbered(tmp_path, [0, 6, 2])).classes[-1] == "6"  # four without a video
+    assert load_data(numbered(tmp_path, [0, 6, 2])).classes[-1] == "6"  # four without a video
     name = numbered(tmp_path, [*range(20), label * 100, *range(20)])
     assert "frames" not in fails("train.txt:21", f"label {label * 100}", name=name)
 
@@ -387,7 +393,7 @@ def test_numbers_of_frames_are_no_labels(tmp_path, n, columns):
     "labels", [range(30), [*range(0, 30, 2)] * 4, [*range(12)], np.arange(400) % 101, [0, 3, 8, 9, 10]]
 )
 def test_labels_are_no_numbers_of_frames(tmp_path, labels):
-    assert len(load(numbered(tmp_path, labels)).classes) == max(labels) + 1
+    assert len(load_data(numbered(tmp_path, labels)).classes) == max(labels) + 1
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
@@ -401,7 +407,7 @@ def test_lists_in_utf_16_are_told(tmp_path, encoding):
         (tmp_path / name).write_bytes(content)
     few = tmp_path / "few.txt"
     few.write_bytes("a.mp4 0\n".encode(encoding))
-    fails(few, "save it as UTF-8", call=labelled, data=load(str(tmp_path)), listfile=few)
+    fails(few, "save it as UTF-8", call=labelled_subset, data=load_data(str(tmp_path)), listfile=few)
     cvdf(tmp_path, TRAIN, VAL)
     path = tmp_path / "annotations/train.csv"
     path.write_bytes(path.read_text().encode(encoding))
@@ -421,17 +427,17 @@ def test_names_in_two_unicode_forms_are_the_same(tmp_path):
             return unicodedata.normalize(other, text)
 
         tree(root, a("train/café/é.mp4"), a("train/run/b.mp4"), b("train/café/c.mp4"), b("test/café/d.mp4"))
-        data = load(str(root))
+        data = load_data(str(root))
         assert data.classes == (unicodedata.normalize("NFC", "café"), "run")
         assert list(pairs(data.train).values()).count(0) == 2 and list(pairs(data.test).values()) == [0]
         assert all(os.path.exists(data.train.path(i)) for i in range(3))
         few = text(tmp_path / "few.txt", b("train/café/é.mp4"), a("c"))
-        assert [data.train.labels[i] for i in labelled(data, listfile=few)] == [0, 0]
+        assert [data.train.labels[i] for i in labelled_subset(data, listfile=few)] == [0, 0]
         far = tmp_path / a("weit wég")
         tree(far, a("é.mp4"))
         lines = [f"{b(str(far / 'é.mp4'))} 0", f"{root}/{b('train/café/é.mp4')} 0", "train/run/b.mp4 1"]
         lists(root, lines, [b("test/café/d.mp4") + " 0"], [b("café"), "run"])
-        data = load(str(root))
+        data = load_data(str(root))
         assert data.classes == (unicodedata.normalize("NFC", "café"), "run") and not data.notes
         assert len(data.train) == 3 and all(os.path.exists(data.train.path(i)) for i in range(3))
         text(root / "classes.txt", a("café"), b("café"))
@@ -444,10 +450,10 @@ def test_a_copy_in_another_unicode_form_is_the_same_data(tmp_path):
     for form in ("NFC", "NFD"):
         root = tmp_path / form / "set"
         tree(root, "test/run/t.mp4", *(unicodedata.normalize(form, name) for name in names))
-        datas.append(load(str(root)))
-    draws = [labelled(data, per_class=3) for data in datas]
+        datas.append(load_data(str(root)))
+    draws = [labelled_subset(data, per_class=3) for data in datas]
     assert draws[0].tolist() == draws[1].tolist()
-    assert digest(datas[0].train, range(108)) == digest(datas[1].train, range(108))
+    assert digest_of_videos(datas[0].train, range(108)) == digest_of_videos(datas[1].train, range(108))
 
 
 def test_class_names_may_be_numbered(tmp_path):
@@ -460,9 +466,9 @@ def test_class_names_may_be_numbered(tmp_path):
         ["\ufeffx y", "z"],
     ):
         lists(tmp_path, ["a.mp4 0"], ["t.mp4 1"], names)
-        assert load(str(tmp_path)).classes == ("x y", "z")
+        assert load_data(str(tmp_path)).classes == ("x y", "z")
     lists(tmp_path, ["a.mp4 0"], ["t.mp4 1"], ["3 point shot", "2 step"])
-    assert load(str(tmp_path)).classes == ("3 point shot", "2 step")
+    assert load_data(str(tmp_path)).classes == ("3 point shot", "2 step")
     lists(tmp_path, ["a.mp4 0"], ["t.mp4 1"], ["x", "x"])
     fails("classes.txt", "x is there twice", name=str(tmp_path))
 
@@ -471,12 +477,12 @@ def test_validation_lists_serve_as_test_and_test_goes_first(tmp_path):
     tree(tmp_path, "a.mp4", "v.mp4", "t.mp4")
     text(tmp_path / "train.csv", "a.mp4,0")
     text(tmp_path / "my_val_list_videos.txt", "v.mp4 1")
-    assert pairs(load(str(tmp_path)).test) == {"v.mp4": 1}
+    assert pairs(load_data(str(tmp_path)).test) == {"v.mp4": 1}
     text(tmp_path / "test.txt", "t.mp4 1")
     text(tmp_path / "train_log.txt", "not a list")
     text(tmp_path / "train_1_percent_labeled_videos.txt", "v.mp4 1")
-    assert pairs(load(str(tmp_path)).test) == {"t.mp4": 1}
-    assert pairs(load(str(tmp_path)).train) == {"a.mp4": 0}
+    assert pairs(load_data(str(tmp_path)).test) == {"t.mp4": 1}
+    assert pairs(load_data(str(tmp_path)).train) == {"a.mp4": 0}
 
 
 def test_class_folders(tmp_path):
@@ -489,11 +495,11 @@ def test_class_folders(tmp_path):
         "train/run/notes.txt",
         "train/run/.hidden.mp4",
     )
-    data = load(str(tmp_path))
+    data = load_data(str(tmp_path))
     assert data.classes == ("run", "walk") and pairs(data.test) == {"val/run/d.mp4": 0}
     assert pairs(data.train) == {"train/run/b.avi": 0, "train/run/c": 0, "train/walk/a.mp4": 1}
     text(tmp_path / "classes.txt", "walk", "run")
-    assert pairs(load(str(tmp_path)).test) == {"val/run/d.mp4": 1}
+    assert pairs(load_data(str(tmp_path)).test) == {"val/run/d.mp4": 1}
     tree(tmp_path, "val/swim/x.mp4")
     fails(tmp_path / "val", "swim", name=str(tmp_path))
 
@@ -504,12 +510,12 @@ SUFFIXES = ".MTS .m2ts .m2v .mpe .vob .asf .3g2 .f4v .gif .y4m .h264 .mxf .ogm .
 def test_videos_of_all_suffixes_are_read_and_other_files_counted(tmp_path):
     """What may be meant as a video and is none makes a note: other files, and folders too far down."""
     tree(tmp_path, *(f"train/run/a{suffix}" for suffix in SUFFIXES), "test/run/t.mp4")
-    data = load(str(tmp_path))
+    data = load_data(str(tmp_path))
     assert set(pairs(data.train)) == {f"train/run/a{suffix}" for suffix in SUFFIXES} and not data.notes
     tree(tmp_path, "train/run/x.xyz", "train/run/y.XYZ", "test/run/z.part", "README", "train/run/.z.xyz")
     deep = "train/run/1/2/3/4"
     tree(tmp_path, f"{deep}/seen.mp4", "train/run/1/2/3/5/", f"{deep}/5/lost.mp4", f"{deep}/6/", "notes.txt")
-    data = load(str(tmp_path))
+    data = load_data(str(tmp_path))
     assert {f"{deep}/seen.mp4", "train/run/1/2/3/5"} < set(pairs(data.train))
     assert len(data.train) == len(SUFFIXES) + 2 and len(data.notes) == 2
     assert data.notes[0].endswith("4 files that are not videos: 1 .part, 2 .xyz, 1 README")
@@ -524,7 +530,7 @@ def test_videos_of_all_suffixes_are_read_and_other_files_counted(tmp_path):
 def loose(root, *names):
     """What load finds of these and of a test video, and its notes."""
     tree(root, *names, "test/run/t.mp4")
-    data = load(str(root))
+    data = load_data(str(root))
     return set(pairs(data.train)), data.notes
 
 
@@ -578,7 +584,7 @@ def test_a_folder_of_100_000_pictures_is_scanned_fast(monkeypatch):
     folders = {"root": Folder([Entry("clip")]), "root/clip": Folder(map(Entry, names))}
     monkeypatch.setattr(os, "scandir", lambda path: folders[os.path.normpath(path)])
     started = time.process_time()
-    assert datasets._scan("root") == ["clip"]
+    assert _scan("root") == ["clip"]
     assert time.process_time() - started < 1
 
 
@@ -608,12 +614,12 @@ UNLABELLED = {  # files; the videos that count
 def test_folders_without_labels(name, tmp_path):
     files, expected = UNLABELLED[name]
     tree(tmp_path, *files)
-    data = load(str(tmp_path), labels=False)
+    data = load_data(str(tmp_path), labels=False)
     assert pairs(data.train) == dict.fromkeys(expected, -1) and data.train.path(0).startswith(f"{tmp_path}/")
     assert (len(data.test), data.classes, data.multilabel) == (0, (), False)
     if name != "classes":
         with pytest.raises(UserError):
-            load(str(tmp_path))
+            load_data(str(tmp_path))
 
 
 def test_lists_without_labels(tmp_path):
@@ -621,10 +627,10 @@ def test_lists_without_labels(tmp_path):
     tree(tmp_path, *(f"v/{k}.mp4" for k in range(5)), "train/x.mp4", "unlabelled/y.mp4")
     text(tmp_path / "train.txt", "v/0.mp4", "v/1.mp4 7", "v/2.avi 1 2", "v/9.mp4", "v/1.mp4 7")
     (tmp_path / "unlabelled" / "y.mp4").unlink()
-    data = load(str(tmp_path), labels=False)
+    data = load_data(str(tmp_path), labels=False)
     assert pairs(data.train) == {"v/0.mp4": -1, "v/1.mp4": 7, "v/2.mp4": -1} and "v/9.mp4" in data.notes[0]
     text(tmp_path / "unlabelled.txt", "v/4.mp4", "v/3.mp4")
-    assert pairs(load(str(tmp_path), labels=False).train) == {"v/4.mp4": -1, "v/3.mp4": -1}
+    assert pairs(load_data(str(tmp_path), labels=False).train) == {"v/4.mp4": -1, "v/3.mp4": -1}
     text(tmp_path / "unlabelled.txt", "w/8.mp4", "w/9.mp4")
     fails("2 of 2 videos", tmp_path / "unlabelled.txt", name=str(tmp_path), labels=False)
 
@@ -632,7 +638,7 @@ def test_lists_without_labels(tmp_path):
 def test_videos_without_labels_are_chosen_by_a_list(tmp_path):
     tree(tmp_path / "d", "a.mp4", "b.mp4", "c.mp4")
     chosen = text(tmp_path / "list.txt", "c.mp4 3", "a.mp4")
-    assert labelled(load(str(tmp_path / "d"), labels=False), listfile=chosen).tolist() == [0, 2]
+    assert labelled_subset(load_data(str(tmp_path / "d"), labels=False), listfile=chosen).tolist() == [0, 2]
 
 
 def test_a_folder_without_videos(tmp_path):
@@ -641,7 +647,9 @@ def test_a_folder_without_videos(tmp_path):
 
 def test_a_known_data_set_has_its_labels_anyway(tmp_path):
     tree(tmp_path, "train/abseiling/abcdefghijk.mp4", "val/zumba/abcdefghij2.mp4")
-    assert pairs(load("k400", str(tmp_path), labels=False).train) == {"train/abseiling/abcdefghijk.mp4": 0}
+    assert pairs(load_data("k400", str(tmp_path), labels=False).train) == {
+        "train/abseiling/abcdefghijk.mp4": 0
+    }
 
 
 def test_unreadable_folder(tmp_path, monkeypatch):
@@ -677,7 +685,7 @@ def test_k400_class_folders_in_all_spellings(tmp_path, spelling, folders):
         for k, name in enumerate(KINETICS):
             folder = f"{folders.format(part)}/{SPELLINGS[spelling](name)}"
             tree(tmp_path, f"{folder}/{part[0]}-2_4567890{k}_000010_000020.mp4")
-    data = load("k400", str(tmp_path))
+    data = load_data("k400", str(tmp_path))
     assert len(data.classes) == 400 and [data.classes[k] for k in LABELS] == KINETICS
     assert sorted(data.train.labels) == sorted(data.test.labels) == LABELS
     for videos in (data.train, data.test):
@@ -692,7 +700,7 @@ def test_k400_links_as_arrange_by_classes_makes_them(tmp_path):
         tmp_path / "flat/abcdefghijk_000001_000011.mp4", tmp_path / "videos/train/zumba/abcdefghijk.mp4"
     )
     os.symlink(tmp_path / "gone.mp4", tmp_path / "videos/train/zumba/gone.mp4")
-    assert pairs(load("k400", str(tmp_path)).train) == {"videos/train/zumba/abcdefghijk.mp4": 399}
+    assert pairs(load_data("k400", str(tmp_path)).train) == {"videos/train/zumba/abcdefghijk.mp4": 399}
 
 
 def cvdf(root, train, val, split_name="{}"):
@@ -725,7 +733,7 @@ def test_k400_flat_with_csv(tmp_path, lists_called):
         "val/xxxxxxxxxx2_000005_000015.mp4",
         "val/not_in_the_csv.mp4",
     )
-    data = load("k400", str(tmp_path))
+    data = load_data("k400", str(tmp_path))
     assert pairs(data.train) == {
         "train/-_3456789ab_001989_001999.mp4": 308,
         "train/-_3456789ac_000001_000011.mp4": 0,
@@ -734,7 +742,7 @@ def test_k400_flat_with_csv(tmp_path, lists_called):
     assert pairs(data.test) == {"val/xxxxxxxxxx2_000005_000015.mp4": 196} and not data.notes
     os.remove(tmp_path / "train/xxxxxxxxxx1.mp4")
     tree(tmp_path, "train/xxxxxxxxxx1_000010_000020.mp4")  # another part of the same video
-    data = load("k400", str(tmp_path))
+    data = load_data("k400", str(tmp_path))
     assert len(data.train) == 2 and "1 of 3" in data.notes[0] and "xxxxxxxxxx1_000000_000010" in data.notes[0]
 
 
@@ -754,7 +762,7 @@ def test_k400_replacements_go_first(tmp_path):
         "val/xxxxxxxxxx2_000005_000015.mp4",
         better,
     )
-    assert pairs(load("k400", str(tmp_path)).train)[better] == 0
+    assert pairs(load_data("k400", str(tmp_path)).train)[better] == 0
 
 
 def test_k400_csv_over_class_folders_of_the_wrong_class(tmp_path):
@@ -772,7 +780,7 @@ def test_k400_lists_of_mmaction_with_frames_beside_videos(tmp_path):
     text(tmp_path / "kinetics400_train_list_videos.txt", "zumba/a.mp4 399")
     text(tmp_path / "kinetics400_train_list_rawframes.txt", "zumba/a 300 399")
     text(tmp_path / "kinetics400_val_list_videos.txt", "abseiling/b.mp4 0")
-    data = load("k400", str(tmp_path))
+    data = load_data("k400", str(tmp_path))
     assert pairs(data.train) == {"videos_train/zumba/a.mp4": 399} and len(data.test) == 1
     text(tmp_path / "kinetics400_train_list_videos.txt", "zumba/a.mp4 398")
     fails("list_videos.txt:1", "398", "399 (zumba)", name="k400", root=str(tmp_path))
@@ -822,7 +830,7 @@ UCF = [line.split()[0] for line in UCF_TRAIN + UCF_TEST]
 @pytest.mark.parametrize("form", ["UCF-101/{}.avi", "videos/{}.mp4", "rawframes/{}/", "{}.avi"])
 def test_ucf101(tmp_path, lists, form):
     tree(tmp_path, *(form.format(name[:-4]) for name in UCF))
-    data = load("ucf101", str(ucf101(tmp_path, UCF_TRAIN, UCF_TEST, lists=lists)), split=2)
+    data = load_data("ucf101", str(ucf101(tmp_path, UCF_TRAIN, UCF_TEST, lists=lists)), split=2)
     assert data.classes == ("Hammering", "HammerThrow", "HandstandPushups")
     assert data.train.labels.tolist() == [0, 1, 2] and data.test.labels.tolist() == [0, 2]
     assert data.train.groups.tolist() == [8, 125, 209] and data.split == 2 and not data.notes
@@ -851,7 +859,7 @@ def test_ucf101_lists_of_mmaction(tmp_path):
         *(f"{name} {k}" for k, name in enumerate(UCF[:3])),
     )
     text(tmp_path / "annotations/ucf101_val_split_1_videos.txt", f"{UCF[3]} 0", f"{UCF[4]} 2")
-    data = load("ucf101", str(tmp_path))
+    data = load_data("ucf101", str(tmp_path))
     assert data.train.labels.tolist() == [0, 1, 2] and data.test.labels.tolist() == [0, 2]
 
 
@@ -868,11 +876,11 @@ def hmdb51(root, split=1):
 
 def test_hmdb51(tmp_path):
     root = str(hmdb51(hmdb51(tmp_path), split=3))
-    data = load("hmdb51", root, split=3)
+    data = load_data("hmdb51", root, split=3)
     assert data.classes == ("chew", "swing_baseball") and "2 classes, not of 51" in data.notes[0]
     assert pairs(data.train) == {"chew/#2_Gum_chew_h_nm_0.avi": 0, "swing_baseball/c.avi": 1}
     assert pairs(data.test) == {"chew/c.avi": 0, "swing_baseball/d.avi": 1}
-    assert "chew/x[1](2)&;+~@!.avi" in pairs(load("hmdb51:all", root).train)
+    assert "chew/x[1](2)&;+~@!.avi" in pairs(load_data("hmdb51:all", root).train)
     fails("_test_split2.txt", "testTrainMulti_7030_splits", name="hmdb51", root=root, split=2)
     text(tmp_path / "testTrainMulti_7030_splits/chew_test_split1.txt", "c.avi 1", "d.avi 3")
     fails("chew_test_split1.txt:2", "0, 1 or 2", name="hmdb51", root=root)
@@ -898,7 +906,7 @@ def test_ssv2(tmp_path, names, form):
     for part, content in (("labels", labels), ("train", items[:2]), ("validation", items[2:])):
         text(tmp_path / names.format(part), json.dumps(content))
     tree(tmp_path, *(form.format(i) for i in ("78687", "7", "9")))
-    data = load("ssv2", str(tmp_path))
+    data = load_data("ssv2", str(tmp_path))
     assert data.classes[0] == "Approaching something" and data.classes[10] == "Moving number of things"
     assert sorted(data.train.labels) == [1, 10] and data.test.labels.tolist() == [0] and not data.flip
     items[0]["template"] = "Eating [something]"
@@ -921,7 +929,7 @@ def test_charades(tmp_path, form):
     text(tmp_path / "Charades_v1_test.csv", head, row.format("CCCC3", "c000 0.0 1.0"))
     text(tmp_path / "Charades_v1_classes.txt", *(f"c{k:03d} Doing thing {k}" for k in range(157)))
     tree(tmp_path, *(form.format(i) for i in ("AAAA1", "BBBB2", "CCCC3")))
-    data = load("charades", str(tmp_path))
+    data = load_data("charades", str(tmp_path))
     assert data.multilabel and data.train.labels.shape == (2, 157) and data.classes[147] == "Doing thing 147"
     assert sorted(pairs(data.train).values()) == [(), (147, 156)] and list(pairs(data.test).values()) == [
         (0,)
@@ -961,7 +969,7 @@ def activitynet(root):
 
 def test_activitynet(tmp_path):
     root = str(activitynet(tmp_path))
-    data = load("activitynet", root)
+    data = load_data("activitynet", root)
     assert (
         data.classes == ("Applying sunscreen", "Arm wrestling", "Making a sandwich") and not data.multilabel
     )
@@ -974,14 +982,14 @@ def test_activitynet(tmp_path):
         ("v_defghijkl.mkv", (0.0, 5.0), 0),
     }
     assert "2 empty segments" in data.notes[0] and data.test.span(0) == (0.0, 10.0)
-    whole = load("activitynet:whole", root)
+    whole = load_data("activitynet:whole", root)
     assert (
         pairs(whole.train) == {"v_abc-_345678.mp4": 2, "v_defghijkl.mkv": 0} and whole.train.span(0) is None
     )
     text(tmp_path / "few.txt", "v_abc-_345678")
-    assert len(labelled(data, listfile=tmp_path / "few.txt")) == 2
+    assert len(labelled_subset(data, listfile=tmp_path / "few.txt")) == 2
     text(tmp_path / "few.txt", "v_abc-_345678.avi 1")
-    assert data.train.labels[labelled(data, listfile=tmp_path / "few.txt")].tolist() == [1]
+    assert data.train.labels[labelled_subset(data, listfile=tmp_path / "few.txt")].tolist() == [1]
 
 
 def test_toy_is_made_and_read(tmp_path, monkeypatch):
@@ -994,7 +1002,7 @@ def test_toy_is_made_and_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(toy, "make", make)
     monkeypatch.chdir(tmp_path)
-    data = load("toy:b")
+    data = load_data("toy:b")
     assert data.name == "toy:b" and data.classes == ("left", "right") and not data.flip
     assert data.train.path(0) == os.path.join("data", "toy_b", "train/a.mp4")
 
@@ -1016,23 +1024,23 @@ def counts(data, indices):
 
 def test_ratio_is_balanced():
     data = some()
-    few = labelled(data, ratio=0.1)
+    few = labelled_subset(data, ratio=0.1)
     assert (
         few.dtype == np.int64 and (np.diff(few) > 0).all() and counts(data, few) == [5, 5, 5]
     )  # ceil(0.1 x 45)
-    assert counts(some(sizes=(10, 10)), labelled(some(sizes=(10, 10)), ratio=0.3)) == [
+    assert counts(some(sizes=(10, 10)), labelled_subset(some(sizes=(10, 10)), ratio=0.3)) == [
         3,
         3,
     ]  # not 4: 0.3 x 10 > 3
-    assert counts(data, labelled(data, ratio=1e-6)) == [1, 1, 1]
-    assert labelled(data, ratio=1).tolist() == list(range(135))
+    assert counts(data, labelled_subset(data, ratio=1e-6)) == [1, 1, 1]
+    assert labelled_subset(data, ratio=1).tolist() == list(range(135))
 
 
 def test_small_classes_give_all_with_one_warning():
     data = some(sizes=(2, 0, 9))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        few = labelled(data, per_class=4)
+        few = labelled_subset(data, per_class=4)
     assert counts(data, few) == [2, 0, 4] and len(caught) == 1
     assert "2 classes have fewer than 4" in str(caught[0].message) and "c0 (2), c1 (0)" in str(
         caught[0].message
@@ -1044,12 +1052,12 @@ def test_small_classes_give_all_with_one_warning():
 )
 def test_ratios_that_papers_agree_on(name, ratio, each):
     data = some(name, sizes=(700, 690, 72))
-    assert counts(data, labelled(data, ratio)) == [each] * 3
+    assert counts(data, labelled_subset(data, ratio)) == [each] * 3
 
 
 def test_the_draw_is_a_function_of_its_arguments():
     def names(data, **options):
-        return {datasets.stem_of(data.train.name(i)) for i in labelled(data, **options)}
+        return {stem_of(data.train.name(i)) for i in labelled_subset(data, **options)}
 
     first = names(some(), per_class=4)
     assert names(some(), per_class=4) == first and names(some(suffix=".avi"), per_class=4) == first
@@ -1064,7 +1072,7 @@ def test_the_draw_is_a_function_of_its_arguments():
         names(some(split=2), per_class=4),
     ]
     assert all(other != first for other in others) and others[0] != others[1] != others[2]
-    assert digest(some().train, labelled(some(), per_class=2)) == (
+    assert digest_of_videos(some().train, labelled_subset(some(), per_class=2)) == (
         "1cb6625bdd66df8997c0bae0a5d264738e4d6eb63c03c981de6c8b9e7bce0474"
     )  # a new version must not draw others
 
@@ -1073,8 +1081,8 @@ def test_several_labels_draw_videos():
     data = some()
     hot = np.eye(3, dtype=np.uint8)[data.train.labels]
     data = dataclasses.replace(data, multilabel=True, train=dataclasses.replace(data.train, labels=hot))
-    assert len(labelled(data, ratio=0.1)) == 14 and len(labelled(data, ratio=1)) == 135
-    fails("--ratio", call=labelled, data=data, per_class=3)
+    assert len(labelled_subset(data, ratio=0.1)) == 14 and len(labelled_subset(data, ratio=1)) == 135
+    fails("--ratio", call=labelled_subset, data=data, per_class=3)
 
 
 @pytest.mark.parametrize(
@@ -1090,7 +1098,7 @@ def test_several_labels_draw_videos():
     ],
 )
 def test_bad_ratios(options, part):
-    fails(part, call=labelled, data=some(), **options)
+    fails(part, call=labelled_subset, data=some(), **options)
 
 
 LINES = {
@@ -1108,30 +1116,35 @@ LINES = {
 def test_list_of_labelled_videos(tmp_path, form):
     path = text(tmp_path / "few.txt", "c0/0001.mp4 0", LINES[form])
     data = some()
-    assert [data.train.name(i) for i in labelled(data, listfile=path)] == ["c0/0001.mp4", "c1/0003.mp4"]
+    assert [data.train.name(i) for i in labelled_subset(data, listfile=path)] == [
+        "c0/0001.mp4",
+        "c1/0003.mp4",
+    ]
 
 
 def test_list_by_name_alone(tmp_path):
     names = ["a/v_x_g01_c01.avi", "b/v_y_g01_c02.avi", "a/u.avi", "b/u.avi"]
     data = dataclasses.replace(some(sizes=(2, 2)), train=Videos.make("r", names, [0, 1, 0, 1]))
     path = text(tmp_path / "few.txt", "v_y_g01_c02", "v_x_g01_c01.mp4", "v_x_g01_c01.mp4")
-    assert labelled(data, listfile=path).tolist() == [0, 1]
+    assert labelled_subset(data, listfile=path).tolist() == [0, 1]
     text(path, "v_y_g01_c02", "u.avi")
-    fails("few.txt:2", "several", "u.avi", call=labelled, data=data, listfile=path)
+    fails("few.txt:2", "several", "u.avi", call=labelled_subset, data=data, listfile=path)
 
 
 def test_bad_lists_of_labelled_videos(tmp_path):
     path, data = tmp_path / "few.txt", some()
-    fails("few.txt", "cannot read", call=labelled, data=data, listfile=path)
+    fails("few.txt", "cannot read", call=labelled_subset, data=data, listfile=path)
     text(path, "c0/0001.mp4 0", "c1/0003.mp4 2")
-    fails("few.txt:2", "label 2", "has 1", "1 of 2 lines differ", call=labelled, data=data, listfile=path)
+    fails(
+        "few.txt:2", "label 2", "has 1", "1 of 2 lines differ", call=labelled_subset, data=data, listfile=path
+    )
     text(path, "c0/0001.mp4 1", "c1/0003.mp4 2")
-    fails("few.txt:1", "1-based", call=labelled, data=data, listfile=path)
+    fails("few.txt:1", "1-based", call=labelled_subset, data=data, listfile=path)
     text(path, "x.mp4 1", "y.mp4 2")
-    fails("none of its 2 videos", "c0/0000.mp4", call=labelled, data=data, listfile=path)
+    fails("none of its 2 videos", "c0/0000.mp4", call=labelled_subset, data=data, listfile=path)
     text(path, "x.mp4 1", "c0/0001.mp4 0")
     with pytest.warns(UserWarning, match="1 of 2 videos .* x.mp4"):
-        assert labelled(data, listfile=path).tolist() == [1]
+        assert labelled_subset(data, listfile=path).tolist() == [1]
 
 
 # ---- the real lists --------------------------------------------------------------------------------
@@ -1150,7 +1163,7 @@ def real_ucf101(tmp_path_factory):
 @shared
 @pytest.mark.parametrize("split, train", [(1, 9537), (2, 9586), (3, 9624)])
 def test_real_ucf101(real_ucf101, split, train):
-    data = load("ucf101", real_ucf101, split)
+    data = load_data("ucf101", real_ucf101, split)
     assert len(data.train) == train and len(data.test) == 13320 - train and not data.notes
     assert data.classes[34:36] == ("Hammering", "HammerThrow") and data.classes[46:48] == (
         "JumpingJack",
@@ -1161,30 +1174,30 @@ def test_real_ucf101(real_ucf101, split, train):
         assert all(name.split("/")[0] == data.classes[k] for name, k in pairs(videos).items())
     assert not set(data.train.groups) & set(data.test.groups)
     assert len(np.unique(np.concatenate([data.train.groups, data.test.groups]))) == 101 * 25
-    assert len(labelled(data, 0.01)) == 101 and len(labelled(data, 0.1)) == 1010
+    assert len(labelled_subset(data, 0.01)) == 101 and len(labelled_subset(data, 0.1)) == 1010
 
 
 @shared
 @pytest.mark.parametrize("percent, number", [(5, 476), (10, 953), (20, 1907), (50, 4768)])
 def test_videossl_ucf101(real_ucf101, percent, number):
-    data = load("ucf101", real_ucf101)
+    data = load_data("ucf101", real_ucf101)
     path = (
         LISTS
         / f"videossl/ucf101/videossl_splits/ucf101_train_{percent}_percent_labeled_split_1_rawframes.txt"
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        few = labelled(data, listfile=path)
+        few = labelled_subset(data, listfile=path)
     assert len(few) == number and (counts(data, few)[21] == 0) == (percent == 5)
 
 
 @shared
 def test_lists_in_alphabetical_order_are_told(real_ucf101, tmp_path):
-    data = load("ucf101", real_ucf101)
+    data = load_data("ucf101", real_ucf101)
     swapped = {"Hammering": 35, "HammerThrow": 34}
     names = [data.train.name(i) for i in np.flatnonzero(np.isin(data.train.labels, (33, 34, 35)))]
     lines = [f"{name} {swapped.get(name.split('/')[0], 33)}" for name in names]
-    fails("label 35", "has 34", call=labelled, data=data, listfile=text(tmp_path / "few.txt", *lines))
+    fails("label 35", "has 34", call=labelled_subset, data=data, listfile=text(tmp_path / "few.txt", *lines))
 
 
 @shared
@@ -1195,20 +1208,20 @@ def test_real_hmdb51(tmp_path):
         tree(tmp_path, *(f"hmdb51_org/{folder}/{line.split()[0]}" for line in open(path)))
     root = str(tmp_path)
     for split in (1, 2, 3):
-        data = load("hmdb51", root, split)
+        data = load_data("hmdb51", root, split)
         assert (len(data.train), len(data.test), len(data.classes)) == (3570, 1530, 51) and not data.notes
         assert counts(data, range(3570)) == [70] * 51
     assert data.classes == tuple((LISTS / "label_maps/hmdb51/label_map.txt").read_text().split())
-    data = load("hmdb51:all", root)
+    data = load_data("hmdb51:all", root)
     assert len(data.train) == 5236
     for percent, number, differ in ((40, 2094, 54), (50, 2618, 73), (60, 3141, 65), (100, 5236, 132)):
         name = f"videossl/hmdb51/videossl_splits/hmdb51_train_{percent}_percent_labeled_split_1_rawframes.txt"
         with pytest.warns(
             UserWarning, match=f" {differ} of {number} lines differ, the labels of hmdb51:all count"
         ):
-            assert len(labelled(data, listfile=LISTS / name)) == number
+            assert len(labelled_subset(data, listfile=LISTS / name)) == number
     with pytest.warns(UserWarning, match="of 2094 videos"):
-        few = labelled(load("hmdb51", root), listfile=LISTS / name.replace("100", "40"))
+        few = labelled_subset(load_data("hmdb51", root), listfile=LISTS / name.replace("100", "40"))
     assert 1300 < len(few) < 1550
 
 
@@ -1229,14 +1242,18 @@ def test_real_k400_lists(tmp_path):
         ),
     )
     started = time.process_time()
-    data = load("k400", str(tmp_path))
+    data = load_data("k400", str(tmp_path))
     assert time.process_time() - started < 10
     assert len(data.train) == 24000 and len(data.test) == len(rows) - 25 and len(data.notes) == 1
     names = [line.rstrip("\n") for line in open(LISTS / "label_maps/kinetics/label_map_k400.txt")]
     assert list(data.classes) == names
-    assert counts(data, labelled(data, 0.01)) == [6] * 400 and counts(data, labelled(data, 0.1)) == [60] * 400
     assert (
-        len(labelled(data, listfile=folder / "kinetics400_train_10_percent_labeled_rawframes.txt")) == 24000
+        counts(data, labelled_subset(data, 0.01)) == [6] * 400
+        and counts(data, labelled_subset(data, 0.1)) == [60] * 400
+    )
+    assert (
+        len(labelled_subset(data, listfile=folder / "kinetics400_train_10_percent_labeled_rawframes.txt"))
+        == 24000
     )
     labels = {(r["youtube_id"], int(r["time_start"])): names.index(r["label"]) for r in rows}
     for name, k in pairs(data.test).items():
@@ -1245,9 +1262,9 @@ def test_real_k400_lists(tmp_path):
 
 @shared
 def test_real_weizmann():
-    data = load(str(SHARED / "weizmann"))
+    data = load_data(str(SHARED / "weizmann"))
     assert (data.name, len(data.train), len(data.test), len(data.classes)) == ("weizmann", 60, 30, 10)
-    assert counts(data, labelled(data, per_class=2)) == [2] * 10 and not data.notes
+    assert counts(data, labelled_subset(data, per_class=2)) == [2] * 10 and not data.notes
 
 
 @shared
@@ -1273,20 +1290,20 @@ def unnamable(tmp_path, make):
 
 def test_names_that_are_not_utf_8(unnamable, tmp_path, capsys):
     """Paths are bytes to the system: what is printed of them is escaped, what is written is as it was."""
-    data, out = load(str(unnamable)), tmp_path / os.fsdecode(b"out\xff")
+    data, out = load_data(str(unnamable)), tmp_path / os.fsdecode(b"out\xff")
     out.mkdir()
-    assert len(labelled(data, per_class=1)) == 2
-    clips = video.train_loader([(Clips(data.train, whole_video, first_number, seed=0), 5)], 0, 1, workers=1)
+    assert len(labelled_subset(data, per_class=1)) == 2
+    clips = train_loader([(Clips(data.train, whole_video, first_number, seed=0), 5)], 0, 1, workers=1)
     (batch,) = next(iter(clips))
     assert {i for i, _ in batch["bad"]} == {1} and len(batch["views"][0]) == 5
-    assert datasets.main(["check", str(unnamable), "--out", str(out), "--workers", "0"]) == 1
+    assert check.main(["check", str(unnamable), "--out", str(out), "--workers", "0"]) == 1
     said = capsys.readouterr().out
     assert "gone\\xfd.mp4" in said and "5 of 6 videos decode" in said and "out\\xff" in said
     listed = (out / "bad_videos.txt").read_bytes()
     assert listed.startswith(os.fsencode(data.train.path(1)) + b"\t") and listed.count(b"\n") == 1
     small = ["shrink", str(unnamable), "--out", str(out / "small"), "--workers", "0"]
-    assert datasets.main(small) == 0 and "5 of 6 videos are in" in capsys.readouterr().out
-    assert len(load(str(out / "small")).train) == 4
+    assert check.main(small) == 0 and "5 of 6 videos are in" in capsys.readouterr().out
+    assert len(load_data(str(out / "small")).train) == 4
     flow_of = [str(unnamable), "--out", str(out / "flow"), "--short_side", "16"]
     assert flow.main(flow_of) == 0 and "5 made" in capsys.readouterr().out
 
@@ -1335,12 +1352,12 @@ GOOD = {
 def test_check_lists_bad_videos_and_deletes_nothing(videos, make, monkeypatch, capsys):
     make.cut(videos / "test/run/a.b.mp4", videos / "test/run/short.mp4", 0.5)
     monkeypatch.chdir(videos.parent)
-    assert datasets.main(["check", "set", "--workers", "0"]) == 1
+    assert check.main(["check", "set", "--workers", "0"]) == 1
     lines = [line.split("\t") for line in Path("bad_videos.txt").read_text().splitlines()]
     assert [line[0] for line in lines] == ["set/test/run/short.mp4", "set/train/run/broken.mp4"]
     assert all(reason for _, reason in lines) and (videos / "train/run/broken.mp4").exists()
     assert "6 of 8 videos decode" in capsys.readouterr().out
-    assert datasets._check_one(str(videos / "train/run/wide.avi")) is None
+    assert _check_one(str(videos / "train/run/wide.avi")) is None
 
 
 @pytest.mark.parametrize("wrong, windows", [(34, "33 to 40"), (99, "92 to 99"), (50, None)])
@@ -1350,42 +1367,42 @@ def test_check_compares_what_is_sought_with_one_pass(tmp_path, make, monkeypatch
     def fails(video, indices, short_side=None):
         return get(video, indices, short_side) * (torch.tensor([*indices]) != wrong).view(-1, 1, 1, 1)
 
-    assert datasets._check_one(path, all_windows=True) is None
+    assert _check_one(path, all_windows=True) is None
     monkeypatch.setattr(Video, "get", fails)
     reason = windows and f"frames {windows} after a seek differ from those of one pass"
-    assert datasets._check_one(path) == reason
-    assert datasets._check_one(path, all_windows=True).endswith("differ from those of one pass")
+    assert _check_one(path) == reason
+    assert _check_one(path, all_windows=True).endswith("differ from those of one pass")
 
 
 def test_check_of_all_windows(videos, capsys, monkeypatch):
     (videos.parent / "list").mkdir()
     command = ["check", str(videos), "--out", str(videos.parent / "list"), "--workers", "0"]
-    assert datasets.main(command) == datasets.main([*command, "--all_windows"]) == 1
+    assert check.main(command) == check.main([*command, "--all_windows"]) == 1
     first, second = capsys.readouterr().out.split("\n")[-3:-1]
     assert first == second and "6 of 7 videos decode" in first
 
 
 def test_check_of_nothing(tmp_path, capsys):
-    assert datasets.main(["check", "ucf101", "--root", str(tmp_path)]) == 2
+    assert check.main(["check", "ucf101", "--root", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
 
 
 def test_shrink(videos, make, tmp_path, capsys):
     out = tmp_path / "small" / "set"
     command = ["shrink", str(videos), "--out", str(out), "--short_side", "90", "--workers", "0"]
-    assert datasets.main(command) == 0
+    assert check.main(command) == 0
     said = capsys.readouterr().out
     assert "6 of 7" in said and "broken.mp4" in (out / "bad_videos.txt").read_text()
-    old, new = load(str(videos)), load(str(out))
+    old, new = load_data(str(videos)), load_data(str(out))
     assert new.classes == old.classes == ("walk", "run") and (len(new.train), len(new.test)) == (4, 2)
     good = dataclasses.replace(
         old, train=old.train.subset([i for i in range(5) if old.train.name(i) in GOOD])
     )
-    draws = [[datasets.stem_of(d.train.name(i)) for i in labelled(d, per_class=1)] for d in (good, new)]
+    draws = [[stem_of(d.train.name(i)) for i in labelled_subset(d, per_class=1)] for d in (good, new)]
     assert draws[0] == draws[1]  # the same videos keep their labels
     assert not [path for path in out.rglob("*") if path.suffix == ".tmp"]
     for name, frames in GOOD.items():
-        copy = out / (datasets.stem_of(name) + ".mp4")
+        copy = out / (stem_of(name) + ".mp4")
         with Video(videos / name) as a, Video(copy) as b:
             assert len(a) == len(b) == frames and np.abs(a.times - b.times).max() < 1e-4, name
             assert abs(a.fps - b.fps) < 1e-2
@@ -1420,15 +1437,15 @@ def test_shrink_goes_on_where_it_stopped(videos, tmp_path, capsys):
             video.get(range(len(video)))
     (next(iter(done)).parent / "x.mp4.1-2.tmp").write_bytes(b"half")
     command[-1] = "0"
-    assert datasets.main(command) == 0
+    assert check.main(command) == 0
     assert len(list(out.rglob("*.mp4"))) == 6 and not list(out.rglob("*.tmp"))
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in done.items())
     assert "are done already" in capsys.readouterr().out
-    assert datasets.main([*command, "--gop", "5"]) == 2 and "shrink.json" in capsys.readouterr().err
+    assert check.main([*command, "--gop", "5"]) == 2 and "shrink.json" in capsys.readouterr().err
 
 
 def test_shrink_refuses_to_write_into_its_source(videos, capsys):
-    assert datasets.main(["shrink", str(videos), "--out", str(videos / "small")]) == 2
+    assert check.main(["shrink", str(videos), "--out", str(videos / "small")]) == 2
     assert "folder of its own" in capsys.readouterr().err
 
 
@@ -1453,7 +1470,7 @@ def test_no_video_ends_a_command(videos, tmp_path, monkeypatch, capsys, command,
     monkeypatch.setattr(Video, "get", fails)
     out = tmp_path / "out"
     out.mkdir()
-    status = datasets.main([command, str(videos), "--out", str(out), "--workers", "0"])
+    status = check.main([command, str(videos), "--out", str(out), "--workers", "0"])
     assert status == (1 if command == "check" else 0) and "5 of 7 videos" in capsys.readouterr().out
     lines = dict(line.split("\t") for line in (out / "bad_videos.txt").read_text().splitlines())
     assert lines.pop(str(videos / "train/walk/odd.webm")) == reason
@@ -1476,7 +1493,7 @@ def stamped(path, make, stamps, **options):
 
 
 def shrunk(path, target):
-    assert datasets._shrink_one((str(path), str(target), dict(short_side=64, gop=12, crf=23))) is None
+    assert _shrink_one((str(path), str(target), dict(short_side=64, gop=12, crf=23))) is None
     with Video(target) as copy:
         return copy.times, copy.fps, copy.get(range(len(copy)))
 
@@ -1519,7 +1536,7 @@ def test_shrink_of_a_damaged_file(tmp_path, make, capsys):
         packet = [packet for packet in container.demux(video=0) if packet.size][20]
     data = Path(path).read_bytes()
     Path(path).write_bytes(data.replace(bytes(packet), b"\xff" * packet.size))
-    assert datasets.main(["shrink", str(root), "--out", str(out), "--workers", "0"]) == 0
+    assert check.main(["shrink", str(root), "--out", str(out), "--workers", "0"]) == 0
     text = capsys.readouterr().out
     assert f"{path}: damaged frames replaced by a neighbour: 1\n" in text and "2 of 2 videos are in" in text
     with Video(out / "test/run/a.mp4") as video:
@@ -1537,7 +1554,7 @@ def test_shrink_lists_what_cannot_be_encoded(tmp_path, make, capsys):
     long = "x" * 250  # a name that leaves no room for the suffix of a file being written
     make.write(root / f"train/run/{long}.mp4", 4)
     make.write(root / "test/run/a.mp4", 4)
-    assert datasets.main(["shrink", str(root), "--out", str(out), "--workers", "0"]) == 0
+    assert check.main(["shrink", str(root), "--out", str(out), "--workers", "0"]) == 0
     assert f"3 of 7 videos are in {out}" in capsys.readouterr().out
     lines = dict(line.split("\t") for line in (out / "bad_videos.txt").read_text().splitlines())
     assert {os.path.basename(path): reason for path, reason in lines.items()} == {
@@ -1554,7 +1571,7 @@ def test_a_full_disk_is_no_bad_video(videos, tmp_path, capsys, size, workers):
     """It shows at the first or a later write, in this process or another, and nothing is listed."""
     out = tmp_path / "small"
     command = ["shrink", str(videos), "--out", str(out), "--workers", "0"]
-    assert datasets.main(command) == 0
+    assert check.main(command) == 0
     (out / "bad_videos.txt").unlink()
     for path in out.rglob("*.mp4"):
         path.unlink()
@@ -1562,18 +1579,18 @@ def test_a_full_disk_is_no_bad_video(videos, tmp_path, capsys, size, workers):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # stands for it: no file may be larger
     try:
-        status = datasets.main([*command[:-1], workers])
+        status = check.main([*command[:-1], workers])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err.splitlines()[-1]
     assert status == 2 and "File too large; when that is mended, run the same command again" in said
     assert not list(out.rglob("*.mp4")) and not list(out.rglob("*.tmp"))
     assert not (out / "bad_videos.txt").exists()
-    assert datasets.main(command) == 0 and len(list(out.rglob("*.mp4"))) == 6
+    assert check.main(command) == 0 and len(list(out.rglob("*.mp4"))) == 6
 
 
 def test_a_video_that_kills_its_process_is_reported_and_the_rest_goes_on():
     items = ["1", "2", "__import__('os')._exit(9)", "3", "4", "5"]
-    results = list(datasets._parallel(eval, items, 1, "test"))
+    results = list(in_parallel(eval, items, 1, "test"))
     assert len(results) == 6 and dict(results).pop(items[2]) == "the process that decoded it died"
     assert all(result == int(item) for item, result in results if item != items[2])

@@ -13,9 +13,12 @@ import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
-from common import backbones, evaluate, modality, video
-from common.datasets import Data, Videos
-from common.evaluate import Recipe, Scores
+from common import backbones, evaluate, modality
+from common.clips import Views
+from common.data import Data, Videos
+from common.evaluate import Scores
+from common.io.models import save_model
+from common.modality import Recipe
 from common.tools import ensemble
 from common.tools.ensemble import combine, ensembles, percentages, sums_of_positions
 
@@ -199,7 +202,7 @@ def saved(path, kind, seed, average="logits"):
     net = backbones.build(**build)
     nn.init.normal_(net.fc.weight, std=2.0)
     recipe = Recipe(2, 1, 1, 1, 16, 16, uniform=1, modality=kind, average=average)
-    evaluate.save_model(path, net, build, ["x", "y", "z"], recipe)
+    save_model(path, net, build, ["x", "y", "z"], recipe)
     return net.eval(), recipe
 
 
@@ -212,7 +215,7 @@ def test_command_writes_every_ensemble(data, tmp_path, average):
     ensemble.main([*paths, "--data", "set", "--out", str(out), "--workers", "0", "--average", average])
     logits, probs = {}, {}
     for path, (net, recipe) in zip(paths, models, strict=True):
-        views = video.Views(data.test, recipe.sample, recipe.view, recipe.short_side, recipe.open)
+        views = Views(data.test, recipe.sample, recipe.view, recipe.short_side, recipe.open)
         with torch.no_grad():
             x = torch.stack([net(recipe.to_input(views[i]["views"], "cpu")) for i in range(5)])  # (N, V, K)
         logits[path] = x.mean(1)

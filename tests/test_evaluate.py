@@ -9,10 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from common import UserError, augment, backbones, evaluate, flow, video
-from common.datasets import Videos
-from common.evaluate import Recipe, Scores
+from common import augment, backbones, evaluate
+from common.clips import Views
+from common.data import Videos
+from common.errors import UserError
+from common.evaluate import Scores
+from common.io.decode import Video
+from common.io.flow import to_bytes, write_flow
+from common.io.models import load_model, save_model
+from common.modality import Recipe
 from common.run import Run
+from common.tools.predict import predict
+from common.tvl1 import tvl1
 
 
 def scores(probs, labels, bad=None, hits=None, views=None):
@@ -118,7 +126,7 @@ def moving(tmp_path_factory):
         (root / name).mkdir()
     for i, frame in enumerate(frames):
         Image.fromarray(frame.permute(1, 2, 0).numpy()).save(root / "a" / f"{i:03d}.png", compress_level=1)
-    flow.write(root / "flow" / "a.mp4", fields)
+    write_flow(root / "flow" / "a.mp4", fields)
     return Videos.make(root, ["a"], [0], flow=str(root / "flow")), frames, fields
 
 
@@ -129,7 +137,7 @@ def test_input_of_each_modality(moving, kind, crops):
     videos, frames, fields = moving
     mean, std = {"rgb": ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))}.get(kind, ((0.3,), (0.226,)))
     recipe = Recipe(2, 3, 1, crops, 16, 16, uniform=1, spread="parts", modality=kind, mean=mean, std=std)
-    views = video.Views(videos, recipe.sample, recipe.view, None, recipe.open)[0]["views"]
+    views = Views(videos, recipe.sample, recipe.view, None, recipe.open)[0]["views"]
     windows = [[4, 7], [2, 8]] if kind == "rgb" else [[1, 4], [1, 4]]  # T' = 8 or 3; T / N = 5.5 or 3
     expected = []
     for window in windows:
@@ -151,10 +159,10 @@ def test_recipe_computes_flow_with_its_bound(moving):
     videos = replace(moving[0], flow=None)
     with Recipe(2, 3, modality="flow", bound=7.0).open(videos, 0) as source:
         (found,) = source.clips([np.array([2])])
-    expected = flow.to_bytes(flow.tvl1(moving[1][2:8][None])[0], 7.0)
+    expected = to_bytes(tvl1(moving[1][2:8][None])[0], 7.0)
     assert (found.int() - expected.int()).abs().max() <= 1  # rounding
     with Recipe(2, 3).open(videos, 0) as source:
-        assert isinstance(source, video.Video)
+        assert isinstance(source, Video)
 
 
 def test_recipe_views():
@@ -208,8 +216,8 @@ def test_model_file_round_trip(memory, tmp_path):
     """The memory format is that of the file: other kernels round otherwise."""
     build = dict(name="r3d_10-pool", classes=3, width=0.25, dropout=0.5)
     net = backbones.build(**build).to(memory_format=memory).eval()
-    evaluate.save_model(tmp_path / "model.pt", net, build, ["a", "b", "c"], Recipe(8, 4, 2, 1, 32, 32))
-    again, _, classes, recipe = evaluate.load_model(tmp_path / "model.pt")
+    save_model(tmp_path / "model.pt", net, build, ["a", "b", "c"], Recipe(8, 4, 2, 1, 32, 32))
+    again, _, classes, recipe = load_model(tmp_path / "model.pt")
     x = torch.randn(2, 3, 8, 32, 32)
     assert torch.equal(net(x), again(x)) and not again.training
     assert [p.stride() for p in again.parameters()] == [p.stride() for p in net.parameters()]
@@ -220,7 +228,7 @@ def test_model_file_round_trip(memory, tmp_path):
 def test_foreign_model_file(content, tmp_path):
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(UserError, match="not a model.pt"):
-        evaluate.load_model(tmp_path / "model.pt")
+        load_model(tmp_path / "model.pt")
 
 
 # ---- averages of embeddings ------------------------------------------------------------------------
@@ -288,7 +296,7 @@ def test_score_and_prediction_of_averaged_embeddings(moving, tmp_path, training)
     """Two clips by three crops of a video, one that cannot be read, and one file."""
     videos = Videos.make(moving[0].root, ["a", "none", "a"], [0, 0, 1])
     net, recipe = Bent().train(training), Recipe(2, 3, 2, 3, 16, 16, average="embeddings")
-    item = video.Views(videos, recipe.sample, recipe.view, recipe.short_side)[0]
+    item = Views(videos, recipe.sample, recipe.view, recipe.short_side)[0]
     views = recipe.to_input(item["views"], "cpu")
     assert len(views) == 6
     p = bent(net.embed(views).mean(0).tolist())
@@ -301,5 +309,5 @@ def test_score_and_prediction_of_averaged_embeddings(moving, tmp_path, training)
     assert not found.logits[1].any()
     assert found.views.tolist() == [1, 1, 1] and found.hits.tolist() == [int(p > 0.5), 0, int(p < 0.5)]
     model = net.eval(), {}, ("x", "y"), recipe
-    predicted = dict(evaluate.predict(model, f"{moving[0].root}/a"))
+    predicted = dict(predict(model, f"{moving[0].root}/a"))
     assert [predicted["x"], predicted["y"]] == pytest.approx(found.probs[0].tolist(), abs=1e-6)

@@ -18,10 +18,14 @@ import pytest
 import torch
 from torch import nn
 
-from common import UserError, augment, evaluate, video
-from common.datasets import Videos
+from common import augment, evaluate
+from common.clips import dense_parts
+from common.data import Videos
+from common.errors import UserError
 from common.io import features
+from common.io.decode import Video, read_frames
 from common.io.features import Extraction
+from common.modality import Recipe
 from common.run import Run
 
 HERE = Path(__file__).resolve().parent.parent
@@ -31,7 +35,7 @@ CALLS = 5  # blocks that have a readable video
 
 
 @dataclass(frozen=True)
-class Uneven(evaluate.Recipe):
+class Uneven(Recipe):
     """One to three clips, by the number of frames; `opened` has the videos that were decoded."""
 
     opened = []
@@ -41,7 +45,7 @@ class Uneven(evaluate.Recipe):
         return super().open(videos, index)
 
     def sample(self, source):
-        return list(video.dense_parts(len(source), self.frames, self.stride, 1 + len(source) % 3))
+        return list(dense_parts(len(source), self.frames, self.stride, 1 + len(source) % 3))
 
 
 RECIPE = Uneven(frames=2, stride=3, clips=2, crops=1, short_side=16, size=16)
@@ -187,7 +191,7 @@ def naive(videos):
         starts = [room // 2] if clips == 1 else [k * room // clips for k in range(clips)]
         rows = []
         for start in starts:
-            clip = video.read(videos.path(i), [start, start + 3], 16)
+            clip = read_frames(videos.path(i), [start, start + 3], 16)
             x = (augment.resize_crop(clip, 16, 16).float() / 255 - 0.45) / 0.225
             rows.append(net.embed(x.transpose(0, 1)[None])[0])
         found.append(torch.stack(rows).detach().numpy())
@@ -264,14 +268,14 @@ def test_no_video_can_be_read(root, run, folder, tmp_path):
 
 def test_no_video_ends_an_extraction(videos, run, folder, whole, monkeypatch):
     """Whatever decoding raises: the others have their features, and the list names its type."""
-    get = video.Video.get
+    get = Video.get
 
     def fails(self, *args):
         if self.path.endswith("v2.mp4"):
             raise TypeError("of another\nkind")
         return get(self, *args)
 
-    monkeypatch.setattr(video.Video, "get", fails)
+    monkeypatch.setattr(Video, "get", fails)
     found, _ = extracted(folder, videos, run)
     assert found.bad == whole.bad | {2: "TypeError: of another"} and found.counts[2] == 0
     rest = np.arange(len(whole.rows)) - whole.first[2]
@@ -367,7 +371,7 @@ def test_other_features_are_refused(videos, root, run, folder, complete, often):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="videos_per_block 2, not 4"):
         patch.setattr(evaluate, "VIEWS_PER_BATCH", 8)
         extracted(folder, videos, run, **how)
-    fewer, plain = videos_in(root, NAMES[:-1]), evaluate.Recipe(**vars(RECIPE))
+    fewer, plain = videos_in(root, NAMES[:-1]), Recipe(**vars(RECIPE))
     for others, recipe, changes, words in (
         (videos, RECIPE, dict(identity={"weights": "b" * 64}), r"weights a{24}, not b{24}\)"),
         (videos, RECIPE, dict(identity={}), "weights a{24}, not None"),

@@ -13,10 +13,11 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from common import backbones, evaluate, video
-from common.datasets import Videos
-from common.evaluate import Recipe
-from common.modality import stacked
+from common import backbones
+from common.clips import Views
+from common.data import Videos
+from common.io.models import load_model, save_model
+from common.modality import Recipe, stacked
 from common.tools import figures
 
 HERE = Path(__file__).resolve().parent.parent
@@ -193,7 +194,7 @@ def test_the_two_frames_of_a_difference_are_corrupted_alike(kind):
 def test_corruption_is_a_function_of_the_video(videos):
     same = videos.subset([0] * 4)  # one file, so only the index can tell them apart
     recipe = corrupted("brightness")
-    views = video.Views(same, recipe.sample, recipe.view)
+    views = Views(same, recipe.sample, recipe.view)
     first = [views[i]["views"] for i in range(4)]
     torch.manual_seed(99)
     torch.rand(7)
@@ -217,7 +218,7 @@ def command(videos, tmp_path, leave, group):
     for name, kind in (("model", "rgb"), ("teacher", "tg"), ("fields", "flow")):
         net, recipe = backbones.build(**build), Recipe(2, 1, 2, 1, 12, 12, modality=kind)
         nn.init.constant_(net.fc.bias[:1], 9.0)  # always says "a"
-        evaluate.save_model(tmp_path / f"{name}.pt", net, build, ["a", "b"], recipe)
+        save_model(tmp_path / f"{name}.pt", net, build, ["a", "b"], recipe)
 
     def run(figure, *models, flags=("--workers", "0")):
         models = [f"{tmp_path}/{name}.pt" for name in models]
@@ -240,9 +241,9 @@ def test_embedding(command, model, tmp_path):
     assert table["features"].shape == (3, 32) and table["features"].dtype == np.float32
     assert table["names"].tolist() == ["v0", "v2", "v3"] and table["labels"].tolist() == [0, 0, 1]
     assert table["classes"].tolist() == ["a", "b"]
-    net, _, _, recipe = evaluate.load_model(tmp_path / f"{model}.pt")
+    net, _, _, recipe = load_model(tmp_path / f"{model}.pt")
     listed = Videos.make(tmp_path, ["v3"], [1])
-    x = video.Views(listed, recipe.sample, recipe.view, recipe.short_side, recipe.open)[0]["views"]
+    x = Views(listed, recipe.sample, recipe.view, recipe.short_side, recipe.open)[0]["views"]
     expected = net.embed(recipe.to_input(x, "cpu")).mean(0).detach().numpy()
     assert table["features"][2] == pytest.approx(expected, abs=1e-5)
 

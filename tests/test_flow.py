@@ -18,10 +18,22 @@ import pytest
 import torch
 from PIL import Image
 
-from common import UserError, flow
-from common.datasets import Videos
-from common.flow import Computed, Flow, extract, find, scale_of, to_bytes, to_pixels, tvl1
-from common.video import Video, VideoError
+from common.data import Videos
+from common.errors import UserError, VideoError
+from common.io.decode import Video
+from common.io.flow import (
+    Computed,
+    Flow,
+    _progress,
+    extract_flow,
+    find_flow,
+    scale_of,
+    to_bytes,
+    to_pixels,
+    write_flow,
+)
+from common.tools import flow
+from common.tvl1 import SCHEME, TOGETHER, _dual, _fused, _gray, _primal, _pyramid, tvl1
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FIXTURE = Path(__file__).parent / "data" / "tvl1_opencv.npz"
@@ -114,7 +126,7 @@ def test_a_batch_is_its_parts():
 def test_chunks_change_nothing(monkeypatch):
     frames = scene(*(shift(i, 0) for i in range(1, 6)))[None]
     whole = tvl1(frames)
-    monkeypatch.setitem(flow.TOGETHER, "cpu", 2 * H * W)  # two pairs at a time, at the finest level
+    monkeypatch.setitem(TOGETHER, "cpu", 2 * H * W)  # two pairs at a time, at the finest level
     assert (tvl1(frames) - whole).abs().max() < 1e-5
 
 
@@ -153,7 +165,7 @@ def test_values_that_are_no_pictures(frames, reason):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU")
 def test_on_a_gpu():
-    assert flow._fused() != (flow._primal, flow._dual)  # it compiles
+    assert _fused() != (_primal, _dual)  # it compiles
     frames = torch.stack([scene(motion) for motion in MOTIONS.values()])
     for some in (frames, frames[:1], frames[..., 1:]):
         assert (tvl1(some.cuda()).cpu() - tvl1(some)).abs().mean() < 1e-3
@@ -170,9 +182,9 @@ def test_the_smallest_pictures():
 
 def test_pyramid_in_loops():
     x = torch.rand(1, 24, 33)
-    levels = flow._pyramid(x, 9, 0.8)
+    levels = _pyramid(x, 9, 0.8)
     assert [tuple(level.shape[1:]) for level in levels] == [(24, 33), (19, 26)]  # the next: 15 x 21
-    assert [x.shape[1] for x in flow._pyramid(torch.rand(1, 256, 340), 5, 0.8)] == [256, 205, 164, 131, 105]
+    assert [x.shape[1] for x in _pyramid(torch.rand(1, 256, 340), 5, 0.8)] == [256, 205, 164, 131, 105]
     big, small = x[0].tolist(), levels[1][0]
     for i in range(19):
         for j in range(26):
@@ -236,8 +248,8 @@ def test_an_iteration_in_loops(room):
     buffers = [torch.zeros_like(x) for _ in range(3)] if room else ()
     for _ in range(3):
         u, p = one_iteration(u, p, rho_c, g, tau, lam, theta)
-        x = flow._primal(x, px, py, a, b, g_, lam * theta, *into)
-        flow._dual(x, px, py, tau, theta, *buffers)
+        x = _primal(x, px, py, a, b, g_, lam * theta, *into)
+        _dual(x, px, py, tau, theta, *buffers)
         assert np.abs(x[0].numpy() - u).max() < 1e-9
         assert np.abs(torch.stack([px, py], 2)[0].numpy() / theta - p).max() < 1e-9
 
@@ -277,7 +289,7 @@ def test_agrees_with_opencv():
     found = tvl1(torch.from_numpy(frames))[:, 0]
     error = np.stack([epe(a, b) for a, b in zip(found, flows, strict=True)])
     assert error.mean() < 0.005 and np.median(error) < 0.001 and np.abs(flows).max() > 1.5
-    ours = flow._gray(torch.from_numpy(rgb).permute(2, 0, 1)[None])[0].numpy()
+    ours = _gray(torch.from_numpy(rgb).permute(2, 0, 1)[None])[0].numpy()
     assert np.abs(ours - gray).max() <= 0.51  # it rounds
 
 
@@ -313,7 +325,7 @@ def fields(count, height, width, seed=0):
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (17, 19), (33, 16), (16, 31)])
 def test_flow_video_gives_the_very_same_levels(tmp_path, height, width):
     x = fields(30, height, width)
-    flow.write(tmp_path / "a.mp4", x, fps=12.5)
+    write_flow(tmp_path / "a.mp4", x, fps=12.5)
     assert os.listdir(tmp_path) == ["a.mp4"]
     with Flow(tmp_path / "a.mp4") as video:
         assert len(video) == 30 and abs(video.fps - 12.5) < 1e-9
@@ -334,7 +346,7 @@ def test_times_of_a_flow_video_survive(tmp_path):
     times = np.cumsum(np.random.default_rng(0).uniform(0.005, 0.7, 20))
     times -= times[0]
     x = fields(20, 16, 20)
-    flow.write(tmp_path / "a.mp4", (field for field in x), times, fps=3.0)
+    write_flow(tmp_path / "a.mp4", (field for field in x), times, fps=3.0)
     with Flow(tmp_path / "a.mp4") as video:
         assert np.abs(video.times - times).max() < 1e-4 and torch.equal(video.get([19, 0]), x[[19, 0]])
     span = (times[7] - 0.001, times[11] - 0.001)
@@ -348,7 +360,7 @@ def test_times_of_a_flow_video_survive(tmp_path):
 def test_short_side(tmp_path):
     x = torch.full((3, 2, 32, 48), 128, dtype=torch.uint8)
     x[:, 0, :, 24:], x[:, 1] = 200, 50
-    flow.write(tmp_path / "a.mp4", x)
+    write_flow(tmp_path / "a.mp4", x)
     with Flow(tmp_path / "a.mp4") as video:
         small = video.get([0, 2], short_side=16)
         assert small.shape == (2, 2, 16, 24) and small.dtype == torch.uint8
@@ -357,7 +369,7 @@ def test_short_side(tmp_path):
 
 
 def test_broken_flow_videos(tmp_path, make):
-    flow.write(tmp_path / "a.mp4", fields(40, 32, 32))
+    write_flow(tmp_path / "a.mp4", fields(40, 32, 32))
     make.cut(tmp_path / "a.mp4", tmp_path / "cut.mp4", 0.5)
     (tmp_path / "page.mp4").write_text("<html>")
     with av.open(str(tmp_path / "rgb.mp4"), "w") as file:
@@ -375,7 +387,7 @@ def test_flow_across_a_jump_of_hours(tmp_path):
     times = np.arange(8) / 25
     times[5:] += 30 * 3600
     x = fields(8, 16, 20)
-    flow.write(tmp_path / "a.mp4", x, times)
+    write_flow(tmp_path / "a.mp4", x, times)
     with Flow(tmp_path / "a.mp4") as video:
         assert np.abs(video.times - times).max() < 1e-4 and torch.equal(video.get(range(8)), x)
 
@@ -386,7 +398,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
         raise VideoError("the file ends early")
 
     with pytest.raises(VideoError):
-        flow.write(tmp_path / "a.mp4", breaks())
+        write_flow(tmp_path / "a.mp4", breaks())
     assert os.listdir(tmp_path) == []
 
 
@@ -479,7 +491,7 @@ def whole(out):
 def extracted(videos, tmp_path_factory):
     out = tmp_path_factory.mktemp("flow") / "out"
     said = []
-    counts = extract(listed(videos), out, short_side=48, bound=12, say=said.append, bar=False)
+    counts = extract_flow(listed(videos), out, short_side=48, bound=12, say=said.append, bar=False)
     assert counts == dict(made=5, there=0, bad=2) and said == []
     return out
 
@@ -487,7 +499,7 @@ def extracted(videos, tmp_path_factory):
 def test_computed_is_what_is_extracted(videos, extracted):
     for name in GOOD:
         source = next(videos.glob(f"{name}.*"))
-        path = find(extracted, str(source.relative_to(videos)))
+        path = find_flow(extracted, str(source.relative_to(videos)))
         assert path == str(extracted / f"{name}.mp4")
         with Flow(path) as a, Computed(source, bound=12, short_side=48) as b, Video(source) as video:
             assert len(a) == len(b) == len(video) - 1 == GOOD[name]
@@ -538,14 +550,14 @@ def test_find(tmp_path):
     (tmp_path / "walk" / "frames").mkdir()
     (tmp_path / "walk" / "frames" / "img_1.jpg").write_bytes(b"")
     for name in ("walk/a.b", "walk/a.b.avi", "walk/a.b.MP4", "/data/walk/a.b.webm", "../walk/a.b.avi"):
-        assert find(tmp_path, name) == str(tmp_path / "walk" / "a.b.mp4"), name
-    assert find(tmp_path, "walk/c.avi") == find(tmp_path, "walk/c") == str(tmp_path / "walk" / "c")
-    assert find(tmp_path, "walk/frames") is None and find(tmp_path, "walk/a") is None
+        assert find_flow(tmp_path, name) == str(tmp_path / "walk" / "a.b.mp4"), name
+    assert find_flow(tmp_path, "walk/c.avi") == find_flow(tmp_path, "walk/c") == str(tmp_path / "walk" / "c")
+    assert find_flow(tmp_path, "walk/frames") is None and find_flow(tmp_path, "walk/a") is None
     for form, other in (("NFC", "NFD"), ("NFD", "NFC")):  # a Mac decomposes names
         path = tmp_path / unicodedata.normalize(form, f"é{form}.mp4")
         path.write_bytes(b"")
-        assert find(tmp_path, unicodedata.normalize(other, f"é{form}.avi")) == str(path)
-    assert find(tmp_path / "nowhere", "walk/c.avi") is None
+        assert find_flow(tmp_path, unicodedata.normalize(other, f"é{form}.avi")) == str(path)
+    assert find_flow(tmp_path / "nowhere", "walk/c.avi") is None
 
 
 def test_what_extraction_leaves(videos, extracted, tmp_path):
@@ -555,7 +567,7 @@ def test_what_extraction_leaves(videos, extracted, tmp_path):
     assert scale_of(extracted) == (settings["bound"], settings["short_side"]) == (12, 48)
     assert scale_of(videos) == (20, 256)
     assert settings["short_side"] == 48 and settings["tau"] == 0.25 and settings["iterations"] == 30
-    assert settings["zfactor"] == 0.8 and settings["nscales"] == flow.SCHEME["nscales"]
+    assert settings["zfactor"] == 0.8 and settings["nscales"] == SCHEME["nscales"]
     lines = [line.split("\t") for line in (extracted / "bad_videos.txt").read_text().splitlines()]
     assert {path: reason for path, reason in lines}.keys() == {str(videos / name) for name in BAD}
     assert all(re.search(BAD[os.path.relpath(path, videos)], reason) for path, reason in lines)
@@ -565,14 +577,16 @@ def test_what_extraction_leaves(videos, extracted, tmp_path):
 
 
 def test_two_ranks_make_what_one_makes(videos, extracted, tmp_path):
-    halves = [extract(listed(videos), tmp_path, 48, 12, rank=rank, world=2, bar=False) for rank in (1, 0)]
+    halves = [
+        extract_flow(listed(videos), tmp_path, 48, 12, rank=rank, world=2, bar=False) for rank in (1, 0)
+    ]
     assert sum(half["made"] for half in halves) == 5 and all(half["made"] for half in halves)
     assert whole(tmp_path) == whole(extracted)
 
 
 def test_runs_that_are_started_separately_share_the_work(videos, extracted, tmp_path, monkeypatch):
     """While one run is at its first video, another makes the rest; then it waits for that one."""
-    first, others, real = threading.Event(), threading.Event(), flow.write
+    first, others, real = threading.Event(), threading.Event(), write_flow
     counts = {}
 
     def write(path, *args):
@@ -584,9 +598,9 @@ def test_runs_that_are_started_separately_share_the_work(videos, extracted, tmp_
             others.set()
 
     def run(name):
-        counts[name] = extract(listed(videos), tmp_path, 48, 12, bar=False)
+        counts[name] = extract_flow(listed(videos), tmp_path, 48, 12, bar=False)
 
-    monkeypatch.setattr(flow, "write", write)
+    monkeypatch.setattr("common.io.flow.write_flow", write)
     runs = [threading.Thread(target=run, args=[name]) for name in "ab"]
     runs[0].start()
     assert first.wait(60)
@@ -606,29 +620,29 @@ def test_extraction_again(videos, tmp_path, make):
         path.write_bytes(Path(first.path(i)).read_bytes())
     first = Videos.make(root, [first.name(i) for i in range(3)], [0] * 3)
     out = tmp_path / "out"
-    assert extract([first, first], out, 48, 12, bar=False) == dict(made=2, there=0, bad=1)
+    assert extract_flow([first, first], out, 48, 12, bar=False) == dict(made=2, there=0, bad=1)
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.mp4")}
     (out / "train" / "walk" / "uneven.mp4.12-34.tmp").write_bytes(b"half")  # of a run that was killed
     (out / "train" / "walk" / "other.mp4.12-34.tmp").write_bytes(b"half")  # of another rank, at work
     (out / "bad_videos.txt.12-34.tmp").write_bytes(b"half")
     (out / "train" / "walk" / "large.mp4").rename(out / "train" / "walk" / "large.mp4.lock")  # the same
     said = []
-    assert extract(first, out, 48, 12, say=said.append, bar=False) == dict(made=1, there=1, bad=1)
+    assert extract_flow(first, out, 48, 12, say=said.append, bar=False) == dict(made=1, there=1, bad=1)
     assert len((out / "bad_videos.txt").read_text().splitlines()) == 1
     assert [path.name for path in out.rglob("*.mp4.*")] == ["other.mp4.12-34.tmp"]
     assert (out / "train/walk/uneven.mp4").stat().st_mtime_ns == stamps[out / "train/walk/uneven.mp4"]
     make.write(root / "test/run/page.mp4", 3, size=(48, 48))  # mended
-    assert extract(first, out, 48, 12, bar=False) == dict(made=1, there=2, bad=0)
+    assert extract_flow(first, out, 48, 12, bar=False) == dict(made=1, there=2, bad=0)
     assert (out / "bad_videos.txt").read_text() == ""
     for kind, values in (("bound", (48, 10)), ("short_side", (32, 12))):
         with pytest.raises(UserError, match=f"has flow with {kind} .*, not .*another --out"):
-            extract(first, out, *values)
+            extract_flow(first, out, *values)
     (out / "flow.json").unlink()
     with pytest.raises(UserError, match="no flow.json: choose another --out"):  # not flow, perhaps
-        extract(first, out, 48, 12)
+        extract_flow(first, out, 48, 12)
     twins = Videos.make(root, ["walk/x.avi", "walk/x.mp4"], [0, 0])
     with pytest.raises(UserError, match="x.mp4 and .*x.avi would both become .*x.mp4"):
-        extract(twins, tmp_path / "twins")
+        extract_flow(twins, tmp_path / "twins")
     assert not (tmp_path / "twins").exists()
 
 
@@ -636,17 +650,17 @@ def test_progress_without_a_terminal(monkeypatch):
     clock = iter(range(0, 1000, 40))  # a video takes 40 seconds
     monkeypatch.setattr(flow.time, "monotonic", lambda: next(clock))
     said, jobs = [], list("abcde")
-    assert list(flow._progress(jobs, 0, said.append, False)) == jobs
+    assert list(_progress(jobs, 0, said.append, False)) == jobs
     assert said == ["1 of 5 videos, time left 05:20", "3 of 5 videos, time left 01:46"]
-    assert list(flow._progress(jobs, 1, said.append, False)) == jobs and len(said) == 2
+    assert list(_progress(jobs, 1, said.append, False)) == jobs and len(said) == 2
 
 
 def test_long_videos_go_in_chunks(videos, extracted, tmp_path, monkeypatch):
     sizes, get = [], Computed.get
-    monkeypatch.setattr(flow, "CHUNK", 5 * 48 * 48)
+    monkeypatch.setattr("common.io.flow.CHUNK", 5 * 48 * 48)
     monkeypatch.setattr(Computed, "get", lambda self, at: sizes.append(len(at)) or get(self, at))
     one = listed(videos).subset([6])
-    assert extract(one, tmp_path, 48, 12, bar=False)["made"] == 1 and sizes == [5, 5, 3]
+    assert extract_flow(one, tmp_path, 48, 12, bar=False)["made"] == 1 and sizes == [5, 5, 3]
     with Flow(tmp_path / "test/run/last.mp4") as a, Flow(extracted / "test/run/last.mp4") as b:
         assert (a.get(range(13)).int() - b.get(range(13)).int()).abs().max() <= 1
 
@@ -684,7 +698,7 @@ def test_no_video_ends_the_extraction(videos, tmp_path, monkeypatch, error, reas
         return get(self, *args, **options)
 
     monkeypatch.setattr(Video, "get", fails)
-    assert extract(listed(videos), tmp_path, 48, 12, bar=False) == dict(made=4, there=0, bad=3)
+    assert extract_flow(listed(videos), tmp_path, 48, 12, bar=False) == dict(made=4, there=0, bad=3)
     lines = dict(line.split("\t") for line in (tmp_path / "bad_videos.txt").read_text().splitlines())
     assert lines[str(videos / "train/walk/large.mp4")] == reason and not list(tmp_path.rglob("*.tmp"))
 
@@ -693,9 +707,9 @@ def test_a_lost_gpu_is_no_bad_video(videos, tmp_path, monkeypatch):
     def lost(*args, **options):
         raise torch.AcceleratorError("CUDA error: unspecified launch failure", 719)
 
-    monkeypatch.setattr(flow, "_flow", lost)
+    monkeypatch.setattr("common.tvl1._flow", lost)
     with pytest.raises(torch.AcceleratorError):
-        extract(listed(videos), tmp_path, 48, 12, bar=False)
+        extract_flow(listed(videos), tmp_path, 48, 12, bar=False)
     assert not (tmp_path / "bad_videos.txt").exists()
 
 
@@ -703,7 +717,7 @@ def test_a_lost_gpu_is_no_bad_video(videos, tmp_path, monkeypatch):
 
 
 def test_stopped_in_the_middle_of_a_file(videos, tmp_path, monkeypatch, capfd):
-    begun, real = [], flow.to_bytes
+    begun, real = [], to_bytes
 
     def third(*args):
         begun.append(args)
@@ -711,7 +725,7 @@ def test_stopped_in_the_middle_of_a_file(videos, tmp_path, monkeypatch, capfd):
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    monkeypatch.setattr(flow, "to_bytes", third)
+    monkeypatch.setattr("common.io.flow.to_bytes", third)
     before = signal.getsignal(signal.SIGTERM)
     assert flow.main(command(videos, tmp_path)) == 130
     assert capfd.readouterr() == ("", "") and signal.getsignal(signal.SIGTERM) is before
@@ -720,7 +734,7 @@ def test_stopped_in_the_middle_of_a_file(videos, tmp_path, monkeypatch, capfd):
 
 def test_killed_and_resumed_by_two_ranks(videos, extracted, tmp_path, monkeypatch, capsys, request):
     def start():
-        call = [sys.executable, "-m", "common.flow", *command(videos, tmp_path)]
+        call = [sys.executable, "-m", "common.tools.flow", *command(videos, tmp_path)]
         process = forks.start(call, REPOSITORY, os.environ)
         request.addfinalizer(process.kill)
         return process

@@ -22,12 +22,16 @@ import torch.distributed as dist
 from torch import nn
 
 import jedi
-from common import UserError, backbones, datasets, evaluate, video
-from common.datasets import Data, Videos
-from common.evaluate import Recipe
+from common import backbones, evaluate
+from common.clips import Views
+from common.data import Data, Videos, load_data
+from common.errors import UserError
 from common.io import features
 from common.io.features import Features
+from common.io.models import digest_of_model, load_model, save_model
+from common.modality import Recipe
 from common.run import Run
+from common.tools.predict import predict
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -450,7 +454,7 @@ def library(monkeypatch):
         data = data_of(name.split("/")[-1], 12, 5, 3, [i // 2 for i in range(12)])
         return replace(data, multilabel=name == "multi")
 
-    monkeypatch.setattr(datasets, "load", load)
+    monkeypatch.setattr("common.data.load_data", load)
     return asked
 
 
@@ -510,10 +514,16 @@ def test_labels_and_hold_outs_of_the_command_line(library):
     assert (everything.y >= 0).all() and test.name == "test" and len(everything.y) == 12
 
 
-@pytest.mark.parametrize("line, sentence", [
-    ("--data one,multi", "multi has several labels per video"),
-    ("--data one --per_class 1 --holdout 0.95 --seed 2", "one has no video with a label beside the held-out"),
-])
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ("--data one,multi", "multi has several labels per video"),
+        (
+            "--data one --per_class 1 --holdout 0.95 --seed 2",
+            "one has no video with a label beside the held-out",
+        ),
+    ],
+)
 def test_data_sets_that_are_refused(library, line, sentence):
     with pytest.raises(UserError, match=sentence):
         loaded(line)
@@ -731,7 +741,7 @@ def world(make, tmp_path_factory):
         made, net = small(net, K, seed=K)
         (root / "experts" / name).mkdir(parents=True)
         classes = [f"{name} {k}" for k in range(K)]
-        evaluate.save_model(root / "experts" / name / "model.pt", net, made, classes, recipe)
+        save_model(root / "experts" / name / "model.pt", net, made, classes, recipe)
     return root
 
 
@@ -784,13 +794,13 @@ def rows_of(out):
 
 def test_cache_holds_what_experts_see(world, whole):
     """Sec. 4.3, D6: the mean embedding of the expert's test views, of training videos too."""
-    data = datasets.load(world / "one")
+    data = load_data(world / "one")
     for name in ("one", "two"):
-        net, _, _, recipe = evaluate.load_model(world / "experts" / name / "model.pt")
+        net, _, _, recipe = load_model(world / "experts" / name / "model.pt")
         for part in ("train", "test"):
             found = features.load(whole / "cache" / name / f"one_{part}")
             assert list(found.bad) == ([1] if part == "train" else [2])
-            views = video.Views(getattr(data, part), recipe.sample, recipe.view, recipe.short_side)
+            views = Views(getattr(data, part), recipe.sample, recipe.view, recipe.short_side)
             for i in np.flatnonzero(found.counts).tolist():
                 x = recipe.to_input(views[i]["views"], "cpu")
                 assert len(x) == recipe.views > 1
@@ -832,13 +842,13 @@ def test_what_a_run_leaves(world, whole):
 @pytest.mark.parametrize("name", ["one", "two"])
 def test_a_students_score_from_video_is_that_from_the_cache(world, whole, run, name):
     """It is a network of its own: encoder, adjustment and head."""
-    model = evaluate.load_model(whole / name / "model.pt")
+    model = load_model(whole / name / "model.pt")
     net, made, classes, recipe = model
-    expert, before, _, old = evaluate.load_model(world / "experts" / name / "model.pt")
+    expert, before, _, old = load_model(world / "experts" / name / "model.pt")
     assert recipe == replace(old, average="embeddings") and made == before | {"adapter": 4}
     assert all(torch.equal(net.state_dict()[key], value) for key, value in expert.state_dict().items()
                if not key.startswith("fc."))  # fmt: skip
-    data = datasets.load(world / name)
+    data = load_data(world / name)
     scores = evaluate.score(net, data.test, recipe, run)
     found = features.load(whole / "cache" / name / f"{name}_test")
     z = torch.from_numpy(np.array(found.rows))
@@ -856,7 +866,7 @@ def test_a_students_score_from_video_is_that_from_the_cache(world, whole, run, n
         if i in good:
             best, (told, share) = int(scores.probs[i].argmax()), row["top1"].rsplit(":", 1)
             assert told == classes[best] and float(share) == pytest.approx(scores.probs[i, best], abs=2e-6)
-    predicted = dict(evaluate.predict(model, data.test.path(int(good[-1]))))
+    predicted = dict(predict(model, data.test.path(int(good[-1]))))
     assert [predicted[k] for k in classes] == pytest.approx(scores.probs[good[-1]].tolist(), abs=1e-6)
     assert (whole / name / "per_class.csv").exists()
 
@@ -906,8 +916,8 @@ def test_stopped_and_resumed(world, whole, tmp_path, monkeypatch):
     start(world, tmp_path / "out", f"--cache {whole}/cache")
     for name in ("table.csv", "one/predictions.csv", "two/predictions.csv", "bad_videos.txt"):
         assert (tmp_path / "out" / name).read_text() == (whole / name).read_text()
-    ours, theirs = (evaluate.load_model(out / "one" / "model.pt")[0] for out in (tmp_path / "out", whole))
-    assert evaluate.digest_of(ours) == evaluate.digest_of(theirs)
+    ours, theirs = (load_model(out / "one" / "model.pt")[0] for out in (tmp_path / "out", whole))
+    assert digest_of_model(ours) == digest_of_model(theirs)
 
 
 # ---- the cache -------------------------------------------------------------------------------------
@@ -918,13 +928,13 @@ def changed(world, tmp_path, what):
     if what in ("weights", "views", "network"):
         shutil.copytree(world / "experts", tmp_path / "experts")
         path = tmp_path / "experts" / "two" / "model.pt"
-        net, made, classes, recipe = evaluate.load_model(path)
+        net, made, classes, recipe = load_model(path)
         if what == "weights":
             net.layer1[0].bn1.running_mean[0] += 1e-3
         if what == "network":  # with tensors of the same names, without the shift
             made = made | dict(name="tsn10-small")
         recipe = replace(recipe, crops=1) if what == "views" else recipe
-        evaluate.save_model(path, net, made, classes, recipe)
+        save_model(path, net, made, classes, recipe)
         return f"--expert {tmp_path}/experts", "two/one_train"
     if what == "list":
         shutil.copytree(world / "two", tmp_path / "two")
@@ -1041,4 +1051,4 @@ def test_an_expert_may_be_a_student_of_another_run(world, whole, tmp_path):
     table = table_of(tmp_path / "out")
     for key, value in table_of(whole)["student"].items():
         assert table["expert"][key] == table["student"][key] == value
-    assert evaluate.load_model(tmp_path / "out" / "one" / "model.pt")[1]["adapter"] == 4
+    assert load_model(tmp_path / "out" / "one" / "model.pt")[1]["adapter"] == 4

@@ -18,8 +18,14 @@ from PIL import Image
 from torch import nn
 
 import mml
-from common import UserError, backbones, datasets, evaluate, flow, video
-from common.datasets import Data, Videos
+from common import backbones, evaluate
+from common.clips import Views, uniform
+from common.data import Data, Videos, labelled_subset
+from common.errors import UserError
+from common.io.decode import read_frames
+from common.io.flow import BOUND, SHORT_SIDE, write_flow
+from common.io.models import digest_of_model, load_model, save_model
+from common.modality import Recipe
 from common.run import Run
 
 pytestmark = pytest.mark.usefixtures("leave")
@@ -264,7 +270,7 @@ def tiny(names):
 
 def frozen(net, kind="flow"):
     """What load_teacher gives."""
-    return evaluate.Recipe(2, 1, modality=kind), net
+    return Recipe(2, 1, modality=kind), net
 
 
 def step(nets, mutual="kl", lam=1.0, mean="probs", multilabel=False, teacher=None):
@@ -382,7 +388,7 @@ def test_sec23_without_more_frames_xi_is_0(lengths):
     for seed in range(60):
         found = windows(lengths, seed, "uniform")
         assert len(found) == len(lengths)
-        assert all(np.array_equal(i, video.uniform(40, 8, np.random.default_rng(seed))) for i in found)
+        assert all(np.array_equal(i, uniform(40, 8, np.random.default_rng(seed))) for i in found)
     starts = {int(i[0]) for seed in range(200) for i in windows(lengths, seed, "dense")}
     assert starts == set(range(40 - 8 * 4 + 1))
 
@@ -475,11 +481,11 @@ def saved(path, classes=K, kind="rgb", seed=3):
     net = backbones.build(**build)
     nn.init.normal_(net.fc.weight, std=2.0)
     recipe = mml.recipe_of(kind, parsed("--size 16 --test_size 16 --frames 2 --clips 1"), SCALE, False)
-    evaluate.save_model(path, net, build, [f"class {k}" for k in range(classes)], recipe)
+    save_model(path, net, build, [f"class {k}" for k in range(classes)], recipe)
     return net.eval()
 
 
-SCALE = flow.BOUND, flow.SHORT_SIDE
+SCALE = BOUND, SHORT_SIDE
 
 
 def lr_factors(net, groups):
@@ -573,8 +579,8 @@ def evaluated(model, folder, run, line=""):
 def test_eval_tests_one_model(folder, run, tmp_path, average):
     net, data = saved(tmp_path / "a.pt", 3, "diff"), data_of(folder)
     result = evaluated(tmp_path / "a.pt", folder, run, f"--average {average}")
-    recipe = replace(evaluate.load_model(tmp_path / "a.pt")[3], clips=1, uniform=1)
-    views = video.Views(data.test, recipe.sample, recipe.view, recipe.short_side, recipe.open)
+    recipe = replace(load_model(tmp_path / "a.pt")[3], clips=1, uniform=1)
+    views = Views(data.test, recipe.sample, recipe.view, recipe.short_side, recipe.open)
     with torch.no_grad():
         x = torch.stack([net(recipe.to_input(views[i]["views"], "cpu")) for i in range(6)])  # (N, V, K)
     p = x.mean(1) if average == "logits" else x.softmax(2).mean(1)
@@ -587,7 +593,7 @@ def test_eval_wants_flow_of_the_models_bound(folder, run, tmp_path):
     fields = tmp_path / "flow"
     for v in range(6):
         (fields / f"v{v}").parent.mkdir(exist_ok=True)
-        flow.write(fields / f"v{v}.mp4", torch.full((8, 2, 16, 20), 128, dtype=torch.uint8))
+        write_flow(fields / f"v{v}.mp4", torch.full((8, 2, 16, 20), 128, dtype=torch.uint8))
     (fields / "flow.json").write_text('{"bound": 10.0}')
     with pytest.raises(UserError, match=r"a.pt wants flow of bound .*20.0, 256.*10.0, 256"):
         evaluated(tmp_path / "a.pt", folder, run, f"--flow {fields}")
@@ -615,7 +621,7 @@ def fields(folder):
     root.mkdir()
     levels = (10 * torch.arange(8)).view(8, 1, 1, 1).expand(8, 2, 16, 20).to(torch.uint8)
     for v in range(6):
-        flow.write(root / f"v{v}.mp4", levels)
+        write_flow(root / f"v{v}.mp4", levels)
     return str(root)
 
 
@@ -635,12 +641,12 @@ def trained(line, folder, run, monkeypatch, spy=None):
 def test_each_network_sees_the_same_moment(folder, fields, run, monkeypatch):
     """In its own modality and normalisation: xi is one number for a clip, and both are of one video."""
     seen, kinds = Counter(), ("diff", "flow", "rgb")
-    frames = [video.read(str(folder / f"v{v}"), range(9)) for v in range(6)]
+    frames = [read_frames(str(folder / f"v{v}"), range(9)) for v in range(6)]
     monkeypatch.setattr(mml, "train_views", lambda clips, args, kinds: tuple(clips))
 
     def spy(nets, x, y, args, teacher):
         assert list(x) == list(nets) == list(kinds) and teacher is None
-        rgb = evaluate.Recipe(2, 1, mean=mml.MODALITIES["rgb"].mean, std=mml.MODALITIES["rgb"].std)
+        rgb = Recipe(2, 1, mean=mml.MODALITIES["rgb"].mean, std=mml.MODALITIES["rgb"].std)
         for b in range(len(y)):
             i = ((x["flow"][b, ::2, :, 0, 0] * 0.226 + 0.5) * 25.5).round().int()  # (5, T) fields
             assert (i[1:] - i[:1] == torch.arange(1, 5).view(4, 1)).all()
@@ -661,7 +667,7 @@ def test_each_network_sees_the_same_moment(folder, fields, run, monkeypatch):
     result = json.loads((run.out / "result.json").read_text())
     assert {"top1", "flow_top1", "rgb_top1"} <= set(result) and "diff_top1" not in result
     for file, kind in (("model", "diff"), ("flow", "flow"), ("rgb", "rgb")):
-        assert evaluate.load_model(run.out / f"{file}.pt")[3].modality == kind
+        assert load_model(run.out / f"{file}.pt")[3].modality == kind
 
 
 def test_a_run_follows_its_schedule_and_clips_gradients(folder, run, monkeypatch):
@@ -870,7 +876,7 @@ def test_step_1_is_two_independent_trainings_that_resume(folder, tmp_path, monke
     weights = [pair for pair in zip(p, p2, strict=True) if pair[0].ndim > 1]
     assert not any(torch.equal(*pair) for pair in weights)
     lists = {(tmp_path / "a" / step / "labelled.txt").read_text() for step in ("1_ce", "1_ce2", "2_ml")}
-    chosen = [list(datasets.labelled(data, None, 1, seed, None)) for seed in (0, 1000)]
+    chosen = [list(labelled_subset(data, None, 1, seed, None)) for seed in (0, 1000)]
     assert len(lists) == 1 and chosen[0] != chosen[1]
     paths = [tmp_path / "a" / step / "result.json" for step in ("1_ce", "1_ce2")]
     first, second = (json.loads(path.read_text()) for path in paths)
@@ -882,8 +888,8 @@ def test_step_1_is_two_independent_trainings_that_resume(folder, tmp_path, monke
     assert len(seen) == stop and not (tmp_path / "b" / "2_ml").exists()
     mml.pipeline(parsed(f"{line}/b"))
     for file in ("1_ce/model.pt", "1_ce2/model.pt", "2_ml/rgb2.pt", "3_mml/model.pt", "3_mml/diff.pt"):
-        nets = [evaluate.load_model(tmp_path / out / file)[0] for out in "ab"]
-        assert evaluate.digest_of(nets[0]) == evaluate.digest_of(nets[1])
+        nets = [load_model(tmp_path / out / file)[0] for out in "ab"]
+        assert digest_of_model(nets[0]) == digest_of_model(nets[1])
 
 
 def test_one_run_trains_once_and_tests_always(tmp_path, monkeypatch):

@@ -9,11 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from common import UserError, flow, modality, video
-from common.datasets import Data, Videos
-from common.evaluate import Recipe
-from common.modality import MODALITIES, Streams, flip, stacked, temporal_gradient
-from common.video import VideoError
+from common import modality
+from common.clips import Views
+from common.data import Data, Videos
+from common.errors import UserError, VideoError
+from common.io.decode import read_frames, read_windows
+from common.io.flow import BOUND, SHORT_SIDE, to_bytes, to_pixels, write_flow
+from common.modality import MODALITIES, Recipe, Streams, flip, stacked, temporal_gradient
+from common.tvl1 import tvl1
 
 N, H, W = 12, 20, 24  # of the longest video
 LENGTHS = {f"v{n}": n for n in (1, 2, 3, 4, 5, 6, 7, N)}
@@ -36,7 +39,7 @@ def library(tmp_path_factory):
             file = root / name / f"{i:03d}.png"
             Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, compress_level=1)
         if name in fields:
-            flow.write(root / "flow" / f"{name}.mp4", fields[name])
+            write_flow(root / "flow" / f"{name}.mp4", fields[name])
     return Videos.make(root, LENGTHS, [0] * len(LENGTHS), flow=str(root / "flow")), frames, fields
 
 
@@ -82,8 +85,10 @@ def test_pictures_of_a_window(library, name, n, window):
 
 
 def test_windows_of_several_modalities_are_in_turn_and_read_once(library, monkeypatch):
-    asked, together = [], video.together
-    monkeypatch.setattr(video, "together", lambda *args: asked.append(args[0]) or together(*args))
+    asked, together = [], read_windows
+    monkeypatch.setattr(
+        "common.io.decode.read_windows", lambda *args: asked.append(args[0]) or together(*args)
+    )
     _, frames, fields = (part if k == 0 else part[f"v{N}"] for k, part in enumerate(library))
     with opened(library, f"v{N}", "flow", "rgb") as source:
         a, b, c, d = source.clips([np.array([1]), np.array([8, 11]), np.array([6]), np.array([0])])
@@ -102,8 +107,8 @@ def test_frames_are_those_of_read(library, make, tmp_path):
     for side in (None, 30):
         with Streams(videos, 0, ("rgb", "diff")) as source:
             rgb, diff = source.clips([np.array([3, 17]), np.array([14])], side)
-        assert torch.equal(rgb, video.read(videos.path(0), [3, 17], side))
-        assert torch.equal(diff, video.read(videos.path(0), range(14, 20), side))
+        assert torch.equal(rgb, read_frames(videos.path(0), [3, 17], side))
+        assert torch.equal(diff, read_frames(videos.path(0), range(14, 20), side))
 
 
 def test_flow_of_a_span_begins_with_its_first_frame(library):
@@ -123,7 +128,7 @@ def test_flow_that_is_not_there_is_computed(library, bound):
         (x,) = source.clips([np.array([4, 1])])
     frames = library[1][f"v{N}"]
     pairs = torch.stack([frames[[i + k, i + k + 1]] for i in (4, 1) for k in range(5)])
-    expected = flow.to_bytes(flow.tvl1(pairs)[:, 0], bound)
+    expected = to_bytes(tvl1(pairs)[:, 0], bound)
     assert (x.int() - expected.int()).abs().max() <= 1  # rounding
     with Streams(videos, index_of(videos, f"v{N}"), ("flow",), bound, flow_side=16) as source:
         assert source.clips([np.array([0])])[0].shape == (5, 2, 16, 19)
@@ -143,7 +148,7 @@ def test_missing_flow_is_a_video_error(library, tmp_path):
 def test_flow_of_another_video_is_refused(library, tmp_path):
     """Two fields more or less are let pass: some extractors leave out some at the end."""
     for n, good in ((N - 4, False), (N - 3, True), (N + 1, True), (N + 2, False)):
-        flow.write(tmp_path / f"v{N}.mp4", pixels(n, 2, 16, 16))
+        write_flow(tmp_path / f"v{N}.mp4", pixels(n, 2, 16, 16))
         if good:
             with opened(library, f"v{N}", "rgb", "flow", flow=str(tmp_path)) as source:
                 assert source.lengths == dict(rgb=N, flow=n - 4)
@@ -164,7 +169,7 @@ def test_nothing_stays_open(library, make, tmp_path):
     with pytest.raises(VideoError):
         Streams(videos, 0, ("rgb", "flow")).__enter__()
     assert videos.path(0) not in files()
-    flow.write(tmp_path / "flow" / "a.mp4", pixels(7, 2, 16, 16))
+    write_flow(tmp_path / "flow" / "a.mp4", pixels(7, 2, 16, 16))
     with Streams(videos, 0, ("rgb", "flow")):
         assert {videos.path(0), str(tmp_path / "flow" / "a.mp4")} <= files()
     assert not {videos.path(0), str(tmp_path / "flow" / "a.mp4")} & files()
@@ -243,7 +248,7 @@ def test_tg_is_of_frames_an_interval_apart(library, name, n, interval):
 def test_a_recipe_of_tg_is_the_tg_of_the_crops(library, crops):
     rgb = Recipe(2, 1, 2, crops, 12, 12, mean=(0.5,), std=(0.5,))
     recipe, i = replace(rgb, modality="tg", interval=2), index_of(library[0], f"v{N}")
-    views = video.Views(library[0], recipe.sample, recipe.view, open=recipe.open)[i]["views"]
+    views = Views(library[0], recipe.sample, recipe.view, open=recipe.open)[i]["views"]
     x = recipe.to_input(views, "cpu")
     starts = [0, N - 2 - 2]  # of two clips, first and last
     a, b = (rgb.view([library[1][f"v{N}"][[s + n, s + n + 1]] for s in starts]) for n in (0, 2))
@@ -284,10 +289,10 @@ def test_flip_of_flow_negates_u():
     again = flip(out, "flow")
     assert torch.equal(again[..., 1:], levels[..., 1:])  # bytes 1 to 255, all that there are
     x = torch.tensor([-20.0, -3.2, 0.0, 7.0, 20.0])
-    fields = torch.stack([flow.to_bytes(x), flow.to_bytes(x)]).view(1, 2, 1, 5)
-    mirrored = flow.to_pixels(flip(fields, "flow"))
-    assert torch.allclose(mirrored[0, 0, 0], -flow.to_pixels(fields)[0, 0, 0].flip(-1), atol=1e-6)
-    assert torch.equal(mirrored[0, 1, 0], flow.to_pixels(fields)[0, 1, 0].flip(-1))
+    fields = torch.stack([to_bytes(x), to_bytes(x)]).view(1, 2, 1, 5)
+    mirrored = to_pixels(flip(fields, "flow"))
+    assert torch.allclose(mirrored[0, 0, 0], -to_pixels(fields)[0, 0, 0].flip(-1), atol=1e-6)
+    assert torch.equal(mirrored[0, 1, 0], to_pixels(fields)[0, 1, 0].flip(-1))
 
 
 def test_flip_of_flow_is_the_flow_of_the_mirrored_video():
@@ -298,18 +303,20 @@ def test_flip_of_flow_is_the_flow_of_the_mirrored_video():
         return 0.5 + 0.2 * torch.sin(0.4 * a + 0.1 * b) + 0.2 * torch.cos(0.35 * b - 0.15 * a)
 
     frames = torch.stack([scene(1.5 * t, -0.8 * t) for t in range(2)])[None]
-    fields, mirrored = (flow.to_bytes(flow.tvl1(f)[0], 4.0) for f in (frames, frames.flip(-1)))
+    fields, mirrored = (to_bytes(tvl1(f)[0], 4.0) for f in (frames, frames.flip(-1)))
     inside = (..., slice(8, -8), slice(8, -8))
     gap = (flip(fields, "flow").int() - mirrored.int()).abs()[inside].float()
     assert gap.mean() < 1 and gap.quantile(0.99) < 5  # of 127 / 4 steps to a pixel
-    u, v = flow.to_pixels(flip(fields, "flow"), 4.0)[inside][0].mean((1, 2))
+    u, v = to_pixels(flip(fields, "flow"), 4.0)[inside][0].mean((1, 2))
     assert u == pytest.approx(-1.5, abs=0.1) and v == pytest.approx(-0.8, abs=0.1)
 
 
 def test_flow_of_a_data_set(tmp_path, monkeypatch):
     said, made = [], []
     run = SimpleNamespace(say=said.append, device="cpu", rank=0, world=1)
-    monkeypatch.setattr(flow, "extract", lambda videos, out, **_: made.append((len(videos), out)))
+    monkeypatch.setattr(
+        "common.io.flow.extract_flow", lambda videos, out, **_: made.append((len(videos), out))
+    )
     monkeypatch.setattr(modality.dist, "barrier", lambda: None)
     videos = Videos.make(tmp_path, ["a.mp4"], [0])
     data = Data("set", 1, ("a",), videos, videos, False, True, ())
@@ -319,9 +326,12 @@ def test_flow_of_a_data_set(tmp_path, monkeypatch):
         assert with_flow.train.flow == with_flow.test.flow
         return with_flow.train.flow, *scale
 
-    usual = flow.BOUND, flow.SHORT_SIDE
+    usual = BOUND, SHORT_SIDE
     fine = {"a": Recipe(2, 1, modality="flow", bound=8.0, flow_side=100), "b": Recipe(2, 1)}
-    assert found() == (None, *usual) and f"python -m common.flow ssv2 --out {tmp_path}/set_flow" in said.pop()
+    assert (
+        found() == (None, *usual)
+        and f"python -m common.tools.flow ssv2 --out {tmp_path}/set_flow" in said.pop()
+    )
     assert found(**fine) == (None, 8.0, 100) and said.pop()  # computed as the model wants it
     (tmp_path / "set_flow").mkdir()
     (tmp_path / "set_flow" / "flow.json").write_text('{"bound": 8.0, "short_side": 100}')
@@ -331,7 +341,7 @@ def test_flow_of_a_data_set(tmp_path, monkeypatch):
     for kind in ("flow", "field"):
         with pytest.raises(UserError, match="c wants flow"):
             found(**fine, c=Recipe(2, 1, modality=kind, bound=8.0))
-    with pytest.raises(UserError, match="flow nowhere is not there: python -m common.flow ssv2"):
+    with pytest.raises(UserError, match="flow nowhere is not there: python -m common.tools.flow ssv2"):
         found(folder="nowhere")
     assert not made and not said
     assert found("toy:multi", None)[0] == "data/toy_multi_flow"

@@ -21,9 +21,13 @@ from PIL import Image
 from torch import nn
 
 import motionfit
-from common import UserError, backbones, datasets, evaluate, flags, flow
-from common.datasets import Videos
+from common import backbones, evaluate, flags
+from common.data import Videos, digest_of_videos, hold_out, load_data
+from common.errors import UserError
+from common.io.flow import Flow, write_flow
+from common.io.models import load_model, save_model
 from common.kmeans import kmeans, purity
+from common.modality import Recipe
 from common.run import Run
 
 pytestmark = [pytest.mark.usefixtures("leave", "group"),
@@ -251,7 +255,7 @@ def write_video(root, name, v, n):
     field[:, 1] = 112 + torch.arange(n - 1).view(-1, 1, 1)
     target = root.with_name(f"{root.name}_flow") / f"{name}.mp4"
     target.parent.mkdir(parents=True, exist_ok=True)
-    flow.write(target, field)
+    write_flow(target, field)
 
 
 def moment(clip):
@@ -404,7 +408,7 @@ def write_pseudo(path, labels, **changes):
 @pytest.fixture(scope="module")
 def videos(sets):
     """The training videos of `set`; their labels are their numbers."""
-    return replace(datasets.load(f"{sets}/set").train, labels=np.arange(8))
+    return replace(load_data(f"{sets}/set").train, labels=np.arange(8))
 
 
 @pytest.mark.parametrize("frames, neighbours", [(4, False), (6, True)])
@@ -469,25 +473,25 @@ def test_d9_whole_groups_are_held_out():
     videos = groups_of([3, 1, 7, 2, 4, 5, 1, 9, 3, 5])  # 40
     chosen = set()
     for seed in range(20):
-        held = datasets.held_out(videos, 0.25, seed)
+        held = hold_out(videos, 0.25, seed)
         assert held.dtype == bool and 10 <= held.sum() < 10 + 9
         assert all(held[videos.groups == g].all() or not held[videos.groups == g].any() for g in range(10))
-        assert np.array_equal(held, datasets.held_out(videos, 0.25, seed))
+        assert np.array_equal(held, hold_out(videos, 0.25, seed))
         chosen.add(tuple(held))
     assert len(chosen) > 10
 
 
 @pytest.mark.parametrize("share, left", [(0.0, 4), (1.0, 1), (0.3, 2)])
 def test_d9_one_group_at_least_is_left(share, left):
-    held = datasets.held_out(groups_of([5, 5, 5, 5]), share, 0)
+    held = hold_out(groups_of([5, 5, 5, 5]), share, 0)
     assert len(set(groups_of([5, 5, 5, 5]).groups[~held])) == left
-    assert not datasets.held_out(groups_of([6]), 0.9, 0).any()
+    assert not hold_out(groups_of([6]), 0.9, 0).any()
 
 
 def test_d9_videos_without_groups_are_each_their_own():
     videos = Videos.make("", [f"v{i}" for i in range(40)], [0] * 40)
-    held = datasets.held_out(videos, 0.1, 3)
-    assert held.sum() == 4 and not np.array_equal(held, datasets.held_out(videos, 0.1, 4))
+    held = hold_out(videos, 0.1, 3)
+    assert held.sum() == 4 and not np.array_equal(held, hold_out(videos, 0.1, 4))
 
 
 # ---- views -----------------------------------------------------------------------------------------
@@ -691,7 +695,7 @@ def test_generator_learns_labelled_clips_of_flow_by_its_schedule(sets, tmp_path,
     assert len(trained) == 6 and len(held) == 2 and trained | held == everything
     listed = [line.split()[0] for line in (tmp_path / "generator" / "labelled.txt").read_text().splitlines()]
     assert sorted(listed) == sorted(everything)  # what is held out is labelled, too
-    recipe = evaluate.load_model(tmp_path / "generator" / "model.pt")[3]
+    recipe = load_model(tmp_path / "generator" / "model.pt")[3]
     assert (recipe.modality, recipe.crops, recipe.average) == ("field", 3, "logits")
     go("pseudo", sets, tmp_path)
     assert result_of(tmp_path / "pseudo")["clips"] == sum(CLIPS)  # of each clip one crop
@@ -702,7 +706,7 @@ def test_a_generator_may_learn_the_order_and_start_from_that(sets, tmp_path):
     (row, *_) = go("generator", sets, tmp_path / "a", "--lam 0.25 --modality rgb --multi_clips 3")
     assert row["loss"] == pytest.approx(0.25 * row["loss_mc"] + 0.75 * row["loss_co"], rel=1e-4)
     first = tmp_path / "a" / "generator" / "model.pt"
-    _, made, _, recipe = evaluate.load_model(first)
+    _, made, _, recipe = load_model(first)
     assert recipe.modality == "rgb" and made["in_channels"] == 3
     go("generator", sets, tmp_path / "b", "--modality rgb --epochs 0", f"--init {first}")
     before, after = weights(first), weights(tmp_path / "b" / "generator" / "model.pt")
@@ -744,7 +748,7 @@ def test_mers_matches_features_only(whole, sets, tmp_path, steps):
         patch.setattr(backbones.Backbone, "embed", spied)
         rows = go("selftrain", sets, tmp_path, line, f"--teacher {generator}")
     assert all(row["loss"] == row["loss_features"] > 0 and "loss_mc" not in row for row in rows)
-    held = datasets.held_out(datasets.load(f"{sets}/set").train, 0.3, 0)
+    held = hold_out(load_data(f"{sets}/set").train, 0.3, 0)
     assert {v for x, *_ in steps for v, _ in moments_of(x)} == set(np.flatnonzero(~held))
     for (x, y, z_teacher), x_teacher in zip(steps, seen, strict=True):
         assert moments_of(x) == moments_of(x_teacher, "field") and y is None and z_teacher.shape[1] == 32
@@ -769,9 +773,9 @@ def test_table5_needs_a_teacher_of_the_same_width(stage, whole, sets, tmp_path):
 
 
 def test_selftraining_learns_pseudo_labels_of_its_clips(sets, tmp_path, steps, scored):
-    src = datasets.load(f"{sets}/src").train
+    src = load_data(f"{sets}/src").train
     labels = pseudo_of(CLIPS)
-    write_pseudo(tmp_path / "p.npz", labels, unlabelled=datasets.digest(src))
+    write_pseudo(tmp_path / "p.npz", labels, unlabelled=digest_of_videos(src))
     line = "--frames 6 --epochs 4 --neighbours --holdout 0.2 --crops 3"
     rows = go("selftrain", sets, tmp_path, line, f"--pseudo {tmp_path}/p.npz")
     trained = set()
@@ -788,7 +792,7 @@ def test_selftraining_learns_pseudo_labels_of_its_clips(sets, tmp_path, steps, s
     assert {"loss_next", "loss_previous"} < set(rows[0]) and rows[-1]["eval"] == "quick"
     result = result_of(tmp_path / "selftrain")
     assert (result["videos"], result["source"]) == (4, "src")
-    assert evaluate.load_model(tmp_path / "selftrain" / "model.pt")[0].fc.out_features == 200
+    assert load_model(tmp_path / "selftrain" / "model.pt")[0].fc.out_features == 200
 
 
 # ---- which videos ----------------------------------------------------------------------------------
@@ -804,7 +808,7 @@ def source_of(sets, run, more):
 
 
 def test_d14_sources(sets, run):
-    mine, src = datasets.load(f"{sets}/set"), datasets.load(f"{sets}/src")
+    mine, src = load_data(f"{sets}/set"), load_data(f"{sets}/src")
     assert source_of(sets, run, "") == names_of(src.train)
     assert source_of(sets, run, f"--source {sets}/src:test") == names_of(src.test)
     for own in ("all", f"{sets}/set"):
@@ -842,8 +846,8 @@ def test_a_source_without_labels(kind, sets, tmp_path):
 
 
 def test_data_of_several_labels_are_refused(sets, run, monkeypatch):
-    data = datasets.load(f"{sets}/set")
-    monkeypatch.setattr(datasets, "load", lambda *_, **__: replace(data, multilabel=True))
+    data = load_data(f"{sets}/set")
+    monkeypatch.setattr("common.data.load_data", lambda *_, **__: replace(data, multilabel=True))
     with pytest.raises(UserError, match="set has several labels"):
         motionfit.labelled_videos(args_of("finetune", line_of(sets, "o")), run, ("rgb",), {})
 
@@ -856,11 +860,11 @@ def leaky(sets, tmp_path_factory):
     """A model and pseudo-labels that have learned split 2 of `set`, and a model that says nothing."""
     folder, learned = tmp_path_factory.mktemp("leaky"), {"set": [1, 2], "src": [1]}
     made = dict(name="r3d_10-pool", classes=2, in_channels=3, width=1 / 16)
-    model = backbones.build(**made), made, "ab", evaluate.Recipe(4, 1)
-    evaluate.save_model(folder / "m.pt", *model, learned=learned)
-    evaluate.save_model(folder / "unknown.pt", *model)
-    src = datasets.load(f"{sets}/src").train
-    write_pseudo(folder / "p.npz", pseudo_of(CLIPS), unlabelled=datasets.digest(src), learned=learned)
+    model = backbones.build(**made), made, "ab", Recipe(4, 1)
+    save_model(folder / "m.pt", *model, learned=learned)
+    save_model(folder / "unknown.pt", *model)
+    src = load_data(f"{sets}/src").train
+    write_pseudo(folder / "p.npz", pseudo_of(CLIPS), unlabelled=digest_of_videos(src), learned=learned)
     return folder
 
 
@@ -938,10 +942,10 @@ def pseudo(whole, sets, out, more=""):
 
 
 def test_d6_features_are_those_of_the_dense_clips(whole, sets):
-    net, _, _, recipe = evaluate.load_model(whole / "generator" / "model.pt")
+    net, _, _, recipe = load_model(whole / "generator" / "model.pt")
     rows, found = np.load(whole / "pseudo" / "features" / "features.npy"), []
     for start in (0, 5, 10, 14, 19):  # of the second video, of 23 fields
-        with flow.Flow(sets / "src_flow" / "b" / "train1.mp4") as source:
+        with Flow(sets / "src_flow" / "b" / "train1.mp4") as source:
             clip = source.get(range(start, start + 4))
         with torch.no_grad():
             found.append(net.embed(recipe.to_input(recipe.view([clip]), "cpu"))[0].numpy())
@@ -1009,7 +1013,7 @@ def test_a_source_without_its_flow_is_not_clustered(whole, sets, tmp_path):
 
 def loaded(sets, path, line=""):
     args = args_of("selftrain", line_of(sets, "o", line), f"--pseudo {path}")
-    return motionfit.load_pseudo(args, datasets.load(f"{sets}/src").train)
+    return motionfit.load_pseudo(args, load_data(f"{sets}/src").train)
 
 
 def test_pseudo_labels_that_are_damaged_or_something_else(whole, sets, tmp_path):
@@ -1032,7 +1036,7 @@ def test_pseudo_labels_of_another_source_or_granularity(whole, sets, tmp_path):
     path = whole / "pseudo" / "pseudo.npz"
     args = args_of("selftrain", line_of(sets, "o", "--source all"), f"--pseudo {path}")
     with pytest.raises(UserError, match="of other videos than --source all has"):
-        motionfit.load_pseudo(args, datasets.load(f"{sets}/set").train)
+        motionfit.load_pseudo(args, load_data(f"{sets}/set").train)
     write_pseudo(tmp_path / "p.npz", loaded(sets, path), granularity="thirds")
     with pytest.raises(UserError, match="--neighbours needs pseudo-labels of clips, .* has thirds"):
         loaded(sets, tmp_path / "p.npz", "--neighbours")
@@ -1043,14 +1047,14 @@ def test_pseudo_labels_of_another_source_or_granularity(whole, sets, tmp_path):
 
 def test_fig2_all_stages_on_a_small_set(whole):
     """The class of these videos is plain in flow and in RGB; one of the five test videos is unreadable."""
-    _, made, classes, recipe = evaluate.load_model(whole / "generator" / "model.pt")
+    _, made, classes, recipe = load_model(whole / "generator" / "model.pt")
     assert (made["in_channels"], recipe.modality, recipe.stretch) == (2, "field", (20, 26))
     assert classes == ("a", "b")
     found = {name: result_of(whole / name) for name in ("generator", "pseudo", "selftrain", "")}
     assert (found["generator"]["top1"], found["generator"]["stage"]) == (80, "generator")
     assert found["pseudo"]["purity"] > 90 and found["selftrain"]["stage"] == "selftrain"
     assert (found[""]["top1"], found[""]["unreadable"], found[""]["videos"]) == (80, 1, 5)
-    assert evaluate.load_model(whole / "model.pt")[3].modality == "rgb"
+    assert load_model(whole / "model.pt")[3].modality == "rgb"
 
 
 def test_eval_tests_one_model(whole, sets, tmp_path, scored):
@@ -1069,6 +1073,7 @@ def test_eval_tests_one_model(whole, sets, tmp_path, scored):
 @pytest.mark.parametrize("stop", [None, 1])
 def test_stages_run_in_turn_until_one_is_stopped(stop, monkeypatch):
     done, stages = [], list(motionfit.STAGES)
+
     def one_run(stage, *_):
         done.append(stage)
         return stop is None or stage != stages[stop]

@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from common import backbones, datasets, evaluate
-from common.datasets import Data, Videos
+from common import backbones
+from common.data import Data, Videos, load_data
 from common.io.features import Features
+from common.io.models import save_model
+from common.modality import Recipe
 from common.tools import figures, retrieve
 
 pytestmark = pytest.mark.usefixtures("leave", "group")
@@ -69,7 +71,7 @@ def directions(*angles):
 def test_recalls_of_clips_and_of_videos():
     """Two clips of a video may be apart, and their mean in between; a video without clips is wrong."""
     train, test = Videos.make("", ["t0", "t1"], [0, 1]), Videos.make("", list("qrst"), [0, 0, 1, 0])
-    data, recipe = Data("set", 1, ("a", "b"), train, test, False, True, ()), evaluate.Recipe(2, 1, 2, 1)
+    data, recipe = Data("set", 1, ("a", "b"), train, test, False, True, ()), Recipe(2, 1, 2, 1)
     z_train = part_of(directions(0, 90, 50, 52), [2, 2])  # the means are at 45 and 51
     # q: both clips are next to the first video, and the mean at 45; r is unreadable; s: both clips are next
     # to the first video, which is wrong, but the mean at 51 is right; t: all wrong.
@@ -103,9 +105,9 @@ def folder(tmp_path_factory):
 
 def test_the_sheet_shows_distinct_videos(folder, tmp_path, monkeypatch):
     """The nearest clips of the first query are all of one video, of which the sheet shows the nearest."""
-    data, sheets = datasets.load(str(folder)), []
+    data, sheets = load_data(str(folder)), []
     monkeypatch.setattr(figures, "contact_sheet", lambda *sheet: sheets.append(sheet))
-    recipe = evaluate.Recipe(4, 1, 3, 1, size=16, stretch=(20, 26))
+    recipe = Recipe(4, 1, 3, 1, size=16, stretch=(20, 26))
     train = part_of(directions(0, 1, 2, 40, 20, 60, 90, 91, 92, 150, 151, 152), [3, 3, 3, 3])
     test = part_of(directions(3, 0.9, 3, 0, 90, 0), [3, 3, 0])  # the middle clips are at 0.9 and 90
     retrieve.sheet(tmp_path / "s.png", 5, data, recipe, train, test)
@@ -123,7 +125,7 @@ def test_the_sheet_shows_distinct_videos(folder, tmp_path, monkeypatch):
 def test_a_run(net, folder, tmp_path, capsys, monkeypatch):
     made = dict(name=net, classes=7, in_channels=3, width=1 / 16)
     model = tmp_path / "m.pt"
-    evaluate.save_model(model, backbones.build(**made), made, "abcdefg", evaluate.Recipe(4, 1, 10, 3, 20, 16))
+    save_model(model, backbones.build(**made), made, "abcdefg", Recipe(4, 1, 10, 3, 20, 16))
     line = f"{model} --data {folder} --clips 2 --sheet 2 --workers 0"
     monkeypatch.setattr("sys.argv", ["retrieve", *line.split()])
     retrieve.main()
@@ -135,14 +137,14 @@ def test_a_run(net, folder, tmp_path, capsys, monkeypatch):
     with Image.open(out / "sheet.png") as sheet:
         assert sheet.size == (4 * 16, 8 * (16 + figures.CAPTION))
     made["classes"] = 3
-    evaluate.save_model(model, backbones.build(**made), made, "abc", evaluate.Recipe(4, 1, 10, 3, 20, 16))
+    save_model(model, backbones.build(**made), made, "abc", Recipe(4, 1, 10, 3, 20, 16))
     with pytest.raises(SystemExit, match="other features"):
         retrieve.main()
 
 
 def test_several_labels_are_refused(folder, tmp_path, monkeypatch):
-    data = datasets.load(str(folder))
-    monkeypatch.setattr(datasets, "load", lambda *_: Data(**vars(data) | {"multilabel": True}))
+    data = load_data(str(folder))
+    monkeypatch.setattr("common.data.load_data", lambda *_: Data(**vars(data) | {"multilabel": True}))
     monkeypatch.setattr("sys.argv", ["retrieve", "m.pt", "--data", str(folder), "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="several labels"):
         retrieve.main()

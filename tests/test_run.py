@@ -23,11 +23,11 @@ import numpy as np
 import pytest
 import torch
 
-from common import UserError
-from common.datasets import Videos
+from common.data import Videos
+from common.errors import UserError, VideoError, explain
 from common.io import files
-from common.run import Run, explain, step_seed
-from common.video import SIGNALS, VideoError
+from common.io.workers import SIGNALS
+from common.run import Run, step_seed
 
 
 @pytest.fixture(autouse=True)
@@ -219,6 +219,7 @@ def test_disk_that_cannot_take_a_checkpoint(tmp_path):
 def test_on_a_full_disk_the_oldest_checkpoint_makes_room(tmp_path, monkeypatch):
     saved(tmp_path, 1.0, 2.0)
     with Run("cmpl", tmp_path, {}) as run, monkeypatch.context() as patch:
+
         def full(path, mode):
             return (FullDisk if (tmp_path / "last.prev.pt").exists() else io.FileIO)(path, mode)
 
@@ -278,6 +279,7 @@ def test_weights_of_a_run_folder_that_is_gone(tmp_path):
 @pytest.mark.parametrize("number, tolerated", [(errno.EINVAL, True), (errno.EIO, False)])
 def test_folder_that_cannot_be_synced(tmp_path, monkeypatch, number, tolerated):
     """CIFS and VirtualBox say EINVAL; a disk that fails is no such file system."""
+
     def fsync(descriptor, real=os.fsync):
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise OSError(number, os.strerror(number))

@@ -279,7 +279,7 @@ def test_run_of_a_bare_interpreter_whose_output_nobody_reads(toy_root, tmp_path)
     line, err, status = bare(f"{shlex.join(call)} | head -1", tmp_path)
     assert line.startswith("toy: ") and "Traceback" not in err and status == 0
     assert (tmp_path / "out" / "result.json").exists()
-    call = [sys.executable, "-m", "common.evaluate", "predict", tmp_path / "out" / "model.pt"]
+    call = [sys.executable, "-m", "common.tools.predict", tmp_path / "out" / "model.pt"]
     call += [toy_root / name for name in (toy_root / "test.txt").read_text().split()[::2]]
     _, err, status = bare(f"PYTHONPATH={HERE} {shlex.join(map(str, call))} | true", tmp_path)
     assert (err, status) == ("", 0)
@@ -296,7 +296,7 @@ def test_finished_run_shows_its_result_again_and_does_nothing(finished, toy_root
 def test_one_file_can_be_predicted(finished, toy_root):
     script, out = finished[0], made(*finished[:2])
     name = (toy_root / "test.txt").read_text().split()[0]
-    call = [sys.executable, "-m", "common.evaluate", "predict", out / "model.pt"]
+    call = [sys.executable, "-m", "common.tools.predict", out / "model.pt"]
     done = start([*call, toy_root / name], fresh=script == FIRST)
     printed, err = done.communicate(timeout=240)
     lines = [line.split("\t") for line in printed.splitlines()]
@@ -326,7 +326,7 @@ def test_the_network_beside_can_be_tested_and_predicts(finished, toy_root):
     for key in ("top1", "top5", "mean_class"):
         assert result[key] == pytest.approx(log[f"{net}_{key}"], abs=1e-3)
     name = (toy_root / "test.txt").read_text().split()[0]
-    process = start([sys.executable, "-m", "common.evaluate", "predict", out / file, toy_root / name])
+    process = start([sys.executable, "-m", "common.tools.predict", out / file, toy_root / name])
     printed, err = process.communicate(timeout=240)
     assert (process.returncode, printed.count("\n")) == (0, 5), printed + err
 
@@ -446,7 +446,7 @@ def test_every_test_has_a_folder_of_its_own_and_names_what_it_was_asked(finished
         printed, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
         said = dict(word.split("=", 1) for word in printed.splitlines()[-1].split() if "=" in word)
-        name, value = (flag.removeprefix("--").split() if " " in flag else ("train_accuracy", "True"))
+        name, value = flag.removeprefix("--").split() if " " in flag else ("train_accuracy", "True")
         assert said[name] == value and said["split"] == "1" and said["eval"] == str(model)
         folders.append(sorted(path for path in model.parent.glob("eval_*/result.json")))
     assert len(folders[-1]) == before + len(folders)

@@ -12,9 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from common import UserError, backbones, datasets, evaluate, supervised
-from common.evaluate import Recipe
+from common import backbones, supervised
+from common.data import hold_out, load_data
+from common.errors import UserError
 from common.io import models
+from common.io.models import digest_of_model, load_model
+from common.modality import Recipe
 
 pytestmark = pytest.mark.usefixtures("leave", "group")
 TINY = (
@@ -64,7 +67,7 @@ def rows_of(out):
 
 
 def test_what_a_run_leaves(data, whole):
-    net, build, classes, recipe = evaluate.load_model(whole / "model.pt")
+    net, build, classes, recipe = load_model(whole / "model.pt")
     assert (build["name"], build["width"], classes) == ("resnet3d10-small", 0.0625, ("one", "two"))
     assert (recipe.frames, recipe.stride, recipe.clips, recipe.crops, recipe.size) == (4, 1, 2, 1, 16)
     assert len((whole / "labelled.txt").read_text().splitlines()) == 6 and result_of(whole)["videos"] == 3
@@ -91,8 +94,8 @@ def test_stopped_and_resumed(data, whole, tmp_path, monkeypatch):
         patch.setattr(supervised.F, "cross_entropy", stopping)
         assert not supervised.main(line)
     assert supervised.main(line) and rows_of(tmp_path) == rows_of(whole)
-    ours, theirs = (evaluate.load_model(out / "model.pt")[0] for out in (tmp_path, whole))
-    assert evaluate.digest_of(ours) == evaluate.digest_of(theirs)
+    ours, theirs = (load_model(out / "model.pt")[0] for out in (tmp_path, whole))
+    assert digest_of_model(ours) == digest_of_model(theirs)
 
 
 def test_a_finished_run_shows_its_result_and_none_of_other_labels(data, tmp_path, capfd):
@@ -116,7 +119,7 @@ def test_held_out_videos_are_tested_and_not_learned(data, tmp_path):
 
 
 def test_data_without_a_label_to_learn_are_refused(data, tmp_path):
-    held_out = datasets.held_out(datasets.load(data).train, 0.4, 0)
+    held_out = hold_out(load_data(data).train, 0.4, 0)
     (tmp_path / "few.txt").write_text("".join(f"train{i}.mp4\n" for i in np.flatnonzero(held_out)))
     said = refused(data, tmp_path / "out", f"--holdout 0.4 --labelled_list {tmp_path}/few.txt")
     assert "set has no labelled video beside the held-out ones" in said
@@ -130,8 +133,8 @@ def test_a_model_is_tested_and_another_starts_from_it(data, whole, tmp_path):
     start(data, tmp_path / "eval", f"--eval {whole}/model.pt")
     assert result_of(tmp_path / "eval")["top1"] == result_of(whole)["top1"]
     start(data, tmp_path / "init", f"--init {whole}/model.pt --epochs 0 --eval_every 0")
-    ours, theirs = (evaluate.load_model(out / "model.pt")[0] for out in (tmp_path / "init", whole))
-    assert evaluate.digest_of(ours) == evaluate.digest_of(theirs)
+    ours, theirs = (load_model(out / "model.pt")[0] for out in (tmp_path / "init", whole))
+    assert digest_of_model(ours) == digest_of_model(theirs)
 
 
 def test_views_are_random_clips_and_crops_with_one_flip():
@@ -187,14 +190,14 @@ def test_a_network_that_is_no_model_must_say_what_it_sees(clip):
 
 
 def test_models_are_loaded_with_the_list_that_they_learned(data, whole, tmp_path):
-    loaded = datasets.load(data)
+    loaded = load_data(data)
     model = models.load(f"{whole}/model.pt", loaded, None)
     assert model.labelled_list == (whole / "labelled.txt").read_text() and not model.net.training
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "model.pt").write_bytes((whole / "model.pt").read_bytes())
     again = models.load(str(tmp_path), loaded, None)  # a folder has one for each data set
     assert again.labelled_list is None and again.path == f"{tmp_path}/set/model.pt"
-    assert evaluate.digest_of(again.net) == evaluate.digest_of(model.net)
+    assert digest_of_model(again.net) == digest_of_model(model.net)
     torch.save(backbones.build("tsm10", 3, width=0.0625).state_dict(), tmp_path / "other.pth")
     with pytest.raises(UserError, match="other.pth"):
         models.load(f"tsm10:{tmp_path}/other.pth:4", loaded, None)

@@ -21,9 +21,11 @@ from PIL import Image
 from torch import nn
 
 import tg_distill
-from common import augment, backbones, datasets, evaluate, modality, video
-from common.datasets import Data, Videos
-from common.modality import temporal_gradient
+from common import augment, backbones, evaluate, modality
+from common.clips import Clips, Views
+from common.data import Data, Videos, labelled_subset
+from common.io.models import save_model
+from common.modality import Recipe, temporal_gradient
 from common.run import Run
 
 CLASSES = 3
@@ -105,9 +107,7 @@ def test_student_and_teacher_share_crop_and_flip():
         corners.add(tuple(rgb[0, :2, 0, 0].tolist()))
     assert 15 < sum(mirrored) < 45 and len(corners) > 40
     torch.manual_seed(0)
-    assert not any(
-        (v := tg_distill.weak(clip, args, False))[0, 0, 0, 0] > v[0, 0, 0, -1] for _ in range(20)
-    )
+    assert not any((v := tg_distill.weak(clip, args, False))[0, 0, 0, 0] > v[0, 0, 0, -1] for _ in range(20))
 
 
 def seeded(seed, function, *args):
@@ -148,7 +148,7 @@ def test_training_clips_of_a_video(interval, tmp_path):
     picture_folder(tmp_path / "a", np.broadcast_to(grey, (50, 20, 20, 3)).copy())
     args = arguments(interval=interval, frames=4, stride=3)
     videos = Videos.make(tmp_path, ["a"], [0])
-    clips = video.Clips(videos, lambda *a: tg_distill.windows(*a, args),
+    clips = Clips(videos, lambda *a: tg_distill.windows(*a, args),
                         lambda c: tg_distill.labelled_views(c, args, True), 0)  # fmt: skip
     for p in range(10):
         rgb, tg = (views["l"] for views in clips[p]["views"].values())
@@ -378,7 +378,7 @@ def tiny_backbone():
     return backbones.build("r3d_10-pool", CLASSES, width=1 / 16, bn_eps=1e-3)
 
 
-SMALL = evaluate.Recipe(4, 1, 1, 1, 16, 16, mean=tg_distill.RGB.mean, std=tg_distill.RGB.std)
+SMALL = Recipe(4, 1, 1, 1, 16, 16, mean=tg_distill.RGB.mean, std=tg_distill.RGB.std)
 
 
 def statistics(net):
@@ -460,7 +460,7 @@ def test_precise_bn_of_two_ranks_is_that_of_one(two_ranks, folder, run):
 
 
 def whole_set(videos, recipe=SMALL):
-    views = video.Views(videos, recipe.sample, recipe.view, open=recipe.open)
+    views = Views(videos, recipe.sample, recipe.view, open=recipe.open)
     return recipe.to_input(torch.cat([views[i]["views"] for i in range(len(videos))]), "cpu")
 
 
@@ -745,7 +745,7 @@ def test_counts_of_balanced_draws(name, n, K):
     """The page of claims says how many labels there are for the paper's shares."""
     shares, said = {"ucf101": ((0.05, 0.1, 0.2, 0.5), "505, 1010, 1919, 4848"),
                     "hmdb51:all": ((0.4, 0.5, 0.6), "2142, 2652, 3162")}[name]  # fmt: skip
-    counts = [len(datasets.labelled(fixed_size(name, n, K), ratio)) for ratio in shares]
+    counts = [len(labelled_subset(fixed_size(name, n, K), ratio)) for ratio in shares]
     page = (Path(__file__).parent / "claims" / "tg_distill.md").read_text()
     assert ", ".join(map(str, counts)) == said and said in page
 
@@ -801,7 +801,7 @@ def test_eval_tests_labelled_videos_too_and_names_the_model(folder, run, tmp_pat
     net = backbones.build("r3d_10-pool", 2, width=1 / 16)
     nn.init.constant_(net.fc.bias[:1], 9.0)  # always the first class
     build = dict(name="r3d_10-pool", classes=2, width=1 / 16)
-    evaluate.save_model(tmp_path / "model.pt", net, build, ["a", "b"], SMALL)
+    save_model(tmp_path / "model.pt", net, build, ["a", "b"], SMALL)
     for name, names in (("train", NAMES[:5]), ("test", [*NAMES[5:], "page.mp4"])):
         (folder / f"{name}.txt").write_text("".join(f"{video} {i % 2}\n" for i, video in enumerate(names)))
     (folder / "classes.txt").write_text("a\nb\n")

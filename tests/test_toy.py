@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import UserError, datasets
+from common.data import load_data
+from common.errors import UserError
 from common.io import toy
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -286,7 +287,7 @@ def test_multi_set_has_two_labels_per_video(tmp_path):
     for i, (name, *label) in enumerate(rows):
         assert [int(k) for k in label] == toy.labels("multi", i)
         assert Path(name).name == "+".join(classes[int(k)] for k in label) + "_0000.mp4"
-    data = datasets.load("toy:multi", str(tmp_path / "multi"))
+    data = load_data("toy:multi", str(tmp_path / "multi"))
     assert data.multilabel and data.train.labels.shape == (10, 10) and (data.train.labels.sum(1) == 2).all()
     by_name = {data.train.name(i): np.flatnonzero(data.train.labels[i]).tolist() for i in range(10)}
     assert by_name == {name: sorted(map(int, label)) for name, *label in rows}

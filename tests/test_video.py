@@ -16,8 +16,21 @@ import torch
 from conftest import KINDS
 from PIL import Image
 
-from common import video
-from common.video import Clips, Order, Video, VideoError, Views, probe, read
+from common.clips import (
+    Clips,
+    Order,
+    Views,
+    dense,
+    dense_parts,
+    dense_test,
+    test_loader,
+    train_loader,
+    uniform,
+    uniform_test,
+)
+from common.errors import VideoError
+from common.io.decode import Video, _by_number, _File, probe, read_frames, read_windows
+from common.io.workers import watched
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -63,9 +76,7 @@ def test_kinds_are_what_they_are_called(kinds, make):
             return stream.frames, [p for p in container.demux(stream) if p.size]
 
     assert [make.number(f) for f in kinds["b_frames.mp4"][1]] == list(range(60))
-    assert [p.pts for p in scan("b_frames.mp4")[1]] != sorted(
-        p.pts for p in scan("b_frames.mp4")[1]
-    )
+    assert [p.pts for p in scan("b_frames.mp4")[1]] != sorted(p.pts for p in scan("b_frames.mp4")[1])
     assert len({p.pts for p in scan("raw.h264")[1]}) == 1  # None
     assert scan("edit_list.mp4")[0] == 60 and len(kinds["edit_list.mp4"][1]) == 10
     assert [make.number(f) for f in kinds["edit_list.mp4"][1]] == list(range(14, 24))
@@ -117,16 +128,14 @@ def test_resize_is_one_path_and_keeps_the_shape(kinds):
 
     wanted = TF.resize(torch.from_numpy(full[7].copy()).permute(2, 0, 1), [24, 16], antialias=True)
     assert (small[0].int() - wanted.int()).abs().max() <= 1
-    assert torch.equal(small[0], small[2]) and torch.equal(
-        small[1:2], read(path, [2], short_side=16)
-    )
+    assert torch.equal(small[0], small[2]) and torch.equal(small[1:2], read_frames(path, [2], short_side=16))
 
 
 def test_a_picture_size_that_changes(make, tmp_path):
     a = make.write(tmp_path / "a.h264", frames=20, format="h264", size=(96, 64))
     b = make.write(tmp_path / "b.h264", frames=20, format="h264", size=(64, 48))
     (tmp_path / "ab.h264").write_bytes(Path(a).read_bytes() + Path(b).read_bytes())
-    clip = read(tmp_path / "ab.h264", [0, 19, 20, 39])
+    clip = read_frames(tmp_path / "ab.h264", [0, 19, 20, 39])
     assert clip.shape == (4, 3, 64, 96)
     assert [make.number(p) for p in pictures(clip)] == [0, 19, 0, 19]
 
@@ -149,19 +158,17 @@ def test_a_span_of_a_video(kinds, make):
             assert make.number(pictures(v.get([len(v) - 1]))[0]) == end - 1
 
 
-@pytest.mark.parametrize(
-    "name", ["a:b.mp4", "http:x.mp4", "sp ace's [1] #%d.mp4", "视频-é.mp4", "-x.mp4"]
-)
+@pytest.mark.parametrize("name", ["a:b.mp4", "http:x.mp4", "sp ace's [1] #%d.mp4", "视频-é.mp4", "-x.mp4"])
 def test_names(kinds, tmp_path, monkeypatch, name):
     shutil.copy(kinds["three_frames.avi"][0], tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    assert read(name, [0, 2]).shape == (2, 3, 64, 96) and probe(tmp_path / name)["frames"] == 3
+    assert read_frames(name, [0, 2]).shape == (2, 3, 64, 96) and probe(tmp_path / name)["frames"] == 3
 
 
 def test_a_name_that_is_not_utf8(kinds, tmp_path):
     path = os.fsencode(tmp_path) + b"/\xff.avi"
     shutil.copy(kinds["three_frames.avi"][0], path)
-    assert read(os.fsdecode(path), [2]).shape == (1, 3, 64, 96)
+    assert read_frames(os.fsdecode(path), [2]).shape == (1, 3, 64, 96)
 
 
 def test_tags_that_are_not_utf8(make, tmp_path):
@@ -176,7 +183,7 @@ def test_tags_that_are_not_utf8(make, tmp_path):
     path.write_bytes(path.read_bytes().replace(b"XXXXXXXX", b"\xe9\xff\xfe\xe9\xe9\xe9\xe9\xe9"))
     with pytest.raises(UnicodeDecodeError):
         av.open(str(path))
-    assert read(path, [0, 2]).shape[0] == 2
+    assert read_frames(path, [0, 2]).shape[0] == 2
 
 
 def test_a_folder_of_pictures(make, tmp_path):
@@ -194,7 +201,7 @@ def test_a_folder_of_pictures(make, tmp_path):
         assert len(v) == 5 and v.times[0] == 0.5
     assert probe(tmp_path)["frames"] == 13
     (tmp_path / "img_11.png").write_bytes((tmp_path / "img_11.png").read_bytes()[:99])
-    assert [make.number(p) for p in pictures(read(tmp_path, [9, 10, 11]))] == [9, 9, 11]
+    assert [make.number(p) for p in pictures(read_frames(tmp_path, [9, 10, 11]))] == [9, 9, 11]
 
 
 ORDERS = {
@@ -219,7 +226,7 @@ def test_pictures_are_ordered_by_the_number_that_counts(make, tmp_path, case):
         Image.fromarray(make.picture(i)).save(tmp_path / name)
     with Video(tmp_path) as v:
         assert [make.number(p) for p in pictures(v.get(range(len(v))))] == list(range(len(names)))
-    assert video._by_number(sorted(names)) == video._by_number(names[::-1]) == names
+    assert _by_number(sorted(names)) == _by_number(names[::-1]) == names
 
 
 def test_pictures_of_flowers_are_no_flow(make, tmp_path):
@@ -227,7 +234,7 @@ def test_pictures_of_flowers_are_no_flow(make, tmp_path):
         Image.fromarray(make.picture(i)).save(tmp_path / f"flower_{i}.png")
         for name in ("flow_x_{}", "flow_y_{}", "Flow_{}", "flowx_{}"):
             Image.fromarray(make.picture(99)).save(tmp_path / f"{name.format(i)}.png")
-    assert [make.number(p) for p in pictures(read(tmp_path, [0, 1, 2]))] == [0, 1, 2]
+    assert [make.number(p) for p in pictures(read_frames(tmp_path, [0, 1, 2]))] == [0, 1, 2]
     assert probe(tmp_path)["frames"] == 3
 
 
@@ -275,7 +282,7 @@ def test_cut_short_in_the_middle_of_the_data(make, tmp_path):
         (tmp_path / "cut.mp4").write_bytes(data)
         if wanted is None:
             with pytest.raises(VideoError, match="^only 20 of 60 frames are in the file$"):
-                read(tmp_path / "cut.mp4", [0])
+                read_frames(tmp_path / "cut.mp4", [0])
             with Video(tmp_path / "cut.mp4", min_share=0.2) as v:
                 assert len(v) == 20
         else:
@@ -302,7 +309,7 @@ def test_bit_rot(make, tmp_path):
                 assert np.array_equal(clip[1], full[39]) and np.array_equal(clip[3], full[39])
         else:
             with pytest.raises(VideoError, match="^only 10 of 60 frames decode: "):
-                read(tmp_path / "rot.mp4", [0, 55])
+                read_frames(tmp_path / "rot.mp4", [0, 55])
 
 
 def damage(path, out, numbers):
@@ -363,7 +370,7 @@ def test_a_decoder_goes_on_after_an_error(make, tmp_path, name):
         damaged = damage(path, tmp_path / f"{k}_{name}", [k])
         if (k, name) == (0, "h264.avi"):  # the only parameter sets are lost, and av.open finds no codec
             with pytest.raises(VideoError, match="Invalid data"):
-                read(damaged, [0])
+                read_frames(damaged, [0])
             continue
         frames = decodable(path, damaged)
         places = [max([j for j in frames if j <= i], default=min(frames)) for i in range(100)]
@@ -390,9 +397,9 @@ def test_a_video_is_unreadable_below_min_share_wherever_the_damage_is(make, tmp_
         assert v.stand_ins == set(range(first, first + 50))
     less = damage(path, tmp_path / "less.avi", {*range(first, first + 50), (first + 50) % 100})
     with pytest.raises(VideoError, match="^only 49 of 100 frames decode: Invalid data"):
-        read(less, [first + 1])
+        read_frames(less, [first + 1])
     there = (first + 70) % 100
-    assert make.number(pictures(read(less, [there]))[0]) == there  # what is there is given
+    assert make.number(pictures(read_frames(less, [there]))[0]) == there  # what is there is given
 
 
 def test_stand_ins_of_a_span(make, tmp_path):
@@ -447,7 +454,7 @@ def test_a_folder_with_damaged_pictures(make, tmp_path):
     for i in range(12):
         (tmp_path / f"{i:02}.png").write_bytes(b"")
     with pytest.raises(VideoError, match="cannot identify image file"):
-        read(tmp_path, [0])
+        read_frames(tmp_path, [0])
 
 
 def test_a_frame_that_is_not_there(make, tmp_path):
@@ -474,7 +481,7 @@ def test_one_frame_of_a_truncated_avi(make, tmp_path):
         end = next(p.pos + p.size for p in container.demux(video=0))
     (tmp_path / "cut.avi").write_bytes(Path(path).read_bytes()[: end + 8])
     with pytest.raises(VideoError, match="only 1 of 60 frames"):
-        read(tmp_path / "cut.avi", [0])
+        read_frames(tmp_path / "cut.avi", [0])
 
 
 # ---- odd files -----------------------------------------------------------------------------------
@@ -516,7 +523,9 @@ def test_palettes(make, tmp_path, name, codec, pix_fmt):
     full = make.full_decode(tmp_path / name)
     assert [make.number(p) for p in full] == list(range(30))
     for window in ([29], [12, 13, 25], range(30), [3]):
-        assert np.array_equal(pictures(read(tmp_path / name, window)), np.stack([full[i] for i in window]))
+        assert np.array_equal(
+            pictures(read_frames(tmp_path / name, window)), np.stack([full[i] for i in window])
+        )
 
 
 def test_key_frames_that_are_none(make, tmp_path):
@@ -527,7 +536,7 @@ def test_key_frames_that_are_none(make, tmp_path):
     with av.open(path) as container:
         assert all(packet.is_keyframe for packet in container.demux(video=0) if packet.size)
     for window in ([30], [5, 6, 50], range(60)):
-        assert np.array_equal(pictures(read(path, window)), np.stack([full[i] for i in window]))
+        assert np.array_equal(pictures(read_frames(path, window)), np.stack([full[i] for i in window]))
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.avi", "a.h264"])
@@ -549,11 +558,11 @@ def test_two_fields_are_one_frame(make, tmp_path, name, kind):
 
 
 def test_interlaced_files_are_sought(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(video._File, "from_start", None)
+    monkeypatch.setattr(_File, "from_start", None)
     fields = make.interlaced(tmp_path / "a.mp4", 30, lambda i: True)
     frames = make.write(tmp_path / "b.mp4", bf=3, **{"x264-params": "interlaced=1"})
     for path in (fields, frames):
-        assert [make.number(p) for p in pictures(read(path, [2, 11, 25]))] == [2, 11, 25]
+        assert [make.number(p) for p in pictures(read_frames(path, [2, 11, 25]))] == [2, 11, 25]
 
 
 def test_interlaced_files_cut_short_or_damaged(make, tmp_path):
@@ -612,18 +621,18 @@ def test_other_matrices_are_ignored(make, tmp_path, matrix):
     path = make.write(tmp_path / "a.mp4", frames=3)
     full = np.stack(make.full_decode(path))
     make.display(path, *matrix)
-    assert np.array_equal(pictures(read(path, range(3))), full)
+    assert np.array_equal(pictures(read_frames(path, range(3))), full)
 
 
 def test_side_data_that_av_does_not_know(make, tmp_path):
     """The frames of TIFF pictures have EXIF data, which av has no name for."""
     write_grey(tmp_path / "a.mov", "tiff", "gray", 3)
-    assert [make.number(p) for p in pictures(read(tmp_path / "a.mov", range(3)))] == [0, 1, 2]
+    assert [make.number(p) for p in pictures(read_frames(tmp_path / "a.mov", range(3)))] == [0, 1, 2]
 
 
 def test_damaged_exif(make, tmp_path):
     Image.fromarray(make.picture(3)).save(tmp_path / "1.jpg", exif=b"Exif\0\0XX*\0garbage")
-    assert make.number(pictures(read(tmp_path, [0]))[0]) == 3
+    assert make.number(pictures(read_frames(tmp_path, [0]))[0]) == 3
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "a.avi"])
@@ -684,13 +693,13 @@ def test_texts_and_pictures_are_no_videos(make, tmp_path):
     assert_reason(tmp_path / "a.mp4", "^a picture, not a video$")
     first, *others = [Image.fromarray(make.picture(i)) for i in range(4)]
     first.save(tmp_path / "moving.gif", save_all=True, append_images=others, duration=40)
-    assert [make.number(p) for p in pictures(read(tmp_path / "moving.gif", range(4)))] == [0, 1, 2, 3]
+    assert [make.number(p) for p in pictures(read_frames(tmp_path / "moving.gif", range(4)))] == [0, 1, 2, 3]
 
 
 def test_16_bits_of_grey(tmp_path):
     grey = (np.arange(96 * 64).reshape(64, 96) * 10 % 65536).astype(np.uint16)
     Image.fromarray(grey).save(tmp_path / "1.png")
-    picture = pictures(read(tmp_path, [0]))[0]
+    picture = pictures(read_frames(tmp_path, [0]))[0]
     assert picture.dtype == np.uint8 and np.array_equal(picture, (grey // 256)[..., None].repeat(3, 2))
 
 
@@ -735,7 +744,7 @@ def test_stamps_in_decoding_order(make, tmp_path):
             if packet.size:
                 packet.stream = target
                 new.mux(packet)
-    assert [make.number(p) for p in pictures(read(path, range(60)))] == list(range(60))
+    assert [make.number(p) for p in pictures(read_frames(path, range(60)))] == list(range(60))
 
 
 def test_the_rate_does_not_count_jumps_of_hours(make, tmp_path):
@@ -766,9 +775,7 @@ def test_what_is_no_video(make, kinds, tmp_path):
         "pipe:0",
     ):
         assert_reason(name, "^no such file$")
-    (tmp_path / "list.mp4").write_text(
-        f"ffconcat version 1.0\nfile '{kinds['three_frames.avi'][0]}'\n"
-    )
+    (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile '{kinds['three_frames.avi'][0]}'\n")
     assert_reason(tmp_path / "list.mp4", "list of other files|Operation not permitted|Invalid")
     with av.open(str(tmp_path / "sound.mp4"), "w") as out:
         stream = out.add_stream("aac", rate=8000)
@@ -782,7 +789,7 @@ def test_what_is_no_video(make, kinds, tmp_path):
 
 def assert_reason(path, pattern):
     with pytest.raises(VideoError, match=pattern) as caught:
-        read(path, [0])
+        read_frames(path, [0])
     assert "\n" not in str(caught.value) and len(str(caught.value)) <= 250
 
 
@@ -796,7 +803,7 @@ def test_absurd_sizes_are_refused(make, tmp_path, monkeypatch):
         width = container.streams.video[0].codec_context.width
     if width == 65535:  # libavformat believes the header
         assert_reason(tmp_path / "header.mp4", "65535 x 65535 pixels are refused")
-    monkeypatch.setattr(video, "MAX_PIXELS", 96 * 64 - 1)
+    monkeypatch.setattr("common.io.decode.MAX_PIXELS", 96 * 64 - 1)
     assert_reason(path, "^pictures of 96 x 64 pixels are refused$")
     Image.new("RGB", (96, 64)).save(tmp_path / "1.png")
     assert_reason(tmp_path, "96 x 64 pixels are refused")
@@ -806,7 +813,7 @@ def test_a_closed_video_leaves_no_open_file(kinds):
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     for name in ("b_frames.mp4", "raw.h264", "packed.avi"):
         for _ in range(5):
-            read(kinds[name][0], [0, 2])
+            read_frames(kinds[name][0], [0, 2])
     if before:
         assert len(os.listdir("/proc/self/fd")) == before
 
@@ -865,30 +872,28 @@ def test_dense():
     rng = np.random.default_rng(0)
     starts = set()
     for _ in range(200):
-        window = video.dense(20, 4, 4, rng)
+        window = dense(20, 4, 4, rng)
         assert window.dtype == np.int64 and list(np.diff(window)) == [4, 4, 4]
         starts.add(int(window[0]))
     assert starts == {0, 1, 2, 3, 4}  # 20 - 4 * 4 + 1 places
-    assert list(video.dense(3, 4, 2, rng)) == [0, 2, 1, 0]  # 0 2 4 6, looped
-    assert list(video.dense(1, 3, 8, rng)) == [0, 0, 0]
+    assert list(dense(3, 4, 2, rng)) == [0, 2, 1, 0]  # 0 2 4 6, looped
+    assert list(dense(1, 3, 8, rng)) == [0, 0, 0]
 
 
 def test_dense_test():
-    assert video.dense_test(20, 4, 2, 4).tolist() == [
-        [s, s + 2, s + 4, s + 6] for s in (0, 4, 8, 12)
-    ]
-    assert video.dense_test(20, 2, 2, 1).tolist() == [[8, 10]]
-    assert video.dense_test(3, 4, 1, 2).tolist() == [[0, 1, 2, 0]] * 2
-    assert video.dense_test(1, 2, 8, 10).tolist() == [[0, 0]] * 10
+    assert dense_test(20, 4, 2, 4).tolist() == [[s, s + 2, s + 4, s + 6] for s in (0, 4, 8, 12)]
+    assert dense_test(20, 2, 2, 1).tolist() == [[8, 10]]
+    assert dense_test(3, 4, 1, 2).tolist() == [[0, 1, 2, 0]] * 2
+    assert dense_test(1, 2, 8, 10).tolist() == [[0, 0]] * 10
 
 
 def test_uniform():
-    assert video.uniform(8, 4).tolist() == [1, 3, 5, 7]
-    assert video.uniform(9, 3).tolist() == [1, 4, 7]
-    assert video.uniform(2, 4).tolist() == [0, 0, 1, 1]
-    assert video.uniform(1, 3).tolist() == [0, 0, 0]
+    assert uniform(8, 4).tolist() == [1, 3, 5, 7]
+    assert uniform(9, 3).tolist() == [1, 4, 7]
+    assert uniform(2, 4).tolist() == [0, 0, 1, 1]
+    assert uniform(1, 3).tolist() == [0, 0, 0]
     rng = np.random.default_rng(0)
-    drawn = np.stack([video.uniform(12, 3, rng) for _ in range(200)])
+    drawn = np.stack([uniform(12, 3, rng) for _ in range(200)])
     assert [sorted(set(column)) for column in drawn.T.tolist()] == [
         [0, 1, 2, 3],
         [4, 5, 6, 7],
@@ -911,31 +916,31 @@ def paper_uniform(T, N, m):
 
 def test_dense_parts_by_hand():
     # 20 frames, 4 at stride 3: T' = 11, parts begin at 0, 5.5 or at 0, 3.67, 7.33; the only one at 5.
-    assert video.dense_parts(20, 4, 3, 2).tolist() == [[0, 3, 6, 9], [5, 8, 11, 14]]
-    assert video.dense_parts(20, 4, 3, 3).tolist() == [[0, 3, 6, 9], [3, 6, 9, 12], [7, 10, 13, 16]]
-    assert video.dense_parts(20, 4, 3, 1).tolist() == [[5, 8, 11, 14]]
-    assert video.dense_parts(20, 4, 3, 0).shape == (0, 4)
-    assert video.dense_parts(10, 4, 3, 2).tolist() == [[0, 3, 6, 9]] * 2  # T' = 1
-    assert video.dense_parts(3, 4, 1, 2).tolist() == [[0, 1, 2, 0]] * 2  # too short: looped
-    assert video.dense_parts(1, 3, 8, 1).tolist() == [[0, 0, 0]]
+    assert dense_parts(20, 4, 3, 2).tolist() == [[0, 3, 6, 9], [5, 8, 11, 14]]
+    assert dense_parts(20, 4, 3, 3).tolist() == [[0, 3, 6, 9], [3, 6, 9, 12], [7, 10, 13, 16]]
+    assert dense_parts(20, 4, 3, 1).tolist() == [[5, 8, 11, 14]]
+    assert dense_parts(20, 4, 3, 0).shape == (0, 4)
+    assert dense_parts(10, 4, 3, 2).tolist() == [[0, 3, 6, 9]] * 2  # T' = 1
+    assert dense_parts(3, 4, 1, 2).tolist() == [[0, 1, 2, 0]] * 2  # too short: looped
+    assert dense_parts(1, 3, 8, 1).tolist() == [[0, 0, 0]]
 
 
 def test_uniform_test_by_hand():
-    assert video.uniform_test(20, 4, 1).tolist() == [[2, 7, 12, 17]]  # a single one: centres
-    assert video.uniform_test(10, 4, 1).tolist() == [[1, 3, 6, 8]]
-    assert video.uniform_test(1, 3, 1).tolist() == [[0, 0, 0]]
-    assert video.uniform_test(20, 4, 2).tolist() == [[0, 5, 10, 15], [2, 7, 12, 17]]  # + 0.5 T / N = 2.5
-    assert video.uniform_test(10, 4, 2).tolist() == [[0, 2, 5, 7], [1, 3, 6, 8]]
-    assert video.uniform_test(20, 4, 0).shape == (0, 4)
-    assert video.uniform_test(2, 4, 2).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1]]
-    assert video.uniform_test(1, 3, 3).tolist() == [[0, 0, 0]] * 3
+    assert uniform_test(20, 4, 1).tolist() == [[2, 7, 12, 17]]  # a single one: centres
+    assert uniform_test(10, 4, 1).tolist() == [[1, 3, 6, 8]]
+    assert uniform_test(1, 3, 1).tolist() == [[0, 0, 0]]
+    assert uniform_test(20, 4, 2).tolist() == [[0, 5, 10, 15], [2, 7, 12, 17]]  # + 0.5 T / N = 2.5
+    assert uniform_test(10, 4, 2).tolist() == [[0, 2, 5, 7], [1, 3, 6, 8]]
+    assert uniform_test(20, 4, 0).shape == (0, 4)
+    assert uniform_test(2, 4, 2).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1]]
+    assert uniform_test(1, 3, 3).tolist() == [[0, 0, 0]] * 3
 
 
 @pytest.mark.parametrize("T", [1, 2, 5, 8, 28, 29, 30, 37, 64, 301])
 @pytest.mark.parametrize("N, tau", [(8, 4), (16, 2), (5, 1), (1, 3)])
 def test_appendix_1_as_printed(T, N, tau):
     for count in range(5):
-        dense, uniform = video.dense_parts(T, N, tau, count), video.uniform_test(T, N, count)
+        dense, uniform = dense_parts(T, N, tau, count), uniform_test(T, N, count)
         assert dense.dtype == uniform.dtype == np.int64 and dense.shape == uniform.shape == (count, N)
         if count == 1:  # as the code of MML and TSM: the centre of each part
             assert uniform.tolist() == [[(2 * part + 1) * T // (2 * N) for part in range(N)]]
@@ -948,10 +953,10 @@ def test_appendix_1_as_printed(T, N, tau):
 
 def test_together_asks_once(kinds):
     path, frames = kinds["b_frames.mp4"]
-    with video.Video(path) as v:
+    with Video(path) as v:
         calls, get = [], v.get
         v.get = lambda *args: calls.append(args) or get(*args)
-        clips = video.together(v, [[7, 3], range(40, 43), np.array([3])])
+        clips = read_windows(v, [[7, 3], range(40, 43), np.array([3])])
     assert [len(clip) for clip in clips] == [2, 3, 1] and len(calls) == 1
     for clip, window in zip(clips, ([7, 3], [40, 41, 42], [3]), strict=True):
         assert np.array_equal(clip.permute(0, 2, 3, 1), np.stack([frames[i] for i in window]))
@@ -997,7 +1002,7 @@ class Videos:
 
 def sample_two(v, rng):
     start = rng.integers(len(v))
-    return [(start + np.arange(3)) % len(v), video.dense(len(v), 2, 4, rng)]
+    return [(start + np.arange(3)) % len(v), dense(len(v), 2, 4, rng)]
 
 
 def view_two(clips):
@@ -1007,7 +1012,7 @@ def view_two(clips):
 
 
 def sample_views(v):
-    return list(video.dense_test(len(v), 2, 4, 1 + len(v) % 2))
+    return list(dense_test(len(v), 2, 4, 1 + len(v) % 2))
 
 
 def view_stack(clips):
@@ -1038,9 +1043,7 @@ def test_clips_are_a_function_of_the_position(library):
     clips = Clips(library, sample_two, view_two, seed=5)
     before, state = torch.get_rng_state(), np.random.get_state()[1].copy()
     items = [clips[p] for p in range(30)]
-    assert torch.equal(torch.get_rng_state(), before) and np.array_equal(
-        np.random.get_state()[1], state
-    )
+    assert torch.equal(torch.get_rng_state(), before) and np.array_equal(np.random.get_state()[1], state)
     torch.rand(3), np.random.rand()
     again = pickle.loads(pickle.dumps(Clips(library, sample_two, view_two, seed=5)))
     assert all(same(again[p], items[p]) for p in (29, 3, 17))
@@ -1067,9 +1070,7 @@ def test_unreadable_videos_are_replaced_by_the_next_in_the_order(library):
         if k:  # another draw than the one that the stand-in has at its own place
             assert not same(item["views"], clips[p + k]["views"])
     assert named == {3, 7}
-    hopeless = Clips(
-        Videos([library.path(3)] * 4, np.zeros(4, np.int64)), sample_two, view_two, seed=0
-    )
+    hopeless = Clips(Videos([library.path(3)] * 4, np.zeros(4, np.int64)), sample_two, view_two, seed=0)
     with pytest.raises(VideoError, match="3.mp4: Invalid data"):
         hopeless[0]
 
@@ -1147,28 +1148,23 @@ def test_a_video_is_unreadable_whatever_decoding_it_raises(library, place, error
 
 
 def test_without_workers_too_a_hung_disk_is_no_bad_video(library, monkeypatch):
-    monkeypatch.setattr(video, "TIMEOUT", 1)
+    monkeypatch.setattr("common.io.workers.TIMEOUT", 1)
 
     def hangs(videos, index):
         time.sleep(60)
 
     clips = Clips(library, sample_two, view_two, seed=5, open=hangs)
     with pytest.raises(RuntimeError, match="DataLoader timed out after 1 seconds"):
-        next(video.watched(video.train_loader([(clips, 2)], 0, 1)))
+        next(watched(train_loader([(clips, 2)], 0, 1)))
 
 
 def test_labels_and_spans(library, make):
     paths = [library.path(0), library.path(1)]
     many = np.array([[1, 0, 1], [0, 1, 0]], np.uint8)
-    clips = Clips(
-        Videos(paths, many, spans=[(0.2, 0.4), (0.0, 0.04)]), sample_two, lambda c: (c[0],), seed=0
-    )
+    clips = Clips(Videos(paths, many, spans=[(0.2, 0.4), (0.0, 0.04)]), sample_two, lambda c: (c[0],), seed=0)
     items = [clips[p] for p in range(2)]
     for item in items:
-        assert (
-            item["label"].dtype == torch.float32
-            and item["label"].tolist() == many[item["index"]].tolist()
-        )
+        assert item["label"].dtype == torch.float32 and item["label"].tolist() == many[item["index"]].tolist()
         seen = {make.number(p) for p in pictures(item["views"][0])}
         assert seen <= (set(range(5, 10)) if item["index"] == 0 else {0})
 
@@ -1180,28 +1176,24 @@ def sources(library):
 
 
 def test_train_batches_are_the_same_for_any_workers_and_any_start(library):
-    wanted = list(video.train_loader(sources(library), 0, 8))
+    wanted = list(train_loader(sources(library), 0, 8))
     assert len(wanted) == 8 and any(part["bad"] for batch in wanted for part in batch)
     for a, b in wanted:
         assert a["views"][0].shape == (2, 3, 3, 8, 8) and b["views"][0].shape == (3, 3, 3, 8, 8)
         assert a["index"].dtype == a["label"].dtype == torch.int64
         assert torch.equal(a["label"], a["index"] * 10) and len(b["index"]) == 3
-    assert same(list(video.train_loader(sources(library), 5, 8)), wanted[5:])
+    assert same(list(train_loader(sources(library), 5, 8)), wanted[5:])
     for workers in (1, 2):
         torch.manual_seed(workers)
-        loader = video.train_loader(sources(library), 3, 8, workers=workers)
+        loader = train_loader(sources(library), 3, 8, workers=workers)
         assert len(loader) == 5
         assert same(list(loader), wanted[3:])
 
 
 def test_ranks_share_the_stream(library):
-    one = list(video.train_loader([(Clips(library, sample_two, view_two, 5), 4)], 0, 5))
+    one = list(train_loader([(Clips(library, sample_two, view_two, 5), 4)], 0, 5))
     halves = [
-        list(
-            video.train_loader(
-                [(Clips(library, sample_two, view_two, 5), 2)], 0, 5, rank=r, world=2
-            )
-        )
+        list(train_loader([(Clips(library, sample_two, view_two, 5), 2)], 0, 5, rank=r, world=2))
         for r in range(2)
     ]
     for k in range(5):
@@ -1209,15 +1201,14 @@ def test_ranks_share_the_stream(library):
             joined = torch.cat([halves[r][k][0][key] for r in range(2)])
             assert torch.equal(joined, one[k][0][key])
         joined = [
-            torch.cat(parts)
-            for parts in zip(*(halves[r][k][0]["views"] for r in range(2)), strict=True)
+            torch.cat(parts) for parts in zip(*(halves[r][k][0]["views"] for r in range(2)), strict=True)
         ]
         assert same(joined, list(one[k][0]["views"]))
 
 
 def test_a_small_labelled_set_wraps_around(library):
     few = Videos([library.path(0), library.path(1)], np.array([4, 5]))
-    (batch,) = next(iter(video.train_loader([(Clips(few, sample_two, view_two, 0), 5)], 0, 1)))
+    (batch,) = next(iter(train_loader([(Clips(few, sample_two, view_two, 0), 5)], 0, 1)))
     assert sorted(set(batch["index"].tolist())) == [0, 1] and len(batch["index"]) == 5
 
 
@@ -1234,34 +1225,34 @@ def test_views_are_never_replaced(library):
 
 def test_test_blocks_do_not_depend_on_the_ranks(library):
     views = Views(library, sample_views, view_stack)
-    whole = list(video.test_loader(views, block=3))
+    whole = list(test_loader(views, block=3))
     assert [batch["index"].tolist() for batch in whole] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
     assert [batch["counts"].tolist() for batch in whole] == [[1, 2, 1], [0, 1, 2], [1, 0, 1], [2]]
     assert [i for i, _ in whole[1]["bad"] + whole[2]["bad"]] == [3, 7]
     assert [len(batch["views"]) for batch in whole] == [4, 3, 2, 2]
     for world in (2, 3, 5):
-        shares = [list(video.test_loader(views, 3, rank, world)) for rank in range(world)]
+        shares = [list(test_loader(views, 3, rank, world)) for rank in range(world)]
         dealt = [shares[k % world][k // world] for k in range(4)]
         assert same(dealt, whole) and sum(map(len, shares)) == 4
-    assert same(list(video.test_loader(views, 3, workers=2)), whole)
+    assert same(list(test_loader(views, 3, workers=2)), whole)
     rest = [whole[1], whole[2], whole[3]]
-    assert same(list(video.test_loader(views, 3, done={0})), rest)
-    assert same(list(video.test_loader(views, 3, 0, 2, done={0})), rest[::2])
-    assert same(list(video.test_loader(views, 3, 1, 2, done={0})), rest[1::2])
-    assert not list(video.test_loader(views, 3, done={0, 1, 2, 3}))
+    assert same(list(test_loader(views, 3, done={0})), rest)
+    assert same(list(test_loader(views, 3, 0, 2, done={0})), rest[::2])
+    assert same(list(test_loader(views, 3, 1, 2, done={0})), rest[1::2])
+    assert not list(test_loader(views, 3, done={0, 1, 2, 3}))
     broken = Views(Videos([library.path(3)], np.array([1])), sample_views, view_stack)
-    (only,) = video.test_loader(broken, 4)
+    (only,) = test_loader(broken, 4)
     assert only["views"] is None and only["counts"].tolist() == [0]
 
 
 def child(pipe, path):
-    pipe.send(read(path, [0, 5]).float().mean().item())
+    pipe.send(read_frames(path, [0, 5]).float().mean().item())
 
 
 def test_reading_in_another_process(kinds):
     """Decoding in the parent first must not hang a child."""
     path = kinds["b_frames.mp4"][0]
-    wanted = read(path, [0, 5]).float().mean().item()
+    wanted = read_frames(path, [0, 5]).float().mean().item()
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=child, args=(there, path))
     process.start()
@@ -1276,6 +1267,6 @@ def test_a_worker_that_dies_while_it_hands_over_a_batch_is_named(error):
         raise error
 
     with pytest.raises(RuntimeError, match="DataLoader worker .* exited unexpectedly"):
-        list(video.watched(batches(error)))
+        list(watched(batches(error)))
     with pytest.raises(type(error), match="Caught"):  # what the code of a view or sample raises
-        list(video.watched(batches(type(error)("Caught it in DataLoader worker process 0."))))
+        list(watched(batches(type(error)("Caught it in DataLoader worker process 0."))))

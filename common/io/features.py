@@ -31,8 +31,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import UserError, datasets, evaluate
+from common import evaluate
+from common.data import Videos, as_list, digest_of_videos
+from common.errors import UserError
 from common.io import files
+from common.modality import Recipe
 
 EVERY = 60  # seconds of work in a part file
 LARGEST = 2**28  # bytes of features in a part file
@@ -56,8 +59,8 @@ class Extraction:
 
     net: torch.nn.Module
     call: Callable
-    videos: datasets.Videos
-    recipe: evaluate.Recipe
+    videos: Videos
+    recipe: Recipe
     identity: dict = field(default_factory=dict)
     average: bool = False
     half: bool = False
@@ -71,7 +74,7 @@ class Extraction:
     def about(self):
         """What is compared with the features.json of a folder: plain values by name."""
         about = self.identity | {"average": self.average, "half": self.half, "videos_per_block": self.block}
-        about["videos"] = datasets.digest(self.videos)
+        about["videos"] = digest_of_videos(self.videos)
         about |= {f"recipe.{key}": value for key, value in asdict(self.recipe).items()}
         about["recipe"] = type(self.recipe).__name__
         return json.loads(json.dumps(about, default=str))  # as a reader of the file sees it
@@ -159,7 +162,7 @@ def _begin(folder, what, run, locks):
     for stale in folder.glob("*.tmp"):
         stale.unlink()
     files.write(folder / ABOUT, json.dumps(what.about, indent=1))
-    files.write(folder / "videos.txt", datasets.as_list(what.videos))
+    files.write(folder / "videos.txt", as_list(what.videos))
     done = set()
     for path in sorted(folder.glob(PARTS)):
         try:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from common import UserError
+from common.errors import UserError
 
 FULL = errno.ENOSPC, errno.EDQUOT  # errors of a full disk, and of a full share of it
 # Errors of a file's name alone; after any other, the disk takes no other file either.

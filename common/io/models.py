@@ -1,21 +1,25 @@
 """Trained networks by a specification, one of
 
-    MODEL.PT                   a file of a run of these scripts
-    FOLDER                     the same in FOLDER/DATA/model.pt, for each data set
-    NET:WORD                   torchvision's weights, such as swin3d_b:kinetics (backbones.PUBLISHED)
-    NET:FILE:SEGMENTS          weights of another toolbox, such as MMAction2's tsm50; the network sees
-                               one view of a video, with a frame from each of SEGMENTS equal segments
-    NET:FILE:FRAMESxSTRIDE     the same; it sees ten clips of FRAMES frames, STRIDE apart
+MODEL.PT                   a file of a run of these scripts
+FOLDER                     the same in FOLDER/DATA/model.pt, for each data set
+NET:WORD                   torchvision's weights, such as swin3d_b:kinetics (backbones.PUBLISHED)
+NET:FILE:SEGMENTS          weights of another toolbox, such as MMAction2's tsm50; the network sees
+                           one view of a video, with a frame from each of SEGMENTS equal segments
+NET:FILE:FRAMESxSTRIDE     the same; it sees ten clips of FRAMES frames, STRIDE apart
 """
 
+import hashlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
-from common import UserError, backbones, evaluate, modality
+from common import backbones, modality
+from common.errors import UserError
+from common.io import files
+from common.modality import Recipe
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +33,7 @@ class Model:
     path: str
     net: nn.Module
     build: dict
-    recipe: evaluate.Recipe
+    recipe: Recipe
     labelled_list: str | None = None
 
 
@@ -45,7 +49,7 @@ def parse(spec, data):
         return None, os.path.join(spec, data.replace(":", "-"), "model.pt") if folder else spec, None
     weights, _, clip = rest.partition(":")
     if weights in backbones.PUBLISHED and not clip:
-        return name, weights, evaluate.Recipe(**backbones.published_input(name, weights))
+        return name, weights, Recipe(**backbones.published_input(name, weights))
     match = re.fullmatch("([1-9][0-9]*)(?:x([1-9][0-9]*))?", clip)
     if not match:
         raise UserError(f"{name}:{weights} must say what the network sees: :8 for 8 segments of a video, "
@@ -53,7 +57,7 @@ def parse(spec, data):
     frames, stride = match.groups()
     views = dict(clips=10) if stride else dict(clips=0, uniform=1)
     rgb = modality.MODALITIES["rgb"]
-    return name, weights, evaluate.Recipe(int(frames), int(stride or 1), **views, mean=rgb.mean, std=rgb.std)
+    return name, weights, Recipe(int(frames), int(stride or 1), **views, mean=rgb.mean, std=rgb.std)
 
 
 def load(spec, data, run):
@@ -62,7 +66,7 @@ def load(spec, data, run):
     if name is None:
         beside = Path(path).with_name("labelled.txt")
         text = beside.read_text("utf-8", "surrogateescape") if beside.exists() else None
-        return Model(path, *evaluate.load_known(path, data), text)
+        return Model(path, *load_known(path, data), text)
     if path in backbones.PUBLISHED:
         run.on_main(backbones.fetch, name, path)  # one process downloads
     build = dict(name=name, classes=len(data.classes))
@@ -70,3 +74,50 @@ def load(spec, data, run):
     if net.new_fc:
         raise UserError(f"{spec} does not know the classes of {data.name}")
     return Model(path, net, build, recipe)
+
+
+# -------------------------------------------------------------------------------- model files
+
+
+def save_model(path, net, build, classes, recipe, **more):
+    """Write model.pt: weights, the arguments of `backbones.build`, class names, input recipe, and `more`."""
+    files.save({"net": net.state_dict(), "build": dict(build), "classes": list(classes),
+                "input": asdict(recipe), **more}, path)  # fmt: skip
+
+
+def digest_of_model(net):
+    """sha256 (hex) of the weights of a network."""
+    sha = hashlib.sha256()
+    for name, value in net.state_dict().items():
+        sha.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def load_model(path, recipe=Recipe):
+    """(net in eval mode on the CPU, build arguments, class names, recipe) of a model.pt; UserError.
+
+    recipe: the class that knows the file's input, where a script has one of its own.
+    """
+    model = files.load(path)
+    try:
+        net = backbones.build(**model["build"])
+        # assign: in the memory format in which it was trained, whose kernels round alike.
+        net.load_state_dict(model["net"], assign=True)
+        return net.eval(), model["build"], tuple(model["classes"]), recipe(**model["input"])
+    except (KeyError, TypeError, RuntimeError):
+        own = "" if recipe is not Recipe else ", or has an input that only its script makes"
+        raise UserError(f"{path} is not a model.pt of these scripts{own}") from None
+
+
+def load_known(path, data, recipe=Recipe):
+    """(net, build arguments, recipe) of `load_model`, of a file that must know the classes of `data`."""
+    net, build, classes, found = load_model(path, recipe)
+    if classes != data.classes:
+        raise UserError(f"{path} knows {len(classes)} other classes, not those of {data.name}")
+    return net, build, found
+
+
+def load_for(path, data, device, recipe=Recipe, **changes):
+    """(net on `device`, recipe with `changes`) of `load_known`."""
+    net, _, found = load_known(path, data, recipe)
+    return net.to(device), replace(found, **changes)

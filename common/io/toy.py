@@ -33,7 +33,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError
+from common.errors import UserError
 from common.io import files
 
 VERSION = 2  # of the contents: a change that alters a video needs another number
@@ -160,8 +160,10 @@ def _there(root, stamp):
         raise UserError(f"{root} holds no toy videos: move it away, or name another --root") from None
     for key, value in stamp.items():
         if found.get(key) != value:
-            raise UserError(f"{root} holds toy videos of {key} {found.get(key)!r}, but {value!r} is wanted: "
-                            f"delete it to have them made anew")
+            raise UserError(
+                f"{root} holds toy videos of {key} {found.get(key)!r}, but {value!r} is wanted: "
+                f"delete it to have them made anew"
+            )
     return True
 
 

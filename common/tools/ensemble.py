@@ -18,8 +18,11 @@ from itertools import combinations, product
 import numpy as np
 import torch
 
-from common import UserError, datasets, evaluate, modality
+from common import evaluate, modality
+from common.data import load_data
+from common.errors import UserError
 from common.flags import Parser
+from common.io.models import load_for
 from common.run import Run, agreed
 
 VIEWS = ("clips", "uniform", "crops", "size")  # fields of evaluate.Recipe
@@ -50,16 +53,16 @@ def parse_args(argv=None):
 
 def test(args, run):
     """Score the models one after the other, combine the scores, write the tables."""
-    data = agreed(datasets.load, args.data, args.root, args.split)
+    data = agreed(load_data, args.data, args.root, args.split)
     views = {name: getattr(args, name) for name in VIEWS if getattr(args, name) is not None}
-    recipes = {path: evaluate.load_for(path, data, "cpu", **views)[1] for path in args.models}
+    recipes = {path: load_for(path, data, "cpu", **views)[1] for path in args.models}
     modalities = {path: recipe.modality for path, recipe in recipes.items()}
     data, _ = modality.with_flow(data, args.data, args.root, args.flow, run, modalities.values(), recipes)
     scores = {}
     for path, recipe in recipes.items():
         if not recipe.views:
             raise UserError(f"{path} has no test clips left: give --clips or --uniform")
-        net, _ = evaluate.load_for(path, data, run.device)
+        net, _ = load_for(path, data, run.device)
         scores[path] = evaluate.score(net, data.test, recipe, run, args.workers, bar=True)
         if scores[path] is None:
             run.say("stopped by a signal during the test; the same command tests again")

@@ -20,9 +20,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as V
 
-from common import UserError, datasets, evaluate, modality, video
+from common import evaluate, modality
+from common.clips import Views
+from common.data import load_data
+from common.errors import UserError
 from common.flags import Parser, at_least
 from common.io import files
+from common.io.models import load_for
+from common.modality import Recipe
 from common.run import Run, agreed
 
 CAPTION = 14  # pixels of a line of text
@@ -87,12 +92,12 @@ def cam_sheets(folder, videos, classes, models, count, device):
         rows, captions = [], []
         for name, (net, recipe) in models.items():
             recipe = replace(recipe, clips=1, crops=1)
-            item = video.Views(videos, recipe.sample, recipe.view, recipe.short_side, recipe.open)[i]
+            item = Views(videos, recipe.sample, recipe.view, recipe.short_side, recipe.open)[i]
             if item["bad"]:
                 break
             if not rows:
-                seen = evaluate.Recipe(recipe.frames, recipe.stride, 1, 1, recipe.short_side, recipe.size)
-                rows.append(video.Views(videos, seen.sample, seen.view, seen.short_side)[i]["views"][0])
+                seen = Recipe(recipe.frames, recipe.stride, 1, 1, recipe.short_side, recipe.size)
+                rows.append(Views(videos, seen.sample, seen.view, seen.short_side)[i]["views"][0])
                 captions.append(f"{videos.name(i)}: {classes[item['label']]}")
             x, y = recipe.to_input(item["views"], device), item["label"][None].to(device)
             (clip,) = modality.stacked(item["views"], recipe.modality)
@@ -104,7 +109,7 @@ def cam_sheets(folder, videos, classes, models, count, device):
 
 
 @dataclass(frozen=True)
-class Corrupted(evaluate.Recipe):
+class Corrupted(Recipe):
     """A Recipe for test videos that are corrupted before anything else is computed from them.
 
     The factor, uniform in 0.5 to 1.5 (imgaug's range), is drawn once per video.
@@ -157,9 +162,9 @@ def parse_args(argv=None):
 
 def make(args, run):
     """The figure that `args` ask for, in the folder of the run."""
-    data = agreed(datasets.load, args.data, args.root, args.split)
+    data = agreed(load_data, args.data, args.root, args.split)
     views = {name: getattr(args, name) for name in ("clips", "crops") if getattr(args, name) is not None}
-    models = {path: evaluate.load_for(path, data, run.device, **views) for path in args.models}
+    models = {path: load_for(path, data, run.device, **views) for path in args.models}
     for path, (_, recipe) in models.items():
         if modality.MODALITIES[recipe.modality].channels != 3 and args.figure != "embedding":
             raise UserError(f"{path} sees {recipe.modality}: {args.figure} is for models of rgb and tg")

@@ -20,12 +20,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import UserError, datasets, evaluate, modality
+from common import modality
+from common.clips import Views
+from common.data import load_data
+from common.errors import UserError
 from common.flags import Parser, at_least
 from common.io import features
+from common.io.models import digest_of_model, load_model
 from common.run import Run, agreed
 from common.tools import figures
-from common.video import Views
 
 NEAREST = 1, 5, 10, 20, 50  # n of R@n
 SHOWN = 3  # training videos of a query on the sheet
@@ -50,14 +53,14 @@ def parse_args(argv=None):
 
 def retrieve(args, run):
     """Features of all training and test videos, by all ranks; the recall, the sheet and RESULT."""
-    data = agreed(datasets.load, args.data, args.root, args.split)
+    data = agreed(load_data, args.data, args.root, args.split)
     if data.multilabel:
         raise UserError(f"{data.name} has several labels per video, which retrieval does not know")
-    net, _, _, recipe = evaluate.load_model(args.model)
+    net, _, _, recipe = load_model(args.model)
     kinds, models = (recipe.modality,), {args.model: recipe}
     data, _ = modality.with_flow(data, args.data, args.root, args.flow, run, kinds, models)
     recipe = replace(recipe, clips=args.clips, crops=1, uniform=0)
-    identity, found = {"weights": evaluate.digest_of(net), "pooled": "max"}, []
+    identity, found = {"weights": digest_of_model(net), "pooled": "max"}, []
     net = net.to(run.device)
     for part, videos in (("train", data.train), ("test", data.test)):
         call = partial(max_features, net)
@@ -66,8 +69,18 @@ def retrieve(args, run):
         if found[-1] is None:
             return
     row = run.on_main(recalls, data, recipe, *found, run.device)
-    run.result({"script": run.script, "data": data.name, "model": args.model, "clips": args.clips, **row,
-                "videos": len(data.test), "unreadable": len(found[1].bad), "seconds": round(run.seconds)})
+    run.result(
+        {
+            "script": run.script,
+            "data": data.name,
+            "model": args.model,
+            "clips": args.clips,
+            **row,
+            "videos": len(data.test),
+            "unreadable": len(found[1].bad),
+            "seconds": round(run.seconds),
+        }
+    )
     if args.sheet:
         run.on_main(sheet, run.out / "sheet.png", args.sheet, data, recipe, *found)
 

@@ -26,7 +26,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 import torch
 from torch import nn
 
-from common import UserError, backbones
+from common import backbones
+from common.errors import UserError
 
 REPEATS = 1  # with oneDNN; a write past the end shows at once under the checking allocator
 TOLERANCE = 1e-4  # of the largest value: float32 sums of up to a million products

@@ -9,78 +9,55 @@ and the test set over such files; `train_loader` and `test_loader` make batches 
 number of workers, restart or number of ranks changes.
 """
 
-import atexit
-import multiprocessing
-import multiprocessing.queues
 import os
 import re
-import signal
-import sys
-import tempfile
-import threading
 from bisect import bisect_right
 from collections import deque
 from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from functools import cached_property
 from itertools import chain
-from multiprocessing import forkserver
 
 import av
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as TF
 
-from common import UserError
+from common.errors import OutOfRange, VideoError, reason_of, reasons
 
 MAX_PIXELS = 2**26  # a picture of 8192 x 8192; a larger one is damage, or an attack on the memory
+
+
 MAX_TICKS = 2 * 10**9  # from one frame of an mp4 file to the next; the file allows 2^31, B-frames included
+
+
 JUMP = 2  # a seek costs about as much as decoding this many packets
-STAND_INS = 10  # unreadable videos in a row after which training gives up
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # those that stop a run
-LONGEST_TMPDIR = 75  # bytes: multiprocessing adds 32 to name a socket, which may have 107
-TIMEOUT = 600  # seconds to wait for one batch: a hung disk ends the run with an error
+
+
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
 FLOW = re.compile(r"(?i)flow_?([xy]_?)?\d")  # pictures of optical flow, beside those of a video
+
+
 FPS = 25.0  # pictures of a folder in a second, unless something else is said
+
+
 PLAYLISTS = {"concat", "dash", "hls", "imf"}  # formats that open other files
+
+
 TEXTS = {"tty", "bin", "xbin", "adf", "idf"}  # formats that draw a text
+
+
 STILLS = {"gif", "apng", "mjpeg", "avif", "heic", "heix", "mif1"}  # formats of pictures, if of one frame
+
+
 HOUR = 3600  # seconds; longer steps of a clock are left out of the frame rate
-# What av, PIL and the system raise for a bad file. Anything else is named with its type.
-FAULTS = (av.FFmpegError, OSError, IndexError, ValueError, EOFError, MemoryError)
-FAULTS += (Image.DecompressionBombError,)
+
+
 # HMDB-51 has tags that are not UTF-8; av 19 neither needs nor takes the argument.
 TAGS = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
-
-
-class VideoError(UserError):
-    """A file that cannot give its frames; str() is the reason, in one line."""
-
-
-class OutOfRange(IndexError):
-    """Frames were asked for that the video does not have: a bug of the caller, not a fault of the video."""
-
-
-@contextmanager
-def reasons():
-    """Whatever reading a video raises inside becomes a VideoError, except OutOfRange."""
-    try:
-        yield
-    except (VideoError, OutOfRange):
-        raise
-    except Exception as fault:
-        raise VideoError(reason_of(fault)) from fault
-
-
-def reason_of(fault):
-    """An exception in one line; its type is named unless bad files are known to raise it."""
-    text = getattr(fault, "strerror", None) or str(fault).partition("\n")[0]
-    if not isinstance(fault, (VideoError, *FAULTS)):
-        text = f"{type(fault).__name__}: {text}".removesuffix(": ")
-    return text[:200] or type(fault).__name__
 
 
 # ---- one video -----------------------------------------------------------------------------------
@@ -145,7 +122,7 @@ class Video:
 
     def clips(self, windows, short_side=None):
         """See `together`."""
-        return together(self, windows, short_side)
+        return read_windows(self, windows, short_side)
 
     def get(self, indices, short_side=None):
         """The frames `indices`, in any order and with repeats; each is decoded once.
@@ -663,7 +640,7 @@ def _by_number(names):
     return [name for _, name in sorted(zip(keys, names, strict=True))]
 
 
-def together(source, windows, short_side=None):
+def read_windows(source, windows, short_side=None):
     """[uint8 (T, C, H, W)] of the frames of each window, an array of indices, in one call of source.get."""
     windows = [np.asarray(window) for window in windows]
     frames = source.get(np.concatenate(windows), short_side)
@@ -678,7 +655,7 @@ def probe(path):
         return dict(frames=len(video), fps=video.fps, seconds=seconds, codec=video.codec, **shape)
 
 
-def read(path, indices, short_side=None):
+def read_frames(path, indices, short_side=None):
     """uint8 (T, C, H, W): the frames `indices` of a video; see Video.get. Raises VideoError."""
     with Video(path) as video:
         return video.get(indices, short_side)
@@ -729,330 +706,3 @@ def _encoding(context):
     except Exception as error:
         size = f"{context.width} x {context.height}"
         raise VideoError(f"pictures of {size} pixels cannot be encoded: {reason_of(error)}") from error
-
-
-# ---- which of n frames; what lies past the end starts again at the beginning ---------------------
-
-
-def dense(n, length, stride, rng):
-    """(length,) int64: every stride-th frame of a random window of length * stride frames."""
-    start = rng.integers(max(n - length * stride, 0) + 1)
-    return (start + stride * np.arange(length)) % n
-
-
-def dense_test(n, length, stride, clips):
-    """(clips, length) int64: windows spread evenly over the video; a single one is central."""
-    room = max(n - length * stride, 0)
-    starts = np.rint(np.linspace(0, room, clips) if clips != 1 else [room / 2]).astype(np.int64)
-    return (starts[:, None] + stride * np.arange(length)) % n
-
-
-def dense_parts(n, length, stride, clips):
-    """(clips, length) int64: windows at the starts of equal parts of where one can start; one is central."""
-    room = max(n - stride * (length - 1), 1)
-    starts = np.arange(clips) * room // clips if clips != 1 else np.array([room // 2])
-    return (starts[:, None] + stride * np.arange(length)) % n
-
-
-def uniform(n, length, rng=None):
-    """(length,) int64: a frame of each of `length` equal segments (TSN), random or central."""
-    inside = np.full(length, 0.5) if rng is None else rng.random(length)
-    return ((np.arange(length) + inside) * n / length).astype(np.int64)
-
-
-def uniform_test(n, length, clips):
-    """(clips, length) int64: a frame of each of `length` equal segments, in clip i at its share i / clips.
-
-    A single clip takes the centres of the segments.
-    """
-    if clips == 1:
-        return uniform(n, length)[None]
-    clip, segment = np.arange(clips)[:, None], np.arange(length)
-    return (segment * clips + clip) * n // (length * max(clips, 1))
-
-
-# ---- data sets -----------------------------------------------------------------------------------
-
-
-class Order:
-    """Endless shuffled passes over n things: order[p] = (index, number of the pass); order.take(p, 8)."""
-
-    def __init__(self, n, seed):
-        self.n, self.seed, self._passes = n, seed, {}
-
-    def __getitem__(self, p):
-        draw, place = divmod(p, self.n)
-        return int(self._pass(draw)[place]), draw
-
-    def take(self, first, count):
-        """(count,) int64: the indices at the positions first, first + 1, ..."""
-        draw, place = np.divmod(np.arange(first, first + count), self.n)
-        return np.concatenate([self._pass(d)[place[draw == d]] for d in range(draw[0], draw[-1] + 1)])
-
-    def _pass(self, draw):
-        if draw not in self._passes:
-            if len(self._passes) > 1:  # stand-ins may reach into the next pass
-                del self._passes[min(self._passes)]
-            self._passes[draw] = np.random.default_rng((self.seed, draw)).permutation(self.n)
-        return self._passes[draw]
-
-
-def open_video(videos, index):
-    """The video `index` of a list, to be opened by `with`."""
-    return Video(videos.path(index), videos.span(index))
-
-
-def _decode(dataset, index, *rng):
-    """(clips, the label that `sample` gives them, or None) of a video of Clips or Views.
-
-    Raises VideoError for the video, and what `sample` raises.
-    """
-    with ExitStack() as stack:
-        with reasons():
-            source = stack.enter_context(dataset.open(dataset.videos, index))
-        drawn = dataset.sample(source, *rng)
-        windows, label = drawn if isinstance(drawn, tuple) else (drawn, None)
-        windows = [np.asarray(window, dtype=np.int64) for window in windows]  # what is none surfaces here
-        with reasons():
-            return source.clips(windows, dataset.short_side), label
-
-
-class Clips(Dataset):
-    """Training clips: clips[p] is position p of an endless shuffled order of `videos`.
-
-    sample(video, rng) -> list of index arrays, one per clip, which are decoded in one call; or a tuple of
-    that list and a tensor, the label in place of the video's.
-    open(videos, index) -> what gives them, a context manager like Video, which it is by default.
-    view(list of uint8 (T, C, H, W)) -> tensors in tuples or dicts, such as {net: {view: clip}}. Its
-    randomness is torch's default generator, here a function of (seed, index, pass) and put back afterwards.
-    clips[p] = dict(views=what view gives, label=int64 () or float32 (K,), index=int, bad=[(index, reason)]).
-    For an unreadable video the next position stands in, in another draw, lest a batch hold one clip
-    twice; STAND_INS in a row raise VideoError. A video is unreadable whatever opening or decoding it raises;
-    what `sample` and `view` raise is a bug and surfaces.
-    """
-
-    def __init__(self, videos, sample, view, seed, short_side=None, open=open_video):
-        self.videos, self.sample, self.view, self.seed, self.open = videos, sample, view, seed, open
-        self.short_side, self.order = short_side, Order(len(videos), seed)
-
-    def __len__(self):
-        return len(self.videos)
-
-    def __getitem__(self, p):
-        bad = []
-        for k in range(STAND_INS):
-            index, draw = self.order[p + k]
-            rng = np.random.default_rng((self.seed, index, draw, k))
-            torch_seed = int(rng.integers(2**63))
-            try:
-                clips, label = _decode(self, index, rng)
-            except VideoError as error:
-                bad.append((index, str(error)))
-                continue
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(torch_seed)
-                views = self.view(clips)
-            label = _label(self.videos, index) if label is None else label
-            return dict(views=views, label=label, index=index, bad=bad)
-        path, reason = self.videos.path(bad[0][0]), bad[0][1]
-        raise VideoError(f"{path}: {reason} (and so for the {STAND_INS - 1} videos drawn after it)")
-
-
-class Views(Dataset):
-    """Test views: views[i] belongs to video i, which nothing ever replaces.
-
-    sample(video) -> list of index arrays; view(list of uint8 (T, C, H, W)) -> (V, T, C, H, W); open as in
-    Clips. What is random in `view` (torch's default generator) is a function of i.
-    views[i] = dict(views=(V, T, C, H, W) or None if unreadable, label, index, bad=reason or None).
-    """
-
-    def __init__(self, videos, sample, view, short_side=None, open=open_video):
-        self.videos, self.sample, self.view = videos, sample, view
-        self.short_side, self.open = short_side, open
-
-    def __len__(self):
-        return len(self.videos)
-
-    def __getitem__(self, i):
-        item = dict(views=None, label=_label(self.videos, i), index=i, bad=None)
-        try:
-            clips, _ = _decode(self, i)
-        except VideoError as error:
-            return dict(item, bad=str(error))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(i)
-            return dict(item, views=self.view(clips))
-
-
-def _label(videos, index):
-    label = torch.as_tensor(videos.labels[index])
-    return label.float() if label.ndim else label.long()
-
-
-# ---- batches -------------------------------------------------------------------------------------
-
-
-def train_loader(sources, start, stop, rank=0, world=1, workers=0):
-    """Batches start..stop-1 of sources = [(Clips, batch size per rank), ...], one set of workers.
-
-    Batch k holds for a batch size of B the positions (k * world + rank) * B + 0..B-1; nothing
-    before `start` is decoded. Yields a list with one dict per source: views, each (B, ...),
-    label (B, ...), index (B,), bad=[(index, reason), ...].
-    """
-    clips, sizes = zip(*sources, strict=True)
-    return _loader(_Joint(clips), _Steps(sizes, start, stop, rank, world), _joint_batch, workers)
-
-
-class _Joint(Dataset):
-    """Several data sets as one: key (number of the data set, its own key)."""
-
-    def __init__(self, parts):
-        self.parts = parts
-
-    def __getitem__(self, key):
-        return key[0], self.parts[key[0]][key[1]]
-
-
-class _Steps:
-    """The keys (source, position) of each of a rank's batches."""
-
-    def __init__(self, sizes, start, stop, rank, world):
-        self.sizes, self.steps, self.rank, self.world = sizes, range(start, stop), rank, world
-
-    def __len__(self):
-        return len(self.steps)
-
-    def __iter__(self):
-        for k in self.steps:
-            first = [(k * self.world + self.rank) * size for size in self.sizes]
-            yield [(s, first[s] + j) for s, size in enumerate(self.sizes) for j in range(size)]
-
-
-def _joint_batch(items):
-    parts = {}
-    for s, item in items:
-        parts.setdefault(s, []).append(item)
-    return [_train_batch(parts[s]) for s in sorted(parts)]
-
-
-def _train_batch(items):
-    batch = {k: default_collate([item[k] for item in items]) for k in ("views", "label", "index")}
-    bad = [fault for item in items for fault in item["bad"]]
-    return dict(batch, bad=bad)
-
-
-def test_loader(views, block, rank=0, world=1, workers=0, done=()):
-    """The test set in blocks of `block` consecutive videos; rank r takes blocks r, r + world, ...
-
-    So the same videos go through the network together for any number of ranks. done: numbers of blocks
-    that are left out, with what is left being shared out in the same way. Yields
-    dict(views=(sum of V, T, C, H, W) or None if none is readable, counts=(videos,) views of each,
-    label, index, bad=[(index, reason), ...]).
-    """
-    starts = [start for start in range(0, len(views), block) if start // block not in done]
-    blocks = [range(start, min(start + block, len(views))) for start in starts[rank::world]]
-    return _loader(views, blocks, _test_batch, workers)
-
-
-def _test_batch(items):
-    readable = [item["views"] for item in items if item["bad"] is None]
-    counts = [0 if item["bad"] else len(item["views"]) for item in items]
-    bad = [(item["index"], item["bad"]) for item in items if item["bad"] is not None]
-    batch = {k: default_collate([item[k] for item in items]) for k in ("label", "index")}
-    views = torch.cat(readable) if readable else None
-    return dict(batch, views=views, counts=torch.tensor(counts), bad=bad)
-
-
-def _loader(dataset, batches, collate, workers):
-    options = dict(batch_sampler=batches, collate_fn=collate, pin_memory=torch.cuda.is_available())
-    if workers:  # no plain fork: the main process has threads, and CUDA does not survive it
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torchvision.transforms.v2", "av"])  # once, not per worker
-        _start_forkserver()
-        options.update(num_workers=workers, multiprocessing_context=context)
-    return DataLoader(dataset, worker_init_fn=_begin_worker, **options)
-
-
-class _Hung(BaseException):
-    """Not an Exception: without workers it is raised while a video is decoded, and is no fault of that."""
-
-
-def watched(loader):
-    """The batches of a loader; RuntimeError when one takes more than TIMEOUT seconds (main thread only).
-
-    The loader's own time-out would also hide for as long that a worker has died.
-    """
-
-    def hung(*_):
-        raise _Hung
-
-    before, batches = signal.signal(signal.SIGALRM, hung), iter(loader)
-    try:
-        while True:
-            signal.alarm(TIMEOUT)
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except _Hung:
-                raise RuntimeError(f"DataLoader timed out after {TIMEOUT} seconds") from None
-            except (EOFError, ConnectionError) as error:  # killed while it was handing over a batch
-                if "in DataLoader worker" in str(error):  # raised by what the worker ran
-                    raise
-                raise RuntimeError("DataLoader worker (pid unknown) exited unexpectedly") from error
-            finally:
-                signal.alarm(0)
-            yield batch
-    finally:
-        signal.signal(signal.SIGALRM, before)
-
-
-def _start_forkserver():
-    """Start it deaf to the signals that stop a run: it and its workers must outlive the last step."""
-    handlers = [(number, signal.signal(number, signal.SIG_IGN)) for number in SIGNALS]
-    folder = tempfile.tempdir
-    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TMPDIR:
-        tempfile.tempdir = "/tmp"
-    try:
-        forkserver.ensure_running()
-    finally:
-        tempfile.tempdir = folder
-        for number, handler in handlers:
-            signal.signal(number, handler)
-
-
-def _begin_worker(worker):
-    """The main process decides when to stop: Ctrl-C and batch systems signal its workers as well."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_unsendable)
-    end_with_parent()
-
-
-def _unsendable(error, item):
-    """End this worker: multiprocessing would drop the batch, and the main process would wait for it."""
-    trace = getattr(item[1], "exc_msg", "")  # of an exception in place of a batch
-    print(f"{trace}a loader worker cannot send a batch: {error!r}", file=sys.stderr)
-    os._exit(1)
-
-
-@atexit.register
-def _kill_workers():
-    """At exit multiprocessing sends its workers SIGTERM, which loader workers ignore, and waits for them."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
-def end_with_parent():
-    """Let this process end when the one that asked for it does, even by kill -9.
-
-    A loader's own watch looks at the parent of a worker, which is the fork server: that lives as long as its
-    workers, and they would wait for work for ever.
-    """
-
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

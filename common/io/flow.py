@@ -10,210 +10,47 @@ Field i is the motion from frame i to frame i + 1: u to the right, v down, in pi
 computed from. As bytes, zero motion is 128 and `bound` pixels are 127 steps from it (`to_bytes`). A flow
 video is an ordinary file of one gray picture per field, u above v, each at the time of its first frame.
 
-    python -m common.flow DATA --out DIR                          every video; goes on where it was
-    torchrun --nproc_per_node 8 -m common.flow DATA --out DIR     shared among processes, and their GPUs
+    python -m common.tools.flow DATA --out DIR                          every video; goes on where it was
+    torchrun --nproc_per_node 8 -m common.tools.flow DATA --out DIR     shared among processes, and their GPUs
 
 There may be more processes than GPUs: some read and write videos while others compute. The same command
 may also be started several times, on several machines that share the disk.
 """
 
-import argparse
 import json
 import math
 import os
 import re
-import signal
 import sys
 import time
-import warnings
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from common import UserError
-from common.datasets import default_root, forms, load, printable, stem_of
+from common.errors import OutOfRange, UserError, VideoError, printable, reason_of, reasons
 from common.io import files
-from common.run import survive_output
-from common.video import FPS, OutOfRange, Video, VideoError, check_size, encode, reason_of, reasons
+from common.io.decode import FPS, Video, check_size, encode
+from common.io.readers import forms, stem_of
+from common.tvl1 import SCHEME, SMALLEST, _flow
 
-SMALLEST = 16  # pixels; no level of the pyramid has a shorter side, as in OpenCV
-# Pixels of the pictures that are worked on together: on the CPU what fits its caches.
-TOGETHER = {"cpu": 2**16, "cuda": 2**24}
 BOUND = 20.0  # pixels that a byte of 1 or 255 stands for, where nothing else is said
+
+
 SHORT_SIDE = 256  # pixels; of larger pictures, before their flow is computed
+
+
 GOP = 12  # fields from one key frame of a flow video to the next
+
+
 CHUNK = 2**24  # pixels of the frames of a video that are in memory at a time
+
+
 EVERY = 60  # seconds between two lines of progress, where there is no terminal
-
-
-# ---- TV-L1 -----------------------------------------------------------------------------------------
-
-
-def tvl1(frames, *, tau=0.25, lam=0.15, theta=0.3, nscales=5, zfactor=0.8, warps=5, iterations=30):
-    """Optical flow between neighbouring frames: Zach, Pock and Bischof 2007, by Sanchez et al. (IPOL 2013).
-
-    frames: (N, T, H, W) gray or (N, T, 3, H, W) RGB, uint8, or floats from 0 to 1. Returns float32
-    (N, T - 1, 2, H, W): what is at (x, y) in frame t is at (x + u, y + v) in frame t + 1, in pixels.
-
-    The names are those of the IPOL paper: tau, time step of the dual problem; lam (lambda), weight of the
-    data; theta, coupling; nscales levels, each zfactor times the one below it; warps per level.
-    This is OpenCV's DualTVL1 at outerIterations=1, innerIterations=iterations, medianFiltering=1 and
-    epsilon=0: its default, 10 outer iterations with a median filter before each, ends once the mean
-    squared change is below epsilon squared, which in a batch all would have to wait for.
-    Raises ValueError for less than two frames, for other values and types (lam is for pictures from 0 to 255:
-    as such, those from 0 to 1 would hardly move), and for pictures of less than SMALLEST pixels.
-    """
-    if frames.ndim not in (4, 5) or frames.ndim == 5 and frames.shape[2] != 3:
-        raise ValueError(f"frames are (N, T, H, W) or (N, T, 3, H, W), not {tuple(frames.shape)}")
-    n, t = frames.shape[:2]
-    if t < 2:
-        raise ValueError(f"flow needs two frames, not {t}")
-    if frames.is_floating_point():
-        least, most = frames.aminmax()
-        if not (least >= 0 and most <= 1):  # also NaN
-            raise ValueError(f"frames that are floats go from 0 to 1, not from {least:g} to {most:g}")
-        frames = 255 * frames.float()
-    elif frames.dtype != torch.uint8:
-        raise ValueError(f"frames are uint8, or floats from 0 to 1, not {frames.dtype}")
-    first = torch.arange(n * t, device=frames.device).view(n, t)[:, :-1].flatten()
-    scheme = dict(tau=tau, lam=lam, theta=theta, nscales=nscales, zfactor=zfactor, warps=warps)
-    flow = _flow(frames.flatten(0, 1), first, **scheme, iterations=iterations)
-    return flow.unflatten(0, (n, t - 1))
-
-
-# What flow videos are made with. Three levels more than OpenCV's default follow motion of up to twice the
-# speed, and cost a tenth more time.
-SCHEME = {**tvl1.__kwdefaults__, "nscales": 8}
-
-
-@torch.no_grad()
-def _flow(frames, first, tau, lam, theta, nscales, zfactor, warps, iterations):
-    """float32 (P, 2, H, W): from frames[i] to frames[i + 1] for each i of `first`, int64 (P,)."""
-    if min(frames.shape[-2:]) < SMALLEST:
-        height, width = frames.shape[-2:]
-        raise ValueError(f"pictures of {width} x {height} pixels are too small for flow")
-    flow = None
-    for level in reversed(_pyramid(_gray(frames), nscales, zfactor)):
-        size = level.shape[-2:]
-        if flow is None:
-            flow = level.new_zeros(len(first), 2, *size)
-        else:
-            flow = F.interpolate(flow, size, mode="bilinear").div_(zfactor)
-        together = max(TOGETHER[level.device.type] // size.numel(), 1)
-        for u, i in zip(flow.split(together), first.split(together), strict=True):
-            _refine(u, level[i], level[i + 1], tau, lam, theta, warps, iterations)
-    return flow
-
-
-def _gray(frames):
-    """float32 (T, H, W) of frames (T, H, W) or (T, 3, H, W), with the weights of OpenCV, unrounded."""
-    if frames.ndim == 3:
-        return frames.float()
-    r, g, b = frames.unbind(1)
-    return (0.299 * r + 0.587 * g + 0.114 * b).float()
-
-
-def _pyramid(pictures, nscales, zfactor):
-    """[(T, H, W), ...], the largest first: bilinear, without blur, sampled at exactly 1 / zfactor."""
-    levels, more = [pictures], math.ceil(1.5 / zfactor)
-    while len(levels) < nscales:
-        height, width = (round(side * zfactor) for side in levels[-1].shape[-2:])
-        if min(height, width) < SMALLEST:
-            break
-        # interpolate rounds sizes down, and given a size it samples at the ratio of the sizes.
-        x = F.pad(levels[-1][:, None], (0, more, 0, more), mode="replicate")
-        x = F.interpolate(x, scale_factor=zfactor, mode="bilinear", recompute_scale_factor=False)
-        levels.append(x[:, 0, :height, :width].contiguous())
-    return levels
-
-
-def _refine(flow, first, second, tau, lam, theta, warps, iterations):
-    """Improve the flow (P, 2, H, W) between pictures (P, H, W) of one level, in place."""
-    height, width = first.shape[-2:]
-    edge = F.pad(second[:, None], (1, 1, 1, 1), mode="replicate")
-    dx = (edge[..., 1:-1, 2:] - edge[..., 1:-1, :-2]) / 2
-    dy = (edge[..., 2:, 1:-1] - edge[..., :-2, 1:-1]) / 2
-    # Outside all is zero, as in OpenCV. With sides of a power of two, and one, grid_sample's coordinates are
-    # exact for pixels at rest: an error of 1e-5 pixels at the border would grow from warp to warp.
-    sides = [2 ** (side - 1).bit_length() for side in (width, height)]
-    source = torch.cat([second[:, None], dx, dy], 1)  # (P, 3, H, W)
-    source = F.pad(source, (0, sides[0] + 1 - width, 0, sides[1] + 1 - height))
-    sides = torch.tensor(sides, device=flow.device)
-    pixels = (torch.arange(side, device=flow.device) for side in (width, height))
-    pixels = torch.stack(torch.meshgrid(*pixels, indexing="xy"))  # (2, H, W)
-
-    u, px, py = flow.clone(), torch.zeros_like(flow), torch.zeros_like(flow)
-    if flow.is_cuda:
-        (primal, dual), into, room = _fused(), (), ()
-    else:  # in memory that stays in the caches
-        primal, dual, into = _primal, _dual, (torch.empty_like(first), u)
-        room = [torch.zeros_like(flow) for _ in range(3)]
-    for _ in range(warps):
-        grid = (pixels + u).movedim(1, -1) * (2 / sides) - 1
-        warped = F.grid_sample(source, grid, "bicubic", "zeros", align_corners=True)
-        g = warped[:, 1:].contiguous()
-        square = (g * g).sum(1)
-        factor = torch.where(square > 1e-7, -1 / square, 0)
-        a = (warped[:, 0] - first - (g * u).sum(1)) * factor
-        b = g * factor[:, None]
-        for _ in range(iterations):
-            u = primal(u, px, py, a, b, g, lam * theta, *into)
-            dual(u, px, py, tau, theta, *room)
-    flow.copy_(u)
-
-
-def _primal(u, px, py, a, b, g, most, s=None, out=None):
-    """The flow u (P, 2, H, W) after a primal step. px, py: theta times the dual variables in x and y.
-
-    v = u + g clamp(-rho / |g|^2, -most, most) is the thresholding, its three cases in one: rho = rho_c + g.u
-    is the residual, a = -rho_c / |g|^2 (P, H, W), b = -g / |g|^2 (P, 2, H, W), and most = lam theta. Then
-    u = v + theta div p, whose differences look back. s, out: memory for the factor of g and for the result.
-    """
-    s = torch.addcmul(a, b[:, 0], u[:, 0], out=s)
-    s.addcmul_(b[:, 1], u[:, 1]).clamp_(-most, most)
-    u = torch.addcmul(u, g, s[:, None], out=out).add_(px).add_(py)
-    u[..., 1:].sub_(px[..., :-1])
-    u[..., 1:, :].sub_(py[..., :-1, :])
-    return u
-
-
-def _dual(u, px, py, tau, theta, norm=None, dx=None, dy=None):
-    """A dual step of px and py, in place: p = (p + tau/theta grad u) / (1 + tau/theta |grad u|).
-
-    The differences look forward and are 0 in the last column or row, so that p is 0 there. norm, dx, dy:
-    memory like u for what is between; the last column of dx and the last row of dy are zero.
-    """
-    if dx is None:
-        dx, dy = F.pad(u.diff(dim=-1), (0, 1)), F.pad(u.diff(dim=-2), (0, 0, 0, 1))
-    else:
-        torch.sub(u[..., 1:], u[..., :-1], out=dx[..., :-1])
-        torch.sub(u[..., 1:, :], u[..., :-1, :], out=dy[..., :-1, :])
-    norm = torch.mul(dx, dx, out=norm)
-    norm.addcmul_(dy, dy).sqrt_().mul_(tau / theta).add_(1)
-    px.add_(dx, alpha=tau).div_(norm)
-    py.add_(dy, alpha=tau).div_(norm)
-
-
-@cache
-def _fused():
-    """(_primal, _dual) as one kernel each, for CUDA; as they are, with a warning, if torch cannot compile."""
-    primal, dual = torch.compile(_primal), torch.compile(_dual)
-    try:
-        for size in ((3, 2, 18, 17), (2, 2, 20, 24)):  # of the second it learns that sizes differ
-            u, px, py, a, b, g = (torch.zeros(size, device="cuda") for _ in range(6))
-            dual(primal(u, px, py, a[:, 0].clone(), b, g, 0.045), px, py, 0.25, 0.3)
-    except Exception as error:  # no compiler, no Triton, an old GPU: each has its own kind of error
-        reason = str(error).strip().partition("\n")[0][:200]
-        warnings.warn(f"flow takes several times as long: torch.compile fails ({reason})", stacklevel=2)
-        return _primal, _dual
-    return primal, dual
 
 
 # ---- flow as bytes ---------------------------------------------------------------------------------
@@ -229,7 +66,7 @@ def to_pixels(x, bound=BOUND):
     return (x.float() - 128) * (bound / 127)
 
 
-def write(path, fields, times=None, fps=FPS):
+def write_flow(path, fields, times=None, fps=FPS):
     """Write a flow video, complete or absent: uint8 (2, H, W) fields at `times` in seconds, or at a rate.
 
     fields: a tensor (T, 2, H, W), or anything that yields fields. Coded without loss: one step of a byte
@@ -310,7 +147,7 @@ class Flow(_Fields):
     def _read(self, wanted):
         if self._video is None:
             with reasons():
-                pictures = [_picture(path) for i in wanted for path in self._pairs[i]]
+                pictures = [_flow_picture(path) for i in wanted for path in self._pairs[i]]
             if len({picture.shape for picture in pictures}) > 1:
                 raise VideoError("the flow pictures differ in size")
             return torch.from_numpy(np.stack(pictures)).unflatten(0, (-1, 2))
@@ -340,7 +177,7 @@ def _pairs(folder):
     return [(found["x"][i], found["y"][i]) for i in numbers]
 
 
-def _picture(path):
+def _flow_picture(path):
     """uint8 (H, W) of a gray picture."""
     with Image.open(path) as image:
         check_size(image.height, image.width)
@@ -380,7 +217,7 @@ class Computed(_Fields):
 # ---- the flow of a data set ------------------------------------------------------------------------
 
 
-def find(root, name):
+def find_flow(root, name):
     """The path, for Flow, of the flow of the video `name` (Videos.name) in the folder `root`; or None.
 
     It is <root>/<name without suffix>.mp4, or a folder of that name that holds flow pictures, in either
@@ -422,7 +259,7 @@ def _settings_of(root):
         raise UserError(f"{path} cannot be read ({error}): delete it, and make the flow again") from None
 
 
-def extract(
+def extract_flow(
     videos, out, short_side=SHORT_SIDE, bound=BOUND, device=None, rank=0, world=1, say=print, bar=None
 ):
     """Make a flow video, <out>/<name without suffix>.mp4, of every file of `videos`, for `find`.
@@ -544,7 +381,7 @@ def _extract_one(path, target, wait, short_side, bound, device):
                 many = max(CHUNK // (video.height * video.width), 1)
                 starts = range(0, len(video), many)
                 chunks = (video.get(range(i, min(i + many, len(video)))) for i in starts)
-                write(target, (field for chunk in chunks for field in chunk), video.times, video.fps)
+                write_flow(target, (field for chunk in chunks for field in chunk), video.times, video.fps)
             return "made", None
     except (OSError, torch.AcceleratorError) as error:  # of the disk or the GPU, no fault of the video
         if getattr(error, "errno", None) in files.NAME_ERRORS:
@@ -582,63 +419,3 @@ def _list_bad(out, path, reason):
         new += [f"{path}\t{reason}"] * (reason is not None)
         if new != lines:
             files.write(listed, "".join(f"{line}\n" for line in new))
-
-
-def main(argv=None):
-    """The command. Returns the exit status: 2 after a UserError, 130 after SIGINT or SIGTERM, else 0.
-
-    So it is 0 with bad videos, too: another would make torchrun end the ranks that are not done.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m common.flow", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Make a flow video of every video of a data set.",
-    )  # fmt: skip
-    parser.add_argument("data", help="name of a data set, or a folder")
-    parser.add_argument("--out", required=True, help="folder for the flow videos")
-    parser.add_argument("--root", help="where the data set is (data/<name> if not given)")
-    parser.add_argument("--split", type=int, default=1, help="which lists are read")
-    parser.add_argument(
-        "--short_side", type=int, default=SHORT_SIDE, help="pixels; smaller videos keep their size"
-    )
-    parser.add_argument("--bound", type=float, default=BOUND, help="pixels of motion that a byte can hold")
-    args = parser.parse_args(argv)
-    survive_output()
-    group = os.environ if "RANK" in os.environ else {}
-    rank, world = int(group.get("RANK", 0)), int(group.get("WORLD_SIZE", 1))
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # no file is left half-written
-    try:
-        counts = _extract_data(args, rank, world)
-    except UserError as error:
-        if rank:
-            time.sleep(5)  # rank 0 says the same, and torchrun then ends this rank
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    share = f"rank {rank} of {world}: " * (world > 1)
-    listed = f" (listed in {os.path.join(args.out, 'bad_videos.txt')})" * (counts["bad"] > 0)
-    made, there, bad = (counts[key] for key in ("made", "there", "bad"))
-    print(printable(f"{share}{made} made, {there} were there, {bad} unreadable{listed}"))
-    return 0
-
-
-def _extract_data(args, rank, world):
-    name = "hmdb51:all" if args.data == "hmdb51" else args.data
-    root = args.root or default_root(name)
-    data = load(name, root, args.split)
-    if Path(args.out).resolve().is_relative_to(Path(root).resolve()):
-        raise UserError(f"--out {args.out} lies in {root}: its files would be taken for videos of that")
-    for note in data.notes if rank == 0 else ():
-        print(printable(note), flush=True)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    videos = [data.train, data.test]
-    return extract(videos, args.out, args.short_side, args.bound, device, rank, world)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

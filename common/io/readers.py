@@ -10,309 +10,40 @@ what a list names is looked up in scans of the folders, with another suffix, cla
 prefix if need be; what is not there, or no video, is left out and reported, above half of a list it is an
 error, as is everything that puts a label in doubt.
 
-    python -m common.datasets check DATA               decode every file, list the bad ones
-    python -m common.datasets shrink DATA --out DIR    a smaller copy that loads several times faster
+    python -m common.tools.check DATA               decode every file, list the bad ones
+    python -m common.tools.shrink DATA --out DIR    a smaller copy that loads several times faster
 """
 
-import argparse
 import csv
 import dataclasses
-import hashlib
 import io
 import json
-import math
-import multiprocessing
 import os
 import re
-import signal
-import sys
 import unicodedata
-import warnings
-from collections import Counter, deque
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache, partial
+from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from common import UserError
-from common.io import files, toy
-from common.run import agreed, survive_output
-from common.video import FLOW, FPS, PICTURES, Video, VideoError, encode, end_with_parent, reason_of, reasons
+from common.data import Videos
+from common.errors import UserError, printable
+from common.io import toy
+from common.io.decode import FLOW, FPS, PICTURES
 
 SUFFIXES = tuple(  # of what PyAV reads
     ".avi .mp4 .webm .mkv .mov .3g2 .3gp .264 .265 .amv .asf .divx .dv .f4v .flv .gif .h264 .h265 .hevc .ivf "
     ".m1v .m2t .m2ts .m2v .m4v .mjpeg .mjpg .mk3d .mod .mpe .mpeg .mpg .mpv .mts .mxf .nut .obu .ogm .ogv "
     ".qt .rm .rmvb .tod .tp .trp .ts .vob .vro .wmv .wtv .xvid .y4m".split()
 )
+
+
 LISTS = (".txt", ".csv", ".json")
+
+
 HIDDEN = ("thumbs.db", "desktop.ini", "lost+found")  # beside names that begin with a dot
-PER_CLASS = {("k400", 0.01): 6, ("k400", 0.1): 60, ("ucf101", 0.01): 1, ("ucf101", 0.1): 10}
-
-
-# ---- videos and data -------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Videos:
-    """A list of videos in a few arrays, which a worker gets at once; made by Videos.make.
-
-    labels: (N,) int64, or (N, K) uint8 with a one for each class of the video; groups: (N,) int32 or
-    None, clips of a group show one scene; spans: (N, 2) float64 seconds (start, end) or None; flow: the
-    folder of their extracted optical flow, or None.
-    """
-
-    root: str
-    blob: bytes
-    offsets: np.ndarray
-    labels: np.ndarray
-    groups: np.ndarray | None = None
-    spans: np.ndarray | None = None
-    flow: str | None = None
-
-    @classmethod
-    def make(cls, root, names, labels, groups=None, spans=None, flow=None):
-        """From names relative to root, and the other fields in any array form."""
-        names = [os.fsencode(name) for name in names]
-        offsets = np.cumsum([0, *map(len, names)], dtype=np.int64)
-        labels = np.asarray(labels, dtype=np.uint8 if np.ndim(labels) == 2 else np.int64)
-        groups = None if groups is None else np.asarray(groups, dtype=np.int32)
-        spans = None if spans is None else np.asarray(spans, dtype=np.float64).reshape(-1, 2)
-        if any(x is not None and len(x) != len(names) for x in (labels, groups, spans)):
-            raise ValueError("names, labels, groups and spans differ in length")
-        return cls(os.fspath(root), b"".join(names), offsets, labels, groups, spans, flow)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def name(self, i):
-        """Path relative to root: "Biking/v_Biking_g01_c04.avi"."""
-        i = range(len(self))[i]
-        return os.fsdecode(self.blob[self.offsets[i] : self.offsets[i + 1]])
-
-    def path(self, i):
-        return os.path.join(self.root, self.name(i))
-
-    def span(self, i):
-        """(start, end) in seconds if only that part of the file counts, else None."""
-        return None if self.spans is None else (float(self.spans[i, 0]), float(self.spans[i, 1]))
-
-    def lines(self, indices=None):
-        """What tells the videos `indices`, or all, from others: lines "name label", with the span if any."""
-        which = range(len(self)) if indices is None else indices
-        spans = [""] * len(self) if self.spans is None else [f" {a} {b}" for a, b in self.spans.tolist()]
-        labels = self.labels.tolist()
-        return [f"{_nfc(self.name(i))} {labels[i]}{spans[i]}" for i in which]
-
-    def subset(self, indices):
-        """The videos `indices`, in that order."""
-        at = np.asarray(indices, dtype=np.int64)
-        fields = [None if x is None else x[at] for x in (self.labels, self.groups, self.spans)]
-        return Videos.make(self.root, [self.name(i) for i in at], *fields, self.flow)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Data:
-    """A data set. flip: may a clip be mirrored without changing its label; notes: sentences to print."""
-
-    name: str
-    split: int
-    classes: tuple[str, ...]
-    train: Videos
-    test: Videos
-    multilabel: bool
-    flip: bool
-    notes: tuple[str, ...]
-
-    def lists(self):
-        """What must be the same on all ranks, {what: list of lines}."""
-        train, test = self.train.lines(), self.test.lines()
-        return {"training videos": train, "test videos": test, "classes": list(self.classes)}
-
-    def with_flow(self, folder):
-        """The same, with the optical flow of its videos in `folder`."""
-        train, test = (dataclasses.replace(videos, flow=folder) for videos in (self.train, self.test))
-        return dataclasses.replace(self, train=train, test=test)
-
-
-def load(name, root=None, split=1, labels=True):
-    """Read the data set `name`: one of READERS, or a folder with list files or class folders.
-
-    root: where it is, data/<name> if None. labels=False: a folder needs no labels; then `train` are its
-    videos, of label -1 where none is known, and `test` and `classes` are empty. Raises UserError if the data
-    set is not there or not as expected.
-    """
-    name, known = os.fspath(name), name in READERS
-    if not known and not os.path.isdir(name):
-        raise UserError(f"there is no data set or folder {name}; the data sets are {', '.join(READERS)}")
-    reader = READERS.get(name, _folder if labels else _unlabelled)
-    kind, _, variant = name.partition(":") if known else ("", "", "")
-    root, splits = os.fspath(root or default_root(name)), 3 if kind in ("ucf101", "hmdb51") else 1
-    if split not in range(1, splits + 1):
-        raise UserError(f"--split {split}: {name} has {'1, 2 and 3' if splits == 3 else 'only split 1'}")
-    layout = " ".join((reader.__doc__ or "\n\n").split("\n\n")[1].split())  # also under python -OO
-    notes = []
-    try:
-        if kind != "toy" and not os.path.isdir(root):
-            raise NotThere(f"there is no folder {root} (another place is given with --root)")
-        classes, train, test = reader(root, split, variant, notes)
-    except NotThere as error:
-        raise UserError(f"{error}; {name} is expected as {layout}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
-    except (KeyError, TypeError, ValueError, csv.Error) as error:  # JSON or CSV of another form
-        raise UserError(f"the annotations in {root} are not those of {name}: {error!r}") from error
-    name = name if known else os.path.basename(os.path.abspath(name))
-    flip = not re.match("(?i)toy|ssv2|something", name)
-    return Data(name, split, tuple(classes), train, test, train.labels.ndim == 2, flip, tuple(notes))
-
-
-def default_root(name):
-    """Where a data set is if nobody says otherwise: data/<name>, or the folder itself."""
-    kind, _, variant = name.partition(":")
-    at_home = os.path.join("data", f"toy_{variant}" if kind == "toy" and variant else kind)
-    return at_home if name in READERS else name
-
-
-# ---- labelled subsets ------------------------------------------------------------------------------
-
-
-def labelled(data, ratio=None, per_class=None, seed=0, listfile=None):
-    """Which training videos keep their labels: sorted int64 indices into data.train, by one of three.
-
-    ratio in (0, 1]: the same number of each class, as in PER_CLASS where papers agree on one, else
-    ceil(ratio x mean class size); 1 means all. per_class: that number of each class. A class that has
-    fewer gives all, with a warning. The draw follows from (data, split, ratio or per_class, seed) and
-    the names without suffix. With several labels per video, ratio of all videos is drawn, unbalanced.
-    listfile: the videos of a list (see _read_list), found by name with or without suffix, folder or
-    prefix. It is the data's labels that count; a list with others is refused, or, up to a tenth of
-    its lines, warned of, as is a list with other names.
-    """
-    if [ratio, per_class, listfile].count(None) != 2:
-        raise UserError("give exactly one of --ratio, --per_class and --labelled_list")
-    if listfile is not None:
-        return _in_list(data, listfile)
-    videos, n = data.train, len(data.train)
-    if ratio is not None and not 0 < ratio <= 1:
-        raise UserError(f"--ratio {ratio} is not in (0, 1]: 0.01 is one per cent, 1 is all videos")
-    if per_class is not None and per_class < 1:
-        raise UserError(f"--per_class {per_class} is less than 1")
-    if per_class is not None and data.multilabel:
-        raise UserError(f"--per_class: the videos of {data.name} have several labels, use --ratio")
-    if ratio == 1:
-        return np.arange(n)
-    key = f"{data.name}|{data.split}|{per_class if ratio is None else ratio}|{seed}"
-    if ratio is not None:
-        mean = n if data.multilabel else n / len(data.classes)
-        enough = math.ceil(ratio * mean - 1e-9)  # 0.1 x 30 is 3, whatever the last bit says
-        per_class = PER_CLASS.get((data.name, ratio), enough)
-    key = _nfc(key).encode("utf-8", "surrogateescape")
-    rng = np.random.default_rng(list(hashlib.sha256(key).digest()))
-    order = sorted(range(n), key=lambda i: (_nfc(stem_of(videos.name(i))), videos.span(i)))
-    order = np.array(order, dtype=np.int64)
-    if data.multilabel:
-        return np.sort(rng.permutation(order)[:per_class])
-    classes = [order[videos.labels[order] == k] for k in range(len(data.classes))]
-    short = [f"{data.classes[k]} ({len(x)})" for k, x in enumerate(classes) if len(x) < per_class]
-    if short:
-        few = f"{len(short)} classes have fewer than {per_class} videos: {_some(short)}"
-        warnings.warn(few, stacklevel=2)
-    return np.sort(np.concatenate([rng.permutation(members)[:per_class] for members in classes]))
-
-
-def semi_supervised(data, ratio, per_class, seed, listfile, unlabelled="rest", say=print):
-    """(labelled, unlabelled) Videos: those of `labelled`, and the "rest" of data.train, or "all" of it.
-
-    The rest is all of it, too, where every video has a label. The counts and data.notes are said.
-    """
-    chosen = agreed(labelled, data, ratio, per_class, seed, listfile)
-    everything = np.arange(len(data.train))
-    rest = np.setdiff1d(everything, chosen)
-    pool = rest if unlabelled == "rest" and len(rest) else everything
-    also = " (the labelled ones too)" * (len(pool) > len(rest))
-    say(f"{data.name}: {len(data.classes)} classes, {len(chosen)} labelled videos, "
-        f"{len(pool)} unlabelled videos{also}, {len(data.test)} test videos")
-    for note in data.notes:
-        say(note)
-    return data.train.subset(chosen), data.train.subset(pool)
-
-
-def held_out(videos, share, seed):
-    """(N,) bool: which videos are for validation, about this share, of whole groups.
-
-    So one scene is never on both sides. Videos without groups are each their own. One group at least is left
-    to learn from.
-    """
-    groups = np.arange(len(videos)) if videos.groups is None else videos.groups
-    held = np.zeros(len(videos), dtype=bool)
-    for group in np.random.default_rng(seed).permutation(np.unique(groups))[1:]:
-        if held.sum() >= share * len(videos):
-            break
-        held |= groups == group
-    return held
-
-
-def _in_list(data, listfile):
-    """The training videos that a list file names; see labelled."""
-    videos, rows, indices = data.train, _read_list(listfile, []), {}
-    for i in range(len(videos)):  # several segments of a file share its name
-        indices.setdefault(videos.name(i), []).append(i)
-    names, chosen, wrong, lost = list(indices), [], [], []
-    for row, at in zip(rows, _match([row.name for row in rows], names), strict=True):
-        if at == AMBIGUOUS:
-            name = printable(row.name)
-            raise UserError(f"{row.place}: several videos are called {name}; give the folder, too")
-        same_name = indices[names[at]] if at != MISSING else []
-        labels = {i: np.flatnonzero(videos.labels[i]) if data.multilabel else [videos.labels[i]]
-                  for i in same_name if row.span in (None, videos.span(i))}
-        if not labels:
-            lost.append(row.name)
-            continue
-        same = [i for i, ys in labels.items() if not row.labels or set(ys) in ({-1}, set(row.labels))]
-        chosen += same or list(labels)
-        if not same:
-            wrong.append((row, [int(y) for ys in labels.values() for y in ys]))
-    if wrong:  # VideoSSL's lists for HMDB-51 take kick for kick_ball in some lines, and the like
-        row, ys = wrong[0]
-        differ = (f"{row.place}: label {_numbers(row.labels)}, but in {data.name} this video has "
-                  f"{_numbers(ys)}; {len(wrong)} of {len(rows)} lines differ")
-        if 10 * len(wrong) > len(rows):
-            raise UserError(differ + _hint(rows))
-        warnings.warn(f"{differ}, the labels of {data.name} count", stacklevel=3)
-    if not chosen:
-        raise UserError(f"{listfile}: none of its {len(rows)} videos is a training video of {data.name}, "
-                        f"split {data.split}; those are called like {printable(videos.name(0))}")
-    if lost:
-        warnings.warn(f"{len(lost)} of {len(rows)} videos of {listfile} are not training videos of "
-                      f"{data.name}, split {data.split}: {_some(lost)}", stacklevel=3)
-    return np.unique(np.array(chosen, dtype=np.int64))
-
-
-def digest(videos, indices=None):
-    """sha256 (hex) of the names, spans and labels of the videos `indices`, or of all, in order."""
-    sha = hashlib.sha256()
-    for i in range(len(videos)) if indices is None else indices:
-        line = f"{_nfc(videos.name(i))}\t{videos.span(i)}\t{videos.labels[i].tolist()}\n"
-        sha.update(line.encode("utf-8", "surrogateescape"))
-    return sha.hexdigest()
-
-
-def as_list(videos):
-    """The text of a list file that `labelled` reads again, see _read_list.
-
-    Of spans it has those that such a list can have: of folders, from one picture to another.
-    """
-    numbers = [np.flatnonzero(y) if videos.labels.ndim == 2 else [y] for y in videos.labels]
-    if videos.spans is not None and videos.labels.ndim == 1:
-        ends = videos.spans * FPS + 0.5
-        folders = [stem_of(videos.name(i)) == videos.name(i) for i in range(len(videos))]
-        if all(folders) and np.abs(ends - np.rint(ends)).max(initial=0) < 1e-6:
-            starts, ends = np.rint(ends).astype(np.int64).T
-            numbers = np.stack([starts, ends - starts, videos.labels], 1)
-    return "".join(f"{videos.name(i)} {' '.join(map(str, ys))}\n" for i, ys in enumerate(numbers))
 
 
 # ---- names and files -------------------------------------------------------------------------------
@@ -322,11 +53,6 @@ MISSING, AMBIGUOUS = -1, -2
 
 class NotThere(UserError):
     """A file or folder is missing; load adds what was expected."""
-
-
-def printable(name):
-    """A name fit to print, though it may hold bytes that are not UTF-8."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _some(names):
@@ -550,6 +276,7 @@ class Row(NamedTuple):
 # What ends a line of a list: integers, or "1,2", after commas, tabs or blanks, but not after a mixture.
 NUMBERS = re.compile(r"(( *, *X)+|( *\t\s*X)+|( +X)+)[\s,]*$".replace("X", r'(-?\d+|"[-\d, ]*")'))
 
+
 SEGMENT = re.compile(r"[\s,]*\d+[\s,]+0*[1-9]\d*[\s,]+-?\d+[\s,]*")  # start, frames, label
 
 
@@ -642,8 +369,10 @@ def _on_disk(base, found, rows, notes):
         names = [name.removeprefix(prefix) for name in names]
     for row, at in zip(rows, _match(names, found), strict=True):
         if at == AMBIGUOUS:
-            raise UserError(f"{row.place}: several videos in {base} are called {printable(row.name)}; "
-                            f"give the path from {base} on")
+            raise UserError(
+                f"{row.place}: several videos in {base} are called {printable(row.name)}; "
+                f"give the path from {base} on"
+            )
         name = found[at] if at != MISSING else _elsewhere(base, row.name)
         if name is None:
             lost.append(row.name)
@@ -662,8 +391,10 @@ def _check_folder(name, row, classes, keys):
         k = keys.get(_squash(folder), row.labels[0])
         if k != row.labels[0]:
             said = classes[row.labels[0]]
-            raise UserError(f"{row.place}: label {row.labels[0]} ({said}), but the folder of "
-                            f"{printable(name)} is class {k} ({classes[k]})")
+            raise UserError(
+                f"{row.place}: label {row.labels[0]} ({said}), but the folder of "
+                f"{printable(name)} is class {k} ({classes[k]})"
+            )
 
 
 def _pair(base, found, train, test, classes, notes, multilabel=False):
@@ -685,8 +416,10 @@ def _pair(base, found, train, test, classes, notes, multilabel=False):
             if other is row:
                 continue
             if (name, row.span) in tested or other.labels != row.labels:
-                raise UserError(f"{row.place}: {printable(name)} is also at {other.place}, with label "
-                                f"{_numbers(other.labels)}; keep one of them")
+                raise UserError(
+                    f"{row.place}: {printable(name)} is also at {other.place}, with label "
+                    f"{_numbers(other.labels)}; keep one of them"
+                )
             twice.append(row.name)
         if twice:
             notes.append(f"{len(twice)} repeated videos of {rows[0].source} are dropped: {_some(twice)}")
@@ -756,11 +489,15 @@ def _own_classes(root, rows):
     mend = f"or write the names of all classes to {os.path.join(root, 'classes.txt')}"
     for seen, y in enumerate(numbers):
         if y - seen > len(rows):
-            raise UserError(f"{labels[y].place}: label {y}, but {len(rows)} lines have only {seen} different "
-                            f"labels below it{_hint(rows)}: correct it, {mend}")
+            raise UserError(
+                f"{labels[y].place}: label {y}, but {len(rows)} lines have only {seen} different "
+                f"labels below it{_hint(rows)}: correct it, {mend}"
+            )
     if _like_frames(rows):
-        raise UserError(f"{rows[0].source}: labels {numbers[0]} to {numbers[-1]}{_hint(rows)}: correct them "
-                        f"(lines are 'path label' or 'folder frames label'), {mend}")
+        raise UserError(
+            f"{rows[0].source}: labels {numbers[0]} to {numbers[-1]}{_hint(rows)}: correct them "
+            f"(lines are 'path label' or 'folder frames label'), {mend}"
+        )
     if numbers[:1] == [1]:
         raise UserError(f"{rows[0].source}: the labels begin at 1, but must begin at 0: subtract 1, {mend}")
     return [str(y) for y in range(numbers[-1] + 1)] if numbers else sorted(labels)
@@ -776,8 +513,9 @@ def _part(root, names, found, split, notes, read=_read_list):
         for name in (name for name in found if name.startswith(folder + "/")):
             label = _nfc(name[len(folder) + 1 :]).split("/")[:-1][:1]
             if not label:
-                raise NotThere(f"{source} has videos in no class folder, such as {printable(name)}, "
-                               "and no list")
+                raise NotThere(
+                    f"{source} has videos in no class folder, such as {printable(name)}, and no list"
+                )
             rows.append(Row(name, tuple(label), source))
         if rows:
             return rows
@@ -901,8 +639,10 @@ def _ssv2(root, split, variant, notes):
     [something] next to [something]", ...}, ...]
     """
     base, found = _find_videos(root, notes, "20bn-something-something-v2", "videos", "rawframes", "frames")
-    paths = [_find_file(root, f"something-something-v2-{part}.json", f"{part}.json")
-             for part in ("labels", "train", "validation")]
+    paths = [
+        _find_file(root, f"something-something-v2-{part}.json", f"{part}.json")
+        for part in ("labels", "train", "validation")
+    ]
     table, parts = _read_json(paths[0]), []
     for path in paths[1:]:
         parts.append([])
@@ -966,233 +706,9 @@ def _activitynet(root, split, variant, notes):
 
 
 READERS = dict(k400=_k400, ucf101=_ucf101, hmdb51=_hmdb51, ssv2=_ssv2, charades=_charades, toy=_toy)
+
+
 READERS |= {"activitynet": _activitynet, "activitynet:whole": _activitynet, "hmdb51:all": _hmdb51}
+
+
 READERS |= {f"toy:{variant}": _toy for variant in ("a", "b", "c", "busy", "multi")}
-
-
-# ---- commands --------------------------------------------------------------------------------------
-
-
-def main(argv=None):
-    """`check` and `shrink`; returns the exit status: 1 if check found bad videos, 2 after a UserError."""
-    survive_output()
-    description = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m common.datasets", description=description)
-    commands = parser.add_subparsers(dest="command", required=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    texts = {"check": "decode every file and list the bad ones in bad_videos.txt; deletes nothing",
-             "shrink": "re-encode every file to small pictures and close key frames; goes on where it was"}
-    for name, text in texts.items():
-        defaults = argparse.ArgumentDefaultsHelpFormatter
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=defaults)
-        sub.add_argument("data", help="name of a data set, or a folder")
-        sub.add_argument("--root", help="where the data set is (data/<name> if not given)")
-        sub.add_argument("--split", type=int, default=1, help="which lists are read")
-        sub.add_argument("--workers", type=int, default=cores, help="processes, or 0")
-        if name == "check":
-            sub.add_argument("--out", default=".", help="folder for bad_videos.txt")
-            text = "compare every frame after a seek with that of one pass, not four windows of 8 frames"
-            sub.add_argument("--all_windows", action="store_true", help=text)
-            continue
-        sub.add_argument("--out", required=True, help="folder for the new data set")
-        sub.add_argument("--short_side", type=int, default=256, help="pixels; smaller videos keep their size")
-        sub.add_argument("--gop", type=int, default=12, help="frames from one key frame to the next")
-        sub.add_argument("--crf", type=int, default=23, help="quality of H.264: lower is better and larger")
-    args = parser.parse_args(argv)
-    try:
-        if args.workers < 0:
-            raise UserError(f"--workers {args.workers} is less than 0")
-        return dict(check=_check, shrink=_shrink)[args.command](args)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{error.filename or args.out}: {error.strerror}; when that is mended, run the same command "
-              "again", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-
-
-def _paths(args):
-    """(root, sorted paths of all files of the data set args.data)."""
-    name = "hmdb51:all" if args.data == "hmdb51" else args.data
-    root = args.root or default_root(name)
-    data = load(name, root, args.split)
-    for note in data.notes:
-        print(printable(note), flush=True)
-    return root, sorted({part.path(i) for part in (data.train, data.test) for i in range(len(part))})
-
-
-def _check(args):
-    _, paths = _paths(args)
-    if not os.access(args.out, os.W_OK):
-        raise UserError(f"--out {args.out} is not a folder that can be written to")
-    job = partial(_check_one, all_windows=args.all_windows)
-    bad = [(path, reason) for path, reason in _parallel(job, paths, args.workers, "check") if reason]
-    _report(args.out, bad, len(paths), "decode")
-    return 1 if bad else 0
-
-
-def _report(out, bad, total, verb):
-    """Write bad_videos.txt (path, tab, reason; empty if all is well), and say how many there are."""
-    path = os.path.join(out, "bad_videos.txt")
-    files.write(path, "".join(f"{name}\t{reason}\n" for name, reason in sorted(bad)))
-    listed = f"; the others are in {path}" if bad else ""
-    print(printable(f"{total - len(bad)} of {total} videos {verb}{listed}"))
-
-
-def _check_one(path, all_windows=False):
-    """Decode a file in one pass, and windows of it by seeks, too. Returns why it is bad, or None."""
-    torch.set_num_threads(1)
-    try:
-        with Video(path, min_share=1.0) as video:
-            pictures, n = {i: hash(picture.tobytes()) for i, picture in video.one_pass(16)}, len(video)
-            for start in range(0, n, 8) if all_windows else {0, n // 3, 2 * n // 3, max(n - 8, 0)}:
-                window = range(start, min(start + 8, n))
-                clip = video.get(window, 16).permute(0, 2, 3, 1).numpy()
-                if [hash(picture.tobytes()) for picture in clip] != [pictures[i] for i in window]:
-                    return f"frames {start} to {window[-1]} after a seek differ from those of one pass"
-    except Exception as error:
-        return reason_of(error)
-
-
-def _shrink(args):
-    """Every video again, as <same name>.mp4 under args.out, and the annotations beside them."""
-    if args.short_side < 16 or args.gop < 1 or not 0 <= args.crf <= 51:
-        raise UserError("--short_side must be 16 or more, --gop 1 or more, --crf 0 to 51")
-    root, paths = _paths(args)
-    if Path(args.out).resolve().is_relative_to(Path(root).resolve()):
-        raise UserError(f"--out {args.out} lies in {root}: the new data set needs a folder of its own")
-    targets = {}
-    for path in paths:
-        name = os.path.relpath(path, root)
-        name = name if not name.startswith("..") else os.path.join(*_parts(path)[-2:])
-        target = os.path.join(args.out, stem_of(name) + ".mp4")
-        if target in targets:
-            both = f"{printable(path)} and {printable(targets[target])}"
-            raise UserError(f"{both} would both become {printable(target)}")
-        targets[target] = path
-    settings = dict(short_side=args.short_side, gop=args.gop, crf=args.crf)
-    os.makedirs(args.out, exist_ok=True)
-    _same_settings(os.path.join(args.out, "shrink.json"), settings)
-    for temp in Path(args.out).rglob("*.mp4.*.tmp"):  # of a run that was killed
-        temp.unlink()
-    for file in _annotations(Path(root)):
-        copy = Path(args.out, file.relative_to(root))
-        copy.parent.mkdir(exist_ok=True)
-        with files.replacing(copy) as new:
-            new.write(file.read_bytes())
-    there = {os.path.join(args.out, name) for name in _scan(args.out)}
-    jobs = [(path, target, settings) for target, path in targets.items() if target not in there]
-    if len(jobs) < len(paths):
-        print(f"{len(paths) - len(jobs)} of {len(paths)} videos are done already", flush=True)
-    bad = []
-    for (path, *_), result in _parallel(_shrink_one, jobs, args.workers, "shrink"):
-        if isinstance(result, str):
-            bad.append((path, result))
-        elif result:
-            print(f"{printable(path)}: damaged frames replaced by a neighbour: {result}", flush=True)
-    _report(args.out, bad, len(paths), f"are in {args.out}")
-    return 0
-
-
-def _annotations(root):
-    """Lists and tables in a data set's folder and the folders in it."""
-    for folder in (root, *(folder for folder in sorted(root.iterdir()) if folder.is_dir())):
-        for file in folder.iterdir():
-            of_shrink = file.name in ("shrink.json", "bad_videos.txt")
-            if file.suffix in (".txt", ".csv", ".json") and file.is_file() and not of_shrink:
-                yield file
-
-
-def _same_settings(path, settings):
-    """Remember the settings in a file; raises UserError if it has others."""
-    if os.path.exists(path) and (old := _read_json(path)) != settings:
-        raise UserError(f"{path} has other settings ({old}); use those, or another --out")
-    files.write(path, json.dumps(settings) + "\n")
-
-
-def _shrink_one(job):
-    """Re-encode one video, every frame at its time.
-
-    Returns why that failed, else for how many frames others stand in, None if for none.
-    """
-    torch.set_num_threads(1)
-    path, target, settings = job
-    try:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        with Video(path) as video, files.replacing(target) as file:
-            options = {"preset": "fast", "crf": str(settings["crf"])}
-            pictures = _small(video, settings["short_side"])
-            times = encode(file.name, pictures, video.fps, video.times, options, gop=settings["gop"])
-            with Video(file.name) as copy:
-                if len(copy) != len(video) or np.abs(copy.times - times).max() > 1e-3:
-                    raise VideoError(f"{len(copy)} of {len(video)} frames arrived, or at other times")
-            return len(video.stand_ins) or None
-    except OSError as error:  # of the disk: what the video raises is a VideoError
-        if error.errno in files.NAME_ERRORS:
-            return reason_of(error)
-        raise
-    except Exception as error:
-        return reason_of(error)
-
-
-def _small(video, short_side):
-    """Yield the frames of a Video, uint8 (H, W, 3) of even sizes, the short side at most short_side."""
-    with reasons():
-        sides = video.height, video.width
-        if min(sides) < 2:
-            raise VideoError(f"pictures of {sides[1]} x {sides[0]} pixels are too small to encode")
-        waiting, n = {}, 0  # a file can be so damaged that its frames come in another order
-        for i, picture in video.one_pass(min(short_side, *sides)):
-            waiting[i] = picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]
-            while n in waiting:
-                yield waiting.pop(n)
-                n += 1
-
-
-def _parallel(job, items, workers, text):
-    """Yield (item, job(item)) in order of completion, from a pool of processes with a progress bar.
-
-    A job whose process dies (decoders crash on some files) has a sentence that says so for a result;
-    those that ran beside it are done again, one at a time. With 0 workers all run in this process.
-    """
-    from tqdm import tqdm
-
-    every = 0.5 if sys.stderr.isatty() else 60
-    todo, suspects = deque(items), deque()
-    with tqdm(total=len(items), desc=text, unit="video", mininterval=every, dynamic_ncols=True) as bar:
-        while todo and not workers:
-            yield todo[0], job(todo.popleft())
-            bar.update()
-        while todo or suspects:
-            queue, limit = (suspects, 1) if suspects else (todo, 2 * workers)
-            pool = ProcessPoolExecutor(min(limit, workers), multiprocessing.get_context("spawn"), _worker)
-            running = {}
-            try:
-                while queue or running:
-                    while queue and len(running) < limit:
-                        running[pool.submit(job, queue[0])] = queue[0]
-                        queue.popleft()
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        result = future.result()
-                        yield running.pop(future), result
-                        bar.update()
-            except BrokenProcessPool:
-                if queue is suspects and running:
-                    yield running.popitem()[1], "the process that decoded it died"
-                    bar.update()
-                suspects += running.values()
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-
-def _worker():
-    """A worker leaves Ctrl-C to the main process, and does not outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

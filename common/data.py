@@ -1,0 +1,306 @@
+"""Which videos, which labels: a data set, its labelled subset, and lists of both."""
+
+import csv
+import dataclasses
+import hashlib
+import math
+import os
+import re
+import warnings
+
+import numpy as np
+
+from common.errors import UserError, printable
+from common.io.decode import FPS
+from common.io.readers import (
+    AMBIGUOUS,
+    MISSING,
+    READERS,
+    NotThere,
+    _folder,
+    _hint,
+    _match,
+    _nfc,
+    _numbers,
+    _read_list,
+    _some,
+    _unlabelled,
+    stem_of,
+)
+from common.run import agreed
+
+PER_CLASS = {("k400", 0.01): 6, ("k400", 0.1): 60, ("ucf101", 0.01): 1, ("ucf101", 0.1): 10}
+
+
+# ---- videos and data -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Videos:
+    """A list of videos in a few arrays, which a worker gets at once; made by Videos.make.
+
+    labels: (N,) int64, or (N, K) uint8 with a one for each class of the video; groups: (N,) int32 or
+    None, clips of a group show one scene; spans: (N, 2) float64 seconds (start, end) or None; flow: the
+    folder of their extracted optical flow, or None.
+    """
+
+    root: str
+    blob: bytes
+    offsets: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray | None = None
+    spans: np.ndarray | None = None
+    flow: str | None = None
+
+    @classmethod
+    def make(cls, root, names, labels, groups=None, spans=None, flow=None):
+        """From names relative to root, and the other fields in any array form."""
+        names = [os.fsencode(name) for name in names]
+        offsets = np.cumsum([0, *map(len, names)], dtype=np.int64)
+        labels = np.asarray(labels, dtype=np.uint8 if np.ndim(labels) == 2 else np.int64)
+        groups = None if groups is None else np.asarray(groups, dtype=np.int32)
+        spans = None if spans is None else np.asarray(spans, dtype=np.float64).reshape(-1, 2)
+        if any(x is not None and len(x) != len(names) for x in (labels, groups, spans)):
+            raise ValueError("names, labels, groups and spans differ in length")
+        return cls(os.fspath(root), b"".join(names), offsets, labels, groups, spans, flow)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, i):
+        """Path relative to root: "Biking/v_Biking_g01_c04.avi"."""
+        i = range(len(self))[i]
+        return os.fsdecode(self.blob[self.offsets[i] : self.offsets[i + 1]])
+
+    def path(self, i):
+        return os.path.join(self.root, self.name(i))
+
+    def span(self, i):
+        """(start, end) in seconds if only that part of the file counts, else None."""
+        return None if self.spans is None else (float(self.spans[i, 0]), float(self.spans[i, 1]))
+
+    def lines(self, indices=None):
+        """What tells the videos `indices`, or all, from others: lines "name label", with the span if any."""
+        which = range(len(self)) if indices is None else indices
+        spans = [""] * len(self) if self.spans is None else [f" {a} {b}" for a, b in self.spans.tolist()]
+        labels = self.labels.tolist()
+        return [f"{_nfc(self.name(i))} {labels[i]}{spans[i]}" for i in which]
+
+    def subset(self, indices):
+        """The videos `indices`, in that order."""
+        at = np.asarray(indices, dtype=np.int64)
+        fields = [None if x is None else x[at] for x in (self.labels, self.groups, self.spans)]
+        return Videos.make(self.root, [self.name(i) for i in at], *fields, self.flow)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Data:
+    """A data set. flip: may a clip be mirrored without changing its label; notes: sentences to print."""
+
+    name: str
+    split: int
+    classes: tuple[str, ...]
+    train: Videos
+    test: Videos
+    multilabel: bool
+    flip: bool
+    notes: tuple[str, ...]
+
+    def lists(self):
+        """What must be the same on all ranks, {what: list of lines}."""
+        train, test = self.train.lines(), self.test.lines()
+        return {"training videos": train, "test videos": test, "classes": list(self.classes)}
+
+    def with_flow(self, folder):
+        """The same, with the optical flow of its videos in `folder`."""
+        train, test = (dataclasses.replace(videos, flow=folder) for videos in (self.train, self.test))
+        return dataclasses.replace(self, train=train, test=test)
+
+
+def load_data(name, root=None, split=1, labels=True):
+    """Read the data set `name`: one of READERS, or a folder with list files or class folders.
+
+    root: where it is, data/<name> if None. labels=False: a folder needs no labels; then `train` are its
+    videos, of label -1 where none is known, and `test` and `classes` are empty. Raises UserError if the data
+    set is not there or not as expected.
+    """
+    name, known = os.fspath(name), name in READERS
+    if not known and not os.path.isdir(name):
+        raise UserError(f"there is no data set or folder {name}; the data sets are {', '.join(READERS)}")
+    reader = READERS.get(name, _folder if labels else _unlabelled)
+    kind, _, variant = name.partition(":") if known else ("", "", "")
+    root, splits = os.fspath(root or default_root(name)), 3 if kind in ("ucf101", "hmdb51") else 1
+    if split not in range(1, splits + 1):
+        raise UserError(f"--split {split}: {name} has {'1, 2 and 3' if splits == 3 else 'only split 1'}")
+    layout = " ".join((reader.__doc__ or "\n\n").split("\n\n")[1].split())  # also under python -OO
+    notes = []
+    try:
+        if kind != "toy" and not os.path.isdir(root):
+            raise NotThere(f"there is no folder {root} (another place is given with --root)")
+        classes, train, test = reader(root, split, variant, notes)
+    except NotThere as error:
+        raise UserError(f"{error}; {name} is expected as {layout}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError, csv.Error) as error:  # JSON or CSV of another form
+        raise UserError(f"the annotations in {root} are not those of {name}: {error!r}") from error
+    name = name if known else os.path.basename(os.path.abspath(name))
+    flip = not re.match("(?i)toy|ssv2|something", name)
+    return Data(name, split, tuple(classes), train, test, train.labels.ndim == 2, flip, tuple(notes))
+
+
+def default_root(name):
+    """Where a data set is if nobody says otherwise: data/<name>, or the folder itself."""
+    kind, _, variant = name.partition(":")
+    at_home = os.path.join("data", f"toy_{variant}" if kind == "toy" and variant else kind)
+    return at_home if name in READERS else name
+
+
+# ---- labelled subsets ------------------------------------------------------------------------------
+
+
+def labelled_subset(data, ratio=None, per_class=None, seed=0, listfile=None):
+    """Which training videos keep their labels: sorted int64 indices into data.train, by one of three.
+
+    ratio in (0, 1]: the same number of each class, as in PER_CLASS where papers agree on one, else
+    ceil(ratio x mean class size); 1 means all. per_class: that number of each class. A class that has
+    fewer gives all, with a warning. The draw follows from (data, split, ratio or per_class, seed) and
+    the names without suffix. With several labels per video, ratio of all videos is drawn, unbalanced.
+    listfile: the videos of a list (see _read_list), found by name with or without suffix, folder or
+    prefix. It is the data's labels that count; a list with others is refused, or, up to a tenth of
+    its lines, warned of, as is a list with other names.
+    """
+    if [ratio, per_class, listfile].count(None) != 2:
+        raise UserError("give exactly one of --ratio, --per_class and --labelled_list")
+    if listfile is not None:
+        return _in_list(data, listfile)
+    videos, n = data.train, len(data.train)
+    if ratio is not None and not 0 < ratio <= 1:
+        raise UserError(f"--ratio {ratio} is not in (0, 1]: 0.01 is one per cent, 1 is all videos")
+    if per_class is not None and per_class < 1:
+        raise UserError(f"--per_class {per_class} is less than 1")
+    if per_class is not None and data.multilabel:
+        raise UserError(f"--per_class: the videos of {data.name} have several labels, use --ratio")
+    if ratio == 1:
+        return np.arange(n)
+    key = f"{data.name}|{data.split}|{per_class if ratio is None else ratio}|{seed}"
+    if ratio is not None:
+        mean = n if data.multilabel else n / len(data.classes)
+        enough = math.ceil(ratio * mean - 1e-9)  # 0.1 x 30 is 3, whatever the last bit says
+        per_class = PER_CLASS.get((data.name, ratio), enough)
+    key = _nfc(key).encode("utf-8", "surrogateescape")
+    rng = np.random.default_rng(list(hashlib.sha256(key).digest()))
+    order = sorted(range(n), key=lambda i: (_nfc(stem_of(videos.name(i))), videos.span(i)))
+    order = np.array(order, dtype=np.int64)
+    if data.multilabel:
+        return np.sort(rng.permutation(order)[:per_class])
+    classes = [order[videos.labels[order] == k] for k in range(len(data.classes))]
+    short = [f"{data.classes[k]} ({len(x)})" for k, x in enumerate(classes) if len(x) < per_class]
+    if short:
+        few = f"{len(short)} classes have fewer than {per_class} videos: {_some(short)}"
+        warnings.warn(few, stacklevel=2)
+    return np.sort(np.concatenate([rng.permutation(members)[:per_class] for members in classes]))
+
+
+def semi_supervised(data, ratio, per_class, seed, listfile, unlabelled="rest", say=print):
+    """(labelled, unlabelled) Videos: those of `labelled`, and the "rest" of data.train, or "all" of it.
+
+    The rest is all of it, too, where every video has a label. The counts and data.notes are said.
+    """
+    chosen = agreed(labelled_subset, data, ratio, per_class, seed, listfile)
+    everything = np.arange(len(data.train))
+    rest = np.setdiff1d(everything, chosen)
+    pool = rest if unlabelled == "rest" and len(rest) else everything
+    also = " (the labelled ones too)" * (len(pool) > len(rest))
+    say(
+        f"{data.name}: {len(data.classes)} classes, {len(chosen)} labelled videos, "
+        f"{len(pool)} unlabelled videos{also}, {len(data.test)} test videos"
+    )
+    for note in data.notes:
+        say(note)
+    return data.train.subset(chosen), data.train.subset(pool)
+
+
+def hold_out(videos, share, seed):
+    """(N,) bool: which videos are for validation, about this share, of whole groups.
+
+    So one scene is never on both sides. Videos without groups are each their own. One group at least is left
+    to learn from.
+    """
+    groups = np.arange(len(videos)) if videos.groups is None else videos.groups
+    held = np.zeros(len(videos), dtype=bool)
+    for group in np.random.default_rng(seed).permutation(np.unique(groups))[1:]:
+        if held.sum() >= share * len(videos):
+            break
+        held |= groups == group
+    return held
+
+
+def _in_list(data, listfile):
+    """The training videos that a list file names; see labelled."""
+    videos, rows, indices = data.train, _read_list(listfile, []), {}
+    for i in range(len(videos)):  # several segments of a file share its name
+        indices.setdefault(videos.name(i), []).append(i)
+    names, chosen, wrong, lost = list(indices), [], [], []
+    for row, at in zip(rows, _match([row.name for row in rows], names), strict=True):
+        if at == AMBIGUOUS:
+            name = printable(row.name)
+            raise UserError(f"{row.place}: several videos are called {name}; give the folder, too")
+        same_name = indices[names[at]] if at != MISSING else []
+        labels = {
+            i: np.flatnonzero(videos.labels[i]) if data.multilabel else [videos.labels[i]]
+            for i in same_name
+            if row.span in (None, videos.span(i))
+        }
+        if not labels:
+            lost.append(row.name)
+            continue
+        same = [i for i, ys in labels.items() if not row.labels or set(ys) in ({-1}, set(row.labels))]
+        chosen += same or list(labels)
+        if not same:
+            wrong.append((row, [int(y) for ys in labels.values() for y in ys]))
+    if wrong:  # VideoSSL's lists for HMDB-51 take kick for kick_ball in some lines, and the like
+        row, ys = wrong[0]
+        differ = (
+            f"{row.place}: label {_numbers(row.labels)}, but in {data.name} this video has "
+            f"{_numbers(ys)}; {len(wrong)} of {len(rows)} lines differ"
+        )
+        if 10 * len(wrong) > len(rows):
+            raise UserError(differ + _hint(rows))
+        warnings.warn(f"{differ}, the labels of {data.name} count", stacklevel=3)
+    if not chosen:
+        raise UserError(
+            f"{listfile}: none of its {len(rows)} videos is a training video of {data.name}, "
+            f"split {data.split}; those are called like {printable(videos.name(0))}"
+        )
+    if lost:
+        warnings.warn(
+            f"{len(lost)} of {len(rows)} videos of {listfile} are not training videos of "
+            f"{data.name}, split {data.split}: {_some(lost)}",
+            stacklevel=3,
+        )
+    return np.unique(np.array(chosen, dtype=np.int64))
+
+
+def digest_of_videos(videos, indices=None):
+    """sha256 (hex) of the names, spans and labels of the videos `indices`, or of all, in order."""
+    sha = hashlib.sha256()
+    for i in range(len(videos)) if indices is None else indices:
+        line = f"{_nfc(videos.name(i))}\t{videos.span(i)}\t{videos.labels[i].tolist()}\n"
+        sha.update(line.encode("utf-8", "surrogateescape"))
+    return sha.hexdigest()
+
+
+def as_list(videos):
+    """The text of a list file that `labelled` reads again, see _read_list.
+
+    Of spans it has those that such a list can have: of folders, from one picture to another.
+    """
+    numbers = [np.flatnonzero(y) if videos.labels.ndim == 2 else [y] for y in videos.labels]
+    if videos.spans is not None and videos.labels.ndim == 1:
+        ends = videos.spans * FPS + 0.5
+        folders = [stem_of(videos.name(i)) == videos.name(i) for i in range(len(videos))]
+        if all(folders) and np.abs(ends - np.rint(ends)).max(initial=0) < 1e-6:
+            starts, ends = np.rint(ends).astype(np.int64).T
+            numbers = np.stack([starts, ends - starts, videos.labels], 1)
+    return "".join(f"{videos.name(i)} {' '.join(map(str, ys))}\n" for i, ys in enumerate(numbers))

@@ -1,0 +1,136 @@
+"""Errors in words: what a user can mend is one sentence, what torch raises becomes one."""
+
+import io
+import os
+import re
+import signal
+import sys
+import time
+from contextlib import contextmanager
+
+import av
+from PIL import Image
+
+from common.io import files
+from common.io.workers import SIGNALS
+
+
+class UserError(Exception):
+    """A mistake a user can mend: one sentence naming the file, line or flag, and what is right.
+
+    A script shows it without a traceback and leaves with exit status 2.
+    """
+
+
+# What av, PIL and the system raise for a bad file. Anything else is named with its type.
+FAULTS = (av.FFmpegError, OSError, IndexError, ValueError, EOFError, MemoryError)
+
+
+FAULTS += (Image.DecompressionBombError,)
+
+
+class VideoError(UserError):
+    """A file that cannot give its frames; str() is the reason, in one line."""
+
+
+class OutOfRange(IndexError):
+    """Frames were asked for that the video does not have: a bug of the caller, not a fault of the video."""
+
+
+@contextmanager
+def reasons():
+    """Whatever reading a video raises inside becomes a VideoError, except OutOfRange."""
+    try:
+        yield
+    except (VideoError, OutOfRange):
+        raise
+    except Exception as fault:
+        raise VideoError(reason_of(fault)) from fault
+
+
+def reason_of(fault):
+    """An exception in one line; its type is named unless bad files are known to raise it."""
+    text = getattr(fault, "strerror", None) or str(fault).partition("\n")[0]
+    if not isinstance(fault, (VideoError, *FAULTS)):
+        text = f"{type(fault).__name__}: {text}".removesuffix(": ")
+    return text[:200] or type(fault).__name__
+
+
+def printable(name):
+    """A name fit to print, though it may hold bytes that are not UTF-8."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+# What an error of torch means to the person who started the run: (text in the error, our sentence, status).
+TROUBLES = (
+    (("Expected more than 1 value per channel",),
+     "batch norm needs more than one value of each channel: raise --batch, --frames or --size", 2),
+    (
+        ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL error",
+         "Socket Timeout", "Timed out waiting", "remote process exited"),
+        "another rank has died; its own message says why. The same command resumes from last.pt", 1,
+    ),
+    (
+        ("DataLoader worker (pid", "DataLoader timed out", "shared memory", "unable to mmap",
+         "unable to write to file", "unable to resize file"),
+        "a loader worker died or hung (memory or /dev/shm full, stalled storage, or a file that crashes "
+        "the decoder, which python -m common.tools.check names): try fewer --workers. The same command "
+        "resumes from last.pt", 1,
+    ),
+    (("out of memory",), "the GPU is out of memory: lower --batch, --frames or --size, or use more GPUs", 1),
+)  # fmt: skip
+
+
+def leave(script, message, status=2):
+    """End the process with one sentence, said by rank 0 alone if all ranks have it; `error` for a parser."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)  # rank 0 says the same, and torchrun then ends this rank
+    print(f"{script}: {message}", file=sys.stderr, flush=True)
+    os._exit(status)  # peers may be gone: no collective clean-up can be trusted to end
+
+
+def explain(error):
+    """(sentence, exit status) for an error that a user can understand, else (None, None)."""
+    if isinstance(error, UserError):  # one from a loader worker has the worker's traceback before it
+        return re.sub(r"^[\w.]+Error: ", "", str(error).strip().splitlines()[-1]), 2
+    if isinstance(error, OSError) and error.errno in files.FULL:
+        return (f"{error.filename or 'a file'} could not be written: {error.strerror}. Free some space; the "
+                "same command resumes from last.pt"), 1  # fmt: skip
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}", 1
+    if isinstance(error, RuntimeError | ValueError):
+        for texts, sentence, status in TROUBLES:
+            if any(text in str(error) for text in texts):
+                return f"{sentence} ({first_line(error)})", status
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            return f"--compile fails: install what is missing or leave it out ({first_line(error)})", 2
+    return None, None
+
+
+def first_line(error):
+    return str(error).strip().partition("\n")[0][:120]
+
+
+class Output(io.FileIO):
+    """Standard output or error; drops what a closed pipe, a lost terminal or a full disk does not take."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def survive_output():
+    """Let the process go on when nobody takes what it prints (`| head -1`, `>&-`, a full disk)."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # in place of those that are closed
+        pass
+    os.close(descriptor)
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):  # None too; but not what a notebook or a test has put there
+            file = io.BufferedWriter(Output(number, "w", closefd=False))
+            encoding = getattr(stream, "encoding", None)
+            setattr(sys, name, io.TextIOWrapper(file, encoding, "backslashreplace", line_buffering=True))
