@@ -66,16 +66,14 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from common import evaluate
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
+from common import augment, backbones, evaluate, optim
 from common.clips import Clips, dense, train_loader
 from common.data import as_list, digest_of_videos, load_data, semi_supervised
-from common.io.models import load_for, save_model
-from common.modality import Recipe
-
-sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
-from common import augment, backbones, optim
 from common.errors import UserError
 from common.flags import Parser, at_least, free_flags, share, wanted
+from common.io.models import load_for, save_model
+from common.modality import Recipe
 from common.run import Run, agreed
 
 # Defaults per data set, and what the nearest labelled share adds to them (the flags' own defaults are

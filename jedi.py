@@ -69,16 +69,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from common import evaluate
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
+from common import backbones, evaluate, optim, supervised
 from common.clips import Order
 from common.data import Data, Videos, as_list, digest_of_videos, hold_out, labelled_subset, load_data
-from common.io.models import digest_of_model, load_for, save_model
-
-sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
-from common import backbones, optim, supervised
 from common.errors import UserError
 from common.flags import LABELS, Parser, at_least, free_flags, share, wanted
 from common.io import features, files, models
+from common.io.models import digest_of_model, load_for, save_model
 from common.run import PLACES, Run, agreed
 
 # Other defaults for some data sets (the flags' own defaults are the paper's, Sec. 4.4).

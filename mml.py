@@ -21,7 +21,7 @@ Equations:  Eq. 1, 2 -> network_loss, its L_CE (and Appendix 2) -> classificatio
             Eq. 3 -> kl_loss    Eq. 4, for any number of networks -> mean_of_others
             MARS, D3D (Sec. 3.3, Appendix 2) -> mars_loss, d3d_loss      all are called in train_step
             Sec. 2.1 -> backbones.load_weights    Sec. 2.3, 3.1.1 -> windows
-            Appendix 1 -> video.dense_parts, video.uniform_test, by recipe_of
+            Appendix 1 -> clips.dense_parts, clips.uniform_test, by recipe_of
             Appendix 3 -> common/tools/ensemble.py
 
 Names: <what>_<net>, net rgb, flow or diff, a second one rgb2; M networks, K classes, i the first frames of a
@@ -84,17 +84,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from common import evaluate
-from common.clips import Clips, train_loader, uniform
-from common.data import as_list, digest_of_videos, labelled_subset, load_data
-from common.io.models import load_for, save_model
-from common.modality import Recipe
-
 sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
-from common import augment, backbones, modality, optim
+from common import augment, backbones, evaluate, modality, optim
+from common.clips import Clips, dense, train_loader, uniform
+from common.data import as_list, digest_of_videos, labelled_subset, load_data
 from common.errors import UserError
 from common.flags import Parser, free_flags, wanted
-from common.modality import MODALITIES
+from common.io.models import load_for, save_model
+from common.modality import MODALITIES, Recipe
 from common.run import Run, agreed
 
 LAM = {"kl": 1.0, "mars": 50.0, "d3d": 1.0}  # weights of the second loss, Eq. 1, 2 and Appendix 2
@@ -370,8 +367,8 @@ def check_teacher(args, teacher, nets):
 def windows(source, rng, args):
     """Sec. 2.3: input frames (i_1, ..., i_T) of the modality that has fewest, + xi for one that has more."""
     n = min(source.lengths.values())
-    dense = args.sampling == "dense" or args.sampling == "both" and rng.random() < 0.5
-    sample = partial(dense, stride=args.stride) if dense else uniform  # Sec. 3.1.1
+    is_dense = args.sampling == "dense" or args.sampling == "both" and rng.random() < 0.5
+    sample = partial(dense, stride=args.stride) if is_dense else uniform  # Sec. 3.1.1
     i = sample(n, args.frames, rng=rng)
     return [i + rng.integers(N - n + 1) for N in source.lengths.values()]  # xi ~ unif{0, ..., N - n}
 

@@ -79,19 +79,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from common import evaluate
-from common.data import as_list, digest_of_videos, hold_out, labelled_subset, load_data
-from common.io.models import digest_of_model, load_for, load_model, save_model
-from common.modality import Recipe
-
 sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
-from common import augment, backbones, modality, optim
+from common import augment, backbones, evaluate, modality, optim
 from common.clips import Clips, dense_test, train_loader
+from common.data import as_list, digest_of_videos, hold_out, labelled_subset, load_data
 from common.errors import UserError
 from common.flags import Parser, at_least, by_stage, epochs, free_flags, share, wanted
 from common.io import features, files
+from common.io.models import digest_of_model, load_for, load_model, save_model
 from common.kmeans import kmeans, purity
-from common.modality import MODALITIES
+from common.modality import MODALITIES, Recipe
 from common.run import PLACES, Run, agreed
 
 STAGES = "generator", "pseudo", "selftrain", "finetune"
@@ -412,7 +409,7 @@ class Pseudo:
     first: np.ndarray
     clusters: int
     granularity: str
-    unlabelled: str  # datasets.digest of the source
+    unlabelled: str  # digest_of_videos of the source
     learned: dict  # see learned_by
 
     def of(self, i):

@@ -751,7 +751,7 @@ def fetch(name: str, weights: str) -> Path:
 
 
 def published_input(name: str, weights: str = "kinetics") -> dict:
-    """What torchvision shows a network of published weights in its test, as plain values of evaluate.Recipe.
+    """What torchvision shows a network of published weights in its test, as plain values of a Recipe.
 
     The clips are those of its documented scores, at 15 frames a second, which is every second frame of 30;
     the pictures are resized, cut in the middle and normalised as by the weights' own transforms.

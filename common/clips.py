@@ -223,7 +223,7 @@ def _train_batch(items):
     return dict(batch, bad=bad)
 
 
-def test_loader(views, block, rank=0, world=1, workers=0, done=()):
+def eval_loader(views, block, rank=0, world=1, workers=0, done=()):
     """The test set in blocks of `block` consecutive videos; rank r takes blocks r, r + world, ...
 
     So the same videos go through the network together for any number of ranks. done: numbers of blocks

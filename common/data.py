@@ -111,6 +111,10 @@ class Data:
         train, test = self.train.lines(), self.test.lines()
         return {"training videos": train, "test videos": test, "classes": list(self.classes)}
 
+    def paths(self):
+        """Sorted paths of all files."""
+        return sorted({part.path(i) for part in (self.train, self.test) for i in range(len(part))})
+
     def with_flow(self, folder):
         """The same, with the optical flow of its videos in `folder`."""
         train, test = (dataclasses.replace(videos, flow=folder) for videos in (self.train, self.test))
@@ -137,7 +141,8 @@ def load_data(name, root=None, split=1, labels=True):
     try:
         if kind != "toy" and not os.path.isdir(root):
             raise NotThere(f"there is no folder {root} (another place is given with --root)")
-        classes, train, test = reader(root, split, variant, notes)
+        classes, *parts = reader(root, split, variant, notes)
+        train, test = (Videos.make(*part) for part in parts)
     except NotThere as error:
         raise UserError(f"{error}; {name} is expected as {layout}") from None
     except OSError as error:
@@ -147,6 +152,16 @@ def load_data(name, root=None, split=1, labels=True):
     name = name if known else os.path.basename(os.path.abspath(name))
     flip = not re.match("(?i)toy|ssv2|something", name)
     return Data(name, split, tuple(classes), train, test, train.labels.ndim == 2, flip, tuple(notes))
+
+
+def load_everything(name, root, split):
+    """(root, Data) with every video of a data set, of hmdb51 those of no split; its notes are printed."""
+    name = "hmdb51:all" if name == "hmdb51" else name
+    root = root or default_root(name)
+    data = load_data(name, root, split)
+    for note in data.notes if os.environ.get("RANK", "0") == "0" else ():
+        print(printable(note), flush=True)
+    return root, data
 
 
 def default_root(name):

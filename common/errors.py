@@ -1,5 +1,6 @@
 """Errors in words: what a user can mend is one sentence, what torch raises becomes one."""
 
+import errno
 import io
 import os
 import re
@@ -11,8 +12,9 @@ from contextlib import contextmanager
 import av
 from PIL import Image
 
-from common.io import files
 from common.io.workers import SIGNALS
+
+FULL = errno.ENOSPC, errno.EDQUOT  # errors of a full disk, and of a full share of it
 
 
 class UserError(Exception):
@@ -24,8 +26,6 @@ class UserError(Exception):
 
 # What av, PIL and the system raise for a bad file. Anything else is named with its type.
 FAULTS = (av.FFmpegError, OSError, IndexError, ValueError, EOFError, MemoryError)
-
-
 FAULTS += (Image.DecompressionBombError,)
 
 
@@ -95,7 +95,7 @@ def explain(error):
     """(sentence, exit status) for an error that a user can understand, else (None, None)."""
     if isinstance(error, UserError):  # one from a loader worker has the worker's traceback before it
         return re.sub(r"^[\w.]+Error: ", "", str(error).strip().splitlines()[-1]), 2
-    if isinstance(error, OSError) and error.errno in files.FULL:
+    if isinstance(error, OSError) and error.errno in FULL:
         return (f"{error.filename or 'a file'} could not be written: {error.strerror}. Free some space; the "
                 "same command resumes from last.pt"), 1  # fmt: skip
     if isinstance(error, OSError) and error.filename:
@@ -134,3 +134,19 @@ def survive_output():
             file = io.BufferedWriter(Output(number, "w", closefd=False))
             encoding = getattr(stream, "encoding", None)
             setattr(sys, name, io.TextIOWrapper(file, encoding, "backslashreplace", line_buffering=True))
+
+
+def status_of(command, args, out):
+    """Exit status of a tool, command(args): 2 after a UserError or an error of the disk, 130 after Ctrl-C."""
+    survive_output()
+    try:
+        return command(args)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{error.filename or out}: {error.strerror}; when that is mended, run the same command again",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    except KeyboardInterrupt:
+        return 130

@@ -22,8 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from common import modality
-from common.clips import Views, test_loader
+from common.clips import Views, eval_loader
 from common.errors import UserError
 from common.io import files
 from common.io.workers import watched
@@ -125,12 +124,12 @@ def _each_video(net, call, of_videos, videos, recipe, run, workers, bar):
 
 def videos_per_block(recipe):
     """How many videos go through a network together, for any number of ranks."""
-    return max(1, VIEWS_PER_BATCH // (recipe.views * modality.MODALITIES[recipe.modality].pictures))
+    return max(1, VIEWS_PER_BATCH // (recipe.views * recipe.pictures))
 
 
 @torch.no_grad()
 def blocks(net, call, videos, recipe, run, workers=0, bar=None, done=()):
-    """Yield (batch of video.test_loader, call(its views) as float32 on the CPU) for the blocks of this rank.
+    """Yield (batch of video.eval_loader, call(its views) as float32 on the CPU) for the blocks of this rank.
 
     The second is None where no video of a block can be read. All ranks begin with the batch-norm statistics
     of rank 0, and `net`, of which `call` is a part, is in eval mode until the end. A signal ends it after the
@@ -139,7 +138,7 @@ def blocks(net, call, videos, recipe, run, workers=0, bar=None, done=()):
     for buffer in net.buffers():  # since the last step of DDP each rank has had its own
         dist.broadcast(buffer, 0)
     views = Views(videos, recipe.sample, recipe.view, recipe.short_side, recipe.open)
-    loader = test_loader(views, videos_per_block(recipe), run.rank, run.world, workers, done)
+    loader = eval_loader(views, videos_per_block(recipe), run.rank, run.world, workers, done)
     quiet = not (bar and run.main and sys.stderr.isatty())
     was_training = net.training
     net.eval()
@@ -234,7 +233,7 @@ def precise_bn(net, videos, recipe, run, workers=0, block=40):
     pairs = list(zip(norms, sums, strict=True))
     hooks = [norm.register_forward_pre_hook(partial(add, total)) for norm, total in pairs]
     views = Views(videos, recipe.sample, recipe.view, open=recipe.open)
-    for batch in watched(test_loader(views, block, run.rank, run.world, workers)):
+    for batch in watched(eval_loader(views, block, run.rank, run.world, workers)):
         i = int(batch["index"][0]) // block
         if batch["views"] is not None and len(batch["views"]) > 1:
             with run.autocast():

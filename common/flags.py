@@ -165,7 +165,7 @@ class Parser(argparse.ArgumentParser):
         return max(found, key=keys.index) if all(found) else None
 
     def labelled_share(self, args):
-        """The share of the training videos that `datasets.labelled` chooses.
+        """The share of the training videos that `labelled_subset` chooses.
 
         Where they or their list cannot be read, that of the papers' counts; the run will say what is wrong.
         """
@@ -251,3 +251,12 @@ def wanted(args, also=()):
     """What was asked for, {flag: value}, for the RESULT line: labels and seed, or which model to test."""
     names = dict.fromkeys(("eval", *TEST, *also)) if args.eval else (*LABELS, "seed")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def data_flags(parser):
+    """The flags of a tool that goes through every file of a data set."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parser.add_argument("data", help="name of a data set, or a folder")
+    parser.add_argument("--root", help="where the data set is (data/<name> if not given)")
+    parser.add_argument("--split", type=int, default=1, help="which lists are read")
+    parser.add_argument("--workers", type=at_least(0), default=cores, help="processes, or 0")

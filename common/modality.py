@@ -21,12 +21,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import augment, modality
+from common import augment
 from common.clips import dense_parts, dense_test, open_video, uniform_test
 from common.data import default_root
 from common.errors import UserError, VideoError
 from common.io.decode import read_windows
-from common.io.flow import BOUND, SHORT_SIDE, Computed, Flow, extract_flow, find_flow, scale_of
 from common.run import agree
 
 
@@ -43,6 +42,10 @@ class Modality(NamedTuple):
     source: str = "frames"  # or "flow"
 
 
+BOUND, FLOW_SIDE = (
+    20.0,
+    256,
+)  # pixels: the largest motion that a byte of flow can hold, and the short side of its pictures
 MODALITIES = {
     "rgb": Modality(3, 1, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "tg": Modality(3, 2, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -56,12 +59,12 @@ SLACK = 2  # fields more or less than a video's frames have; more would pair oth
 class Streams:
     """The frames and the flow of video `index` of a list, for clips of `modalities`; a context manager.
 
-    Flow is that of the folder `videos.flow`, or without one computed here, as `common.flow` would have
+    Flow is that of the folder `videos.flow`, or without one computed here, as `common.tools.flow` would have
     extracted it with this bound and short side. lengths: {modality: how many input frames there are}; a video
     of fewer pictures repeats its last. Raises VideoError on entering and reading.
     """
 
-    def __init__(self, videos, index, modalities, bound=BOUND, flow_side=SHORT_SIDE, interval=1):
+    def __init__(self, videos, index, modalities, bound=BOUND, flow_side=FLOW_SIDE, interval=1):
         self.videos, self.index, self.modalities = videos, index, modalities
         self.bound, self.flow_side, self.interval = bound, flow_side, interval
 
@@ -88,13 +91,15 @@ class Streams:
         return min(self.lengths.values())
 
     def _flow(self):
+        from common.io import flow  # only where flow is asked for: it brings TV-L1
+
         path, span = self.videos.path(self.index), self.videos.span(self.index)
         if self.videos.flow is None:
-            return Computed(path, span, self.bound, self.flow_side)
-        found = find_flow(self.videos.flow, self.videos.name(self.index))
+            return flow.Computed(path, span, self.bound, self.flow_side)
+        found = flow.find_flow(self.videos.flow, self.videos.name(self.index))
         if found is None:
             raise VideoError(f"no extracted flow of it in {self.videos.flow}")
-        return Flow(found, span)
+        return flow.Flow(found, span)
 
     def _source(self, modality):
         return self._sources[MODALITIES[modality].source]
@@ -118,20 +123,22 @@ class Streams:
 def with_flow(data, name, root, folder, run, modalities, models):
     """`data` with the folder of its flow if there is one, and the (bound, short side) of that flow.
 
-    name, root: as datasets.load had them; folder: of the flow, <root>_flow if None, and then flow is made for
+    name, root: as load_data had them; folder: of the flow, <root>_flow if None, and then flow is made for
     toy data and for others, without a folder, computed clip by clip. models: {path: Recipe} of models that
     must know flow of that scale; flow that is computed has theirs. Nothing is done if `modalities` are
     without flow. Raises UserError for a folder that is not there, or of another scale.
     """
-    usual = BOUND, SHORT_SIDE
+    usual = BOUND, FLOW_SIDE
     if not any(MODALITIES[m].source == "flow" for m in modalities):
         return data, usual
+    from common.io import flow  # as above
+
     made = folder is None and name.split(":")[0] == "toy"
     found = folder or f"{(root or default_root(name)).rstrip('/')}_flow"
     command = f"python -m common.tools.flow {name} --out {found}"
     if made:
         videos = [data.train, data.test]
-        extract_flow(videos, found, device=run.device, rank=run.rank, world=run.world, say=run.say)
+        flow.extract_flow(videos, found, device=run.device, rank=run.rank, world=run.world, say=run.say)
         dist.barrier()
     elif not os.path.isdir(found) and folder:
         raise UserError(f"the folder of flow {folder} is not there: {command}")
@@ -141,7 +148,7 @@ def with_flow(data, name, root, folder, run, modalities, models):
         found = None
     scales = {path: (r.bound, r.flow_side) for path, r in models.items()
               if MODALITIES[r.modality].source == "flow"}  # fmt: skip
-    scale = scale_of(found) if found else next(iter(scales.values()), usual)
+    scale = flow.scale_of(found) if found else next(iter(scales.values()), usual)
     agree({"optical flow": [f"{'extracted' if found else 'computed'}, bound and short side {scale}"]})
     for path, wants in scales.items():
         if wants != scale:
@@ -204,7 +211,7 @@ class Recipe:
     the long side) of `size` pixels are the views, after the short side became `short_side`.
     `keep_every` n thins a clip: every n-th frame is kept and shown n times (CMPL, Fig. 5).
     `uniform` more clips have a frame of each of `frames` equal segments, as 2D networks see a video.
-    spread: `clips` from the "first" to the last frame, or at equal "parts" (video.dense_parts).
+    spread: `clips` from the "first" to the last frame, or at equal "parts" (clips.dense_parts).
     stretch: (height, width) that pictures of any shape become, in place of short_side; 3 crops are then along
     the width.
     modality: what an input frame is, see common/modality.py; `interval` frames are between the two of a tg;
@@ -225,7 +232,7 @@ class Recipe:
     modality: str = "rgb"
     interval: int = 1
     bound: float = BOUND
-    flow_side: int = SHORT_SIDE
+    flow_side: int = FLOW_SIDE
     multilabel: bool = False
     average: str = "softmax"  # or "logits", or "embeddings"
     mean: tuple = (0.45,)
@@ -235,11 +242,16 @@ class Recipe:
     def views(self):
         return (self.clips + self.uniform) * self.crops
 
+    @property
+    def pictures(self):
+        """Of how many pictures an input frame is made."""
+        return MODALITIES[self.modality].pictures
+
     def open(self, videos, index):
         """What gives the clips of a video, to be opened by `with`."""
         if self.modality == "rgb":
             return open_video(videos, index)
-        return modality.Streams(videos, index, (self.modality,), self.bound, self.flow_side, self.interval)
+        return Streams(videos, index, (self.modality,), self.bound, self.flow_side, self.interval)
 
     def sample(self, source):
         """Indices of the input frames of the clips of an open video: a list of (frames,) arrays."""
@@ -262,5 +274,5 @@ class Recipe:
 
     def to_input(self, x, device):
         """uint8 (B, frames, C, H, W) of a loader to the float (B, C, T, H, W) of the network, on `device`."""
-        x = modality.stacked(x.to(device, non_blocking=True), self.modality)
+        x = stacked(x.to(device, non_blocking=True), self.modality)
         return augment.normalise(x, self.mean, self.std)

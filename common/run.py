@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common.errors import UserError, explain, first_line, leave, survive_output
+from common.errors import FULL, UserError, explain, first_line, leave, survive_output
 from common.io import files
 from common.io.workers import SIGNALS, watched
 
@@ -455,7 +455,7 @@ class Run:
             try:
                 files.save(state, last, keep=previous)
             except OSError as error:
-                if error.errno not in files.FULL or not previous.exists():
+                if error.errno not in FULL or not previous.exists():
                     raise
                 previous.unlink()  # a full disk has room for the new one without the oldest
                 files.save(state, last)
@@ -616,7 +616,7 @@ def _names(value):
 
 
 def agreed(function, *args, **named):
-    """What datasets.load or datasets.labelled returns, which must be the same on every rank.
+    """What load_data or labelled_subset returns, which must be the same on every rank.
 
     Raises UserError on every rank, one sentence, where a rank raises one or finds something else: none trains
     alone, and none waits for one that has left.

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 
 SMALLEST = 16  # pixels; no level of the pyramid has a shorter side, as in OpenCV
-
-
 # Pixels of the pictures that are worked on together: on the CPU what fits its caches.
 TOGETHER = {"cpu": 2**16, "cuda": 2**24}
 

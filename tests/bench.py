@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 from common.clips import Order, dense
 from common.io.decode import read_frames
-from common.tools import check
+from common.tools import shrink
 from common.tvl1 import SCHEME, _gray, tvl1
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -206,9 +206,9 @@ KINDS = [  # name, codec, key frame interval, width, height, suffix
 
 
 def decode(args):
-    """Clips/s of common.video.read against other readers and against libavcodec alone."""
+    """Clips/s of common.io.decode.read_frames against other readers and against libavcodec alone."""
     torch.set_num_threads(1)
-    readers = {"common.video": ours, "naive PyAV": naive, "decord": with_decord}
+    readers = {"common.io.decode": ours, "naive PyAV": naive, "decord": with_decord}
     readers |= {"torchcodec exact": with_torchcodec, "OpenCV": with_opencv}
     readers["torchcodec approximate"] = with_torchcodec_approximate
     trial = os.path.join(args.folder, "trial.mp4")
@@ -229,7 +229,7 @@ def decode(args):
         rate = os.path.getsize(path) * 8 * 30 / args.frames / 1000
         everything = dict(readers, **{"decode only": DecodeOnly(path)})
         medians, verdicts = measure(path, everything, args)
-        us, worst = medians["common.video"], medians["naive PyAV"]
+        us, worst = medians["common.io.decode"], medians["naive PyAV"]
         print(f"\n{kind}, {args.frames} frames, {rate:.0f} kb/s")
         print(f"{'':24}{'ms/clip':>9}{'clips/s':>9}{'x naive':>9}{'x ours':>9}  frames")
         for name, t in sorted(medians.items(), key=lambda item: item[1]):
@@ -237,8 +237,8 @@ def decode(args):
             print(f"{name:24}{numbers}  {', '.join(sorted(verdicts[name]))}", flush=True)
 
 
-def shrink(args):
-    """Clips/s of common.video.read from a 720p file, key frame every 250, before and after shrinking."""
+def shrunken(args):
+    """Clips/s of decode.read_frames from 720p with a key frame every 250, before and after shrinking."""
     torch.set_num_threads(1)
     before, after = os.path.join(args.folder, "before"), os.path.join(args.folder, "after")
     os.makedirs(before, exist_ok=True)
@@ -246,7 +246,7 @@ def shrink(args):
         encode(f"{before}/{part}.mp4", scene(1280, 720, args.frames), "libx264", 250, 1280, 720)
         with open(f"{before}/{part}.txt", "w") as file:
             file.write(f"{part}.mp4 0\n")
-    assert check.main(["shrink", before, "--out", after, "--workers", "0"]) == 0
+    assert shrink.main([before, "--out", after, "--workers", "0"]) == 0
     rng, times = np.random.default_rng(0), {before: [], after: []}
     for _ in range(args.windows):
         indices = dense(args.frames, LENGTH, STRIDE, rng)
@@ -311,7 +311,7 @@ def opencv_flow(**settings):
 
 
 def flow(args):
-    """TV-L1 of common.flow on pairs of known motion: CPU ms a pair, and errors beside those of OpenCV."""
+    """TV-L1 of common.tvl1 on pairs of known motion: CPU ms a pair, and errors beside those of OpenCV."""
     torch.set_num_threads(1)
     same = dict(OuterIterations=1, MedianFiltering=1, Epsilon=0)
     variants = {

@@ -37,7 +37,7 @@ def leave():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flags, "leave", leave)
-        patch.setattr("common.errors.leave", leave)
+        patch.setattr("common.run.leave", leave)
         yield
 
 

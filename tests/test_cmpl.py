@@ -259,8 +259,8 @@ def test_labelled_and_unlabelled_videos_have_such_windows(tmp_path, monkeypatch)
     def reached(sources, *_):
         raise Reached([clips.sample for clips, _ in sources])
 
-    monkeypatch.setattr("common.data.load_data", lambda *_: data)
-    monkeypatch.setattr("common.clips.train_loader", reached)
+    monkeypatch.setattr("cmpl.load_data", lambda *_: data)
+    monkeypatch.setattr("cmpl.train_loader", reached)
     line = f"--out {tmp_path}/run --per_class 3 --width 0.0625 --aux_width 0.0625 --stride 8 --offset 10"
     args = cmpl.parse_args(line.split())
     with pytest.raises(Reached) as found, Run("cmpl", args.out, vars(args)) as run:

@@ -28,13 +28,18 @@ from common.errors import UserError
 from common.io.decode import Video
 from common.io.readers import _scan, stem_of
 from common.io.workers import in_parallel
-from common.tools import check, flow
+from common.tools import check, flow, shrink
 from common.tools.check import _check_one
 from common.tools.shrink import _shrink_one
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 LISTS = SHARED / "splits"
 shared = pytest.mark.skipif(not LISTS.is_dir(), reason="without the real lists")
+
+
+def tool(command):
+    """Exit status of `check ...` or `shrink ...`."""
+    return {"check": check, "shrink": shrink}[command[0]].main(command[1:])
 
 
 def tree(root, *names):
@@ -184,7 +189,7 @@ def test_lists_of_segments_of_frame_folders(tmp_path, make, separator):
         f"the lines of {root}/{part}.txt" for part in ("test", "train")
     ]
     pictures(root / "test", make, 3)
-    assert check.main(["shrink", str(root), "--out", str(out), "--workers", "0"]) == 0
+    assert tool(["shrink", str(root), "--out", str(out), "--workers", "0"]) == 0
     for videos in (data.train, load_data(str(out)).train):
         for i, (_, start, frames, _) in enumerate(SEGMENTS):
             with Video(videos.path(i), videos.span(i)) as video:
@@ -1296,13 +1301,13 @@ def test_names_that_are_not_utf_8(unnamable, tmp_path, capsys):
     clips = train_loader([(Clips(data.train, whole_video, first_number, seed=0), 5)], 0, 1, workers=1)
     (batch,) = next(iter(clips))
     assert {i for i, _ in batch["bad"]} == {1} and len(batch["views"][0]) == 5
-    assert check.main(["check", str(unnamable), "--out", str(out), "--workers", "0"]) == 1
+    assert tool(["check", str(unnamable), "--out", str(out), "--workers", "0"]) == 1
     said = capsys.readouterr().out
     assert "gone\\xfd.mp4" in said and "5 of 6 videos decode" in said and "out\\xff" in said
     listed = (out / "bad_videos.txt").read_bytes()
     assert listed.startswith(os.fsencode(data.train.path(1)) + b"\t") and listed.count(b"\n") == 1
     small = ["shrink", str(unnamable), "--out", str(out / "small"), "--workers", "0"]
-    assert check.main(small) == 0 and "5 of 6 videos are in" in capsys.readouterr().out
+    assert tool(small) == 0 and "5 of 6 videos are in" in capsys.readouterr().out
     assert len(load_data(str(out / "small")).train) == 4
     flow_of = [str(unnamable), "--out", str(out / "flow"), "--short_side", "16"]
     assert flow.main(flow_of) == 0 and "5 made" in capsys.readouterr().out
@@ -1352,7 +1357,7 @@ GOOD = {
 def test_check_lists_bad_videos_and_deletes_nothing(videos, make, monkeypatch, capsys):
     make.cut(videos / "test/run/a.b.mp4", videos / "test/run/short.mp4", 0.5)
     monkeypatch.chdir(videos.parent)
-    assert check.main(["check", "set", "--workers", "0"]) == 1
+    assert tool(["check", "set", "--workers", "0"]) == 1
     lines = [line.split("\t") for line in Path("bad_videos.txt").read_text().splitlines()]
     assert [line[0] for line in lines] == ["set/test/run/short.mp4", "set/train/run/broken.mp4"]
     assert all(reason for _, reason in lines) and (videos / "train/run/broken.mp4").exists()
@@ -1377,20 +1382,20 @@ def test_check_compares_what_is_sought_with_one_pass(tmp_path, make, monkeypatch
 def test_check_of_all_windows(videos, capsys, monkeypatch):
     (videos.parent / "list").mkdir()
     command = ["check", str(videos), "--out", str(videos.parent / "list"), "--workers", "0"]
-    assert check.main(command) == check.main([*command, "--all_windows"]) == 1
+    assert tool(command) == tool([*command, "--all_windows"]) == 1
     first, second = capsys.readouterr().out.split("\n")[-3:-1]
     assert first == second and "6 of 7 videos decode" in first
 
 
 def test_check_of_nothing(tmp_path, capsys):
-    assert check.main(["check", "ucf101", "--root", str(tmp_path)]) == 2
+    assert tool(["check", "ucf101", "--root", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
 
 
 def test_shrink(videos, make, tmp_path, capsys):
     out = tmp_path / "small" / "set"
     command = ["shrink", str(videos), "--out", str(out), "--short_side", "90", "--workers", "0"]
-    assert check.main(command) == 0
+    assert tool(command) == 0
     said = capsys.readouterr().out
     assert "6 of 7" in said and "broken.mp4" in (out / "bad_videos.txt").read_text()
     old, new = load_data(str(videos)), load_data(str(out))
@@ -1420,7 +1425,9 @@ def test_shrink_goes_on_where_it_stopped(videos, tmp_path, capsys):
     out = tmp_path / "small"
     command = ["shrink", str(videos), "--out", str(out), "--workers", "1"]
     here = Path(__file__).parents[1]
-    started = forks.start([sys.executable, "-m", "common.datasets", *command], here, os.environ)
+    started = forks.start(
+        [sys.executable, "-m", f"common.tools.{command[0]}", *command[1:]], here, os.environ
+    )
     deadline = time.time() + 60
     while not list(out.rglob("*.mp4")) and time.time() < deadline:
         time.sleep(0.01)
@@ -1437,15 +1444,15 @@ def test_shrink_goes_on_where_it_stopped(videos, tmp_path, capsys):
             video.get(range(len(video)))
     (next(iter(done)).parent / "x.mp4.1-2.tmp").write_bytes(b"half")
     command[-1] = "0"
-    assert check.main(command) == 0
+    assert tool(command) == 0
     assert len(list(out.rglob("*.mp4"))) == 6 and not list(out.rglob("*.tmp"))
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in done.items())
     assert "are done already" in capsys.readouterr().out
-    assert check.main([*command, "--gop", "5"]) == 2 and "shrink.json" in capsys.readouterr().err
+    assert tool([*command, "--gop", "5"]) == 2 and "shrink.json" in capsys.readouterr().err
 
 
 def test_shrink_refuses_to_write_into_its_source(videos, capsys):
-    assert check.main(["shrink", str(videos), "--out", str(videos / "small")]) == 2
+    assert tool(["shrink", str(videos), "--out", str(videos / "small")]) == 2
     assert "folder of its own" in capsys.readouterr().err
 
 
@@ -1470,7 +1477,7 @@ def test_no_video_ends_a_command(videos, tmp_path, monkeypatch, capsys, command,
     monkeypatch.setattr(Video, "get", fails)
     out = tmp_path / "out"
     out.mkdir()
-    status = check.main([command, str(videos), "--out", str(out), "--workers", "0"])
+    status = tool([command, str(videos), "--out", str(out), "--workers", "0"])
     assert status == (1 if command == "check" else 0) and "5 of 7 videos" in capsys.readouterr().out
     lines = dict(line.split("\t") for line in (out / "bad_videos.txt").read_text().splitlines())
     assert lines.pop(str(videos / "train/walk/odd.webm")) == reason
@@ -1536,7 +1543,7 @@ def test_shrink_of_a_damaged_file(tmp_path, make, capsys):
         packet = [packet for packet in container.demux(video=0) if packet.size][20]
     data = Path(path).read_bytes()
     Path(path).write_bytes(data.replace(bytes(packet), b"\xff" * packet.size))
-    assert check.main(["shrink", str(root), "--out", str(out), "--workers", "0"]) == 0
+    assert tool(["shrink", str(root), "--out", str(out), "--workers", "0"]) == 0
     text = capsys.readouterr().out
     assert f"{path}: damaged frames replaced by a neighbour: 1\n" in text and "2 of 2 videos are in" in text
     with Video(out / "test/run/a.mp4") as video:
@@ -1554,7 +1561,7 @@ def test_shrink_lists_what_cannot_be_encoded(tmp_path, make, capsys):
     long = "x" * 250  # a name that leaves no room for the suffix of a file being written
     make.write(root / f"train/run/{long}.mp4", 4)
     make.write(root / "test/run/a.mp4", 4)
-    assert check.main(["shrink", str(root), "--out", str(out), "--workers", "0"]) == 0
+    assert tool(["shrink", str(root), "--out", str(out), "--workers", "0"]) == 0
     assert f"3 of 7 videos are in {out}" in capsys.readouterr().out
     lines = dict(line.split("\t") for line in (out / "bad_videos.txt").read_text().splitlines())
     assert {os.path.basename(path): reason for path, reason in lines.items()} == {
@@ -1571,7 +1578,7 @@ def test_a_full_disk_is_no_bad_video(videos, tmp_path, capsys, size, workers):
     """It shows at the first or a later write, in this process or another, and nothing is listed."""
     out = tmp_path / "small"
     command = ["shrink", str(videos), "--out", str(out), "--workers", "0"]
-    assert check.main(command) == 0
+    assert tool(command) == 0
     (out / "bad_videos.txt").unlink()
     for path in out.rglob("*.mp4"):
         path.unlink()
@@ -1579,14 +1586,14 @@ def test_a_full_disk_is_no_bad_video(videos, tmp_path, capsys, size, workers):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # stands for it: no file may be larger
     try:
-        status = check.main([*command[:-1], workers])
+        status = tool([*command[:-1], workers])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err.splitlines()[-1]
     assert status == 2 and "File too large; when that is mended, run the same command again" in said
     assert not list(out.rglob("*.mp4")) and not list(out.rglob("*.tmp"))
     assert not (out / "bad_videos.txt").exists()
-    assert check.main(command) == 0 and len(list(out.rglob("*.mp4"))) == 6
+    assert tool(command) == 0 and len(list(out.rglob("*.mp4"))) == 6
 
 
 def test_a_video_that_kills_its_process_is_reported_and_the_rest_goes_on():

@@ -189,7 +189,7 @@ def data(tmp_path, monkeypatch):
             Image.fromarray(frame).save(tmp_path / f"v{v}" / f"{i:03d}.png", compress_level=1)
     videos = Videos.make(tmp_path, [f"v{v}" for v in range(6)], [v % 3 for v in range(6)])
     data = Data("set", 1, ("x", "y", "z"), videos, videos, False, True, ())
-    monkeypatch.setattr(ensemble.datasets, "load", lambda *_: data)
+    monkeypatch.setattr("common.tools.ensemble.load_data", lambda *_: data)
     yield data
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -707,7 +707,7 @@ def test_a_lost_gpu_is_no_bad_video(videos, tmp_path, monkeypatch):
     def lost(*args, **options):
         raise torch.AcceleratorError("CUDA error: unspecified launch failure", 719)
 
-    monkeypatch.setattr("common.tvl1._flow", lost)
+    monkeypatch.setattr("common.io.flow._flow", lost)
     with pytest.raises(torch.AcceleratorError):
         extract_flow(listed(videos), tmp_path, 48, 12, bar=False)
     assert not (tmp_path / "bad_videos.txt").exists()

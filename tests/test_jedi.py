@@ -446,7 +446,7 @@ def data_of(name, train, test, K, groups=None):
 
 @pytest.fixture
 def library(monkeypatch):
-    """datasets.load knows a few sets; which roots it was asked for."""
+    """load_data knows a few sets; which roots it was asked for."""
     asked = []
 
     def load(name, root, split):
@@ -454,7 +454,7 @@ def library(monkeypatch):
         data = data_of(name.split("/")[-1], 12, 5, 3, [i // 2 for i in range(12)])
         return replace(data, multilabel=name == "multi")
 
-    monkeypatch.setattr("common.data.load_data", load)
+    monkeypatch.setattr("jedi.load_data", load)
     return asked
 
 

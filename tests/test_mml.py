@@ -632,7 +632,7 @@ SHORT = ("--data ssv2 --net tsm10 --width 0.0625 --size 16 --test_size 16 --fram
 def trained(line, folder, run, monkeypatch, spy=None):
     """Train on data_of(folder), 3 videos and so 2 steps an epoch. Returns the rows of the log."""
     real = mml.train_step
-    monkeypatch.setattr(mml.datasets, "load", lambda *_: data_of(folder))
+    monkeypatch.setattr(mml, "load_data", lambda *_: data_of(folder))
     monkeypatch.setattr(mml, "train_step", lambda *args: (spy and spy(*args)) or real(*args))
     mml.train(parsed(f"{SHORT} {line}"), run)
     return [json.loads(row) for row in (run.out / "log.jsonl").read_text().splitlines()]
@@ -866,7 +866,7 @@ def test_step_1_is_two_independent_trainings_that_resume(folder, tmp_path, monke
             os.kill(os.getpid(), signal.SIGTERM)
         return real(nets, x, y, args, teacher)
 
-    monkeypatch.setattr(mml.datasets, "load", lambda *_: data)
+    monkeypatch.setattr(mml, "load_data", lambda *_: data)
     monkeypatch.setattr(mml, "train_step", spy)
     line = f"{SHORT} --pipeline --nets rgb,diff --per_class 1 --out {tmp_path}"
     mml.pipeline(parsed(f"{line}/a"))

@@ -87,7 +87,7 @@ def test_pictures_of_a_window(library, name, n, window):
 def test_windows_of_several_modalities_are_in_turn_and_read_once(library, monkeypatch):
     asked, together = [], read_windows
     monkeypatch.setattr(
-        "common.io.decode.read_windows", lambda *args: asked.append(args[0]) or together(*args)
+        "common.modality.read_windows", lambda *args: asked.append(args[0]) or together(*args)
     )
     _, frames, fields = (part if k == 0 else part[f"v{N}"] for k, part in enumerate(library))
     with opened(library, f"v{N}", "flow", "rgb") as source:

@@ -847,7 +847,7 @@ def test_a_source_without_labels(kind, sets, tmp_path):
 
 def test_data_of_several_labels_are_refused(sets, run, monkeypatch):
     data = load_data(f"{sets}/set")
-    monkeypatch.setattr("common.data.load_data", lambda *_, **__: replace(data, multilabel=True))
+    monkeypatch.setattr("motionfit.load_data", lambda *_, **__: replace(data, multilabel=True))
     with pytest.raises(UserError, match="set has several labels"):
         motionfit.labelled_videos(args_of("finetune", line_of(sets, "o")), run, ("rgb",), {})
 

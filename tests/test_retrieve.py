@@ -144,7 +144,9 @@ def test_a_run(net, folder, tmp_path, capsys, monkeypatch):
 
 def test_several_labels_are_refused(folder, tmp_path, monkeypatch):
     data = load_data(str(folder))
-    monkeypatch.setattr("common.data.load_data", lambda *_: Data(**vars(data) | {"multilabel": True}))
+    monkeypatch.setattr(
+        "common.tools.retrieve.load_data", lambda *_: Data(**vars(data) | {"multilabel": True})
+    )
     monkeypatch.setattr("sys.argv", ["retrieve", "m.pt", "--data", str(folder), "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="several labels"):
         retrieve.main()

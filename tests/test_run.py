@@ -718,8 +718,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import video
-from common.datasets import Videos
+from common.clips import Clips, train_loader
+from common.data import Videos
 from common.run import Run
 
 out, root, where = Path(sys.argv[1]), *sys.argv[2:]
@@ -751,7 +751,7 @@ if __name__ == "__main__":
     with Run("cmpl", out, {}) as run:
         net = run.distribute(torch.nn.Linear(3, 2))
         videos = Videos.make(root, ["a.mp4"] * 8, np.zeros(8, np.int64))
-        loader = video.train_loader([(video.Clips(videos, sample, view, 0), 4)], 0, 9, run.rank, run.world, 2)
+        loader = train_loader([(Clips(videos, sample, view, 0), 4)], 0, 9, run.rank, run.world, 2)
         for step, (batch,) in run.steps(loader, 0, 9, 0, [videos]):
             net(batch["views"][0].float().mean((1, 3, 4))).sum().backward()
             fail("main")
@@ -810,7 +810,7 @@ def test_step_randomness_depends_on_all_three():
     (RuntimeError("unable to allocate shared memory(shm) for file </t>: No space left on device"), 1, "shm"),
     (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nstack expects"), None, None),
     (VideoError("Caught VideoError in DataLoader worker process 0.\nTraceback\n"
-                "common.video.VideoError: 10 videos in a row are unreadable"), 2, "10 videos in a row"),
+                "common.errors.VideoError: 10 videos in a row are unreadable"), 2, "10 videos in a row"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 1, "--batch"),
     (OSError(28, "No space left on device", "runs/x/log.jsonl"), 1, "runs/x/log.jsonl"),
     (RuntimeError("shape mismatch"), None, None),

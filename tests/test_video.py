@@ -23,7 +23,7 @@ from common.clips import (
     dense,
     dense_parts,
     dense_test,
-    test_loader,
+    eval_loader,
     train_loader,
     uniform,
     uniform_test,
@@ -940,15 +940,18 @@ def test_uniform_test_by_hand():
 @pytest.mark.parametrize("N, tau", [(8, 4), (16, 2), (5, 1), (1, 3)])
 def test_appendix_1_as_printed(T, N, tau):
     for count in range(5):
-        dense, uniform = dense_parts(T, N, tau, count), uniform_test(T, N, count)
-        assert dense.dtype == uniform.dtype == np.int64 and dense.shape == uniform.shape == (count, N)
+        k_dense, m_uniform = dense_parts(T, N, tau, count), uniform_test(T, N, count)
+        assert k_dense.dtype == m_uniform.dtype == np.int64
+        assert k_dense.shape == m_uniform.shape == (count, N)
         if count == 1:  # as the code of MML and TSM: the centre of each part
-            assert uniform.tolist() == [[(2 * part + 1) * T // (2 * N) for part in range(N)]]
+            assert m_uniform.tolist() == [[(2 * part + 1) * T // (2 * N) for part in range(N)]]
         else:
-            assert uniform.tolist() == paper_uniform(T, N, count)
+            assert m_uniform.tolist() == paper_uniform(T, N, count)
         if T > tau * (N - 1):
-            assert dense.tolist() == paper_dense(T, N, tau, count)
-        assert not count or 0 <= min(dense.min(), uniform.min()) <= max(dense.max(), uniform.max()) < T
+            assert k_dense.tolist() == paper_dense(T, N, tau, count)
+        assert (
+            not count or 0 <= min(k_dense.min(), m_uniform.min()) <= max(k_dense.max(), m_uniform.max()) < T
+        )
 
 
 def test_together_asks_once(kinds):
@@ -985,7 +988,7 @@ def test_order_takes_several_at_once():
 
 
 class Videos:
-    """What Clips and Views need of common.datasets.Videos."""
+    """What Clips and Views need of common.data.Videos."""
 
     def __init__(self, paths, labels, spans=None):
         self.paths, self.labels, self.spans = [str(p) for p in paths], labels, spans
@@ -1225,23 +1228,23 @@ def test_views_are_never_replaced(library):
 
 def test_test_blocks_do_not_depend_on_the_ranks(library):
     views = Views(library, sample_views, view_stack)
-    whole = list(test_loader(views, block=3))
+    whole = list(eval_loader(views, block=3))
     assert [batch["index"].tolist() for batch in whole] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
     assert [batch["counts"].tolist() for batch in whole] == [[1, 2, 1], [0, 1, 2], [1, 0, 1], [2]]
     assert [i for i, _ in whole[1]["bad"] + whole[2]["bad"]] == [3, 7]
     assert [len(batch["views"]) for batch in whole] == [4, 3, 2, 2]
     for world in (2, 3, 5):
-        shares = [list(test_loader(views, 3, rank, world)) for rank in range(world)]
+        shares = [list(eval_loader(views, 3, rank, world)) for rank in range(world)]
         dealt = [shares[k % world][k // world] for k in range(4)]
         assert same(dealt, whole) and sum(map(len, shares)) == 4
-    assert same(list(test_loader(views, 3, workers=2)), whole)
+    assert same(list(eval_loader(views, 3, workers=2)), whole)
     rest = [whole[1], whole[2], whole[3]]
-    assert same(list(test_loader(views, 3, done={0})), rest)
-    assert same(list(test_loader(views, 3, 0, 2, done={0})), rest[::2])
-    assert same(list(test_loader(views, 3, 1, 2, done={0})), rest[1::2])
-    assert not list(test_loader(views, 3, done={0, 1, 2, 3}))
+    assert same(list(eval_loader(views, 3, done={0})), rest)
+    assert same(list(eval_loader(views, 3, 0, 2, done={0})), rest[::2])
+    assert same(list(eval_loader(views, 3, 1, 2, done={0})), rest[1::2])
+    assert not list(eval_loader(views, 3, done={0, 1, 2, 3}))
     broken = Views(Videos([library.path(3)], np.array([1])), sample_views, view_stack)
-    (only,) = test_loader(broken, 4)
+    (only,) = eval_loader(broken, 4)
     assert only["views"] is None and only["counts"].tolist() == [0]
 
 

@@ -5,7 +5,7 @@
 
 Frames are numbered by their place in presentation order, as a full decode counts them: header
 counts lie, and rates mean nothing where the frame rate varies. `Clips` and `Views` are the training
-and the test set over such files; `train_loader` and `test_loader` make batches of them that no
+and the test set over such files; `train_loader` and `eval_loader` make batches of them that no
 number of workers, restart or number of ranks changes.
 """
 
@@ -27,35 +27,15 @@ from torchvision.transforms.v2 import functional as TF
 from common.errors import OutOfRange, VideoError, reason_of, reasons
 
 MAX_PIXELS = 2**26  # a picture of 8192 x 8192; a larger one is damage, or an attack on the memory
-
-
 MAX_TICKS = 2 * 10**9  # from one frame of an mp4 file to the next; the file allows 2^31, B-frames included
-
-
 JUMP = 2  # a seek costs about as much as decoding this many packets
-
-
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
-
 FLOW = re.compile(r"(?i)flow_?([xy]_?)?\d")  # pictures of optical flow, beside those of a video
-
-
 FPS = 25.0  # pictures of a folder in a second, unless something else is said
-
-
 PLAYLISTS = {"concat", "dash", "hls", "imf"}  # formats that open other files
-
-
 TEXTS = {"tty", "bin", "xbin", "adf", "idf"}  # formats that draw a text
-
-
 STILLS = {"gif", "apng", "mjpeg", "avif", "heic", "heix", "mif1"}  # formats of pictures, if of one frame
-
-
 HOUR = 3600  # seconds; longer steps of a clock are left out of the frame rate
-
-
 # HMDB-51 has tags that are not UTF-8; av 19 neither needs nor takes the argument.
 TAGS = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 

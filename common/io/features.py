@@ -50,7 +50,7 @@ class Extraction:
 
     net: a network; it is in eval mode meanwhile, with the batch-norm statistics of rank 0.
     call: a part of it, (B, C, T, H, W) to (B, D), such as net.embed.
-    videos: datasets.Videos; recipe: an evaluate.Recipe, whose `sample` may give each video another number of
+    videos: Videos; recipe: a Recipe, whose `sample` may give each video another number of
         clips.
     identity: plain values by name that tell these features from others, such as a digest of the weights. The
         videos, the recipe and the two flags below are always compared.

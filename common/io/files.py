@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError
+from common.errors import FULL, UserError, printable
 
-FULL = errno.ENOSPC, errno.EDQUOT  # errors of a full disk, and of a full share of it
 # Errors of a file's name alone; after any other, the disk takes no other file either.
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ENOTDIR)
 OLD = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # what torch.save wrote first before 1.6
@@ -149,3 +148,11 @@ def load(path):
     except Exception as error:  # torch.load has no error type of its own
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} cannot be loaded safely: {reason}") from None
+
+
+def report_bad(out, bad, total, verb):
+    """Write bad_videos.txt (path, tab, reason; empty if all is well), and say how many there are."""
+    path = os.path.join(out, "bad_videos.txt")
+    write(path, "".join(f"{name}\t{reason}\n" for name, reason in sorted(bad)))
+    listed = f"; the others are in {path}" if bad else ""
+    print(printable(f"{total - len(bad)} of {total} videos {verb}{listed}"))

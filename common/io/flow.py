@@ -39,17 +39,9 @@ from common.io.readers import forms, stem_of
 from common.tvl1 import SCHEME, SMALLEST, _flow
 
 BOUND = 20.0  # pixels that a byte of 1 or 255 stands for, where nothing else is said
-
-
 SHORT_SIDE = 256  # pixels; of larger pictures, before their flow is computed
-
-
 GOP = 12  # fields from one key frame of a flow video to the next
-
-
 CHUNK = 2**24  # pixels of the frames of a video that are in memory at a time
-
-
 EVERY = 60  # seconds between two lines of progress, where there is no terminal
 
 

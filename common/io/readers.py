@@ -1,21 +1,13 @@
-"""Which videos, which labels: readers of the data sets people have on disk, and labelled subsets.
-
-    data = load("ucf101", root="data/ucf101", split=1)
-    few = labelled(data, ratio=0.01, seed=0)  # indices into data.train
-    data.train.path(few[0]), data.train.labels[few[0]]
+"""Readers of the data sets people have on disk: a function for each, which gives (classes, train, test).
 
 Each reader has the layout and the formats it reads in its docstring. All follow the same rules: a video is
 a file with a video's suffix, or a folder that holds the numbered pictures of one series and nothing else;
 what a list names is looked up in scans of the folders, with another suffix, class spelling, Unicode form or
 prefix if need be; what is not there, or no video, is left out and reported, above half of a list it is an
 error, as is everything that puts a label in doubt.
-
-    python -m common.tools.check DATA               decode every file, list the bad ones
-    python -m common.tools.shrink DATA --out DIR    a smaller copy that loads several times faster
 """
 
 import csv
-import dataclasses
 import io
 import json
 import os
@@ -28,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.data import Videos
 from common.errors import UserError, printable
 from common.io import toy
 from common.io.decode import FLOW, FPS, PICTURES
@@ -38,15 +29,20 @@ SUFFIXES = tuple(  # of what PyAV reads
     ".m1v .m2t .m2ts .m2v .m4v .mjpeg .mjpg .mk3d .mod .mpe .mpeg .mpg .mpv .mts .mxf .nut .obu .ogm .ogv "
     ".qt .rm .rmvb .tod .tp .trp .ts .vob .vro .wmv .wtv .xvid .y4m".split()
 )
-
-
 LISTS = (".txt", ".csv", ".json")
-
-
 HIDDEN = ("thumbs.db", "desktop.ini", "lost+found")  # beside names that begin with a dot
 
 
 # ---- names and files -------------------------------------------------------------------------------
+class Part(NamedTuple):
+    """The training or test videos of a data set, named relative to root; other fields as in Videos."""
+
+    root: str
+    names: list
+    labels: list
+    groups: list | None = None
+    spans: list | None = None
+
 
 MISSING, AMBIGUOUS = -1, -2
 
@@ -275,8 +271,6 @@ class Row(NamedTuple):
 
 # What ends a line of a list: integers, or "1,2", after commas, tabs or blanks, but not after a mixture.
 NUMBERS = re.compile(r"(( *, *X)+|( *\t\s*X)+|( +X)+)[\s,]*$".replace("X", r'(-?\d+|"[-\d, ]*")'))
-
-
 SEGMENT = re.compile(r"[\s,]*\d+[\s,]+0*[1-9]\d*[\s,]+-?\d+[\s,]*")  # start, frames, label
 
 
@@ -398,7 +392,7 @@ def _check_folder(name, row, classes, keys):
 
 
 def _pair(base, found, train, test, classes, notes, multilabel=False):
-    """(classes, train, test) as Videos, from the rows of both parts and the names found in base.
+    """(classes, train, test), from the rows of both parts and the names found in base.
 
     What is on disk is kept, each video once; raises UserError where a label is in doubt and where a
     training video is also a test video.
@@ -429,7 +423,7 @@ def _pair(base, found, train, test, classes, notes, multilabel=False):
             labels[i, list(row.labels)] = 1
         labels = labels if multilabel else [row.labels[0] for row in kept.values()]
         spans = [span for _, span in kept] if rows[0].span else None
-        parts.append(Videos.make(base, [name for name, _ in kept], labels, spans=spans))
+        parts.append(Part(base, [name for name, _ in kept], labels, None, spans))
     return classes, parts[1], parts[0]
 
 
@@ -467,7 +461,7 @@ def _unlabelled(root, split, variant, notes):
             break
     names, spans = zip(*labels, strict=True)
     y = [ys[0] if len(ys) == 1 else -1 for ys in labels.values()]
-    return (), Videos.make(base, names, y, spans=spans if spans[0] else None), Videos.make(base, [], [])
+    return (), Part(base, names, y, None, spans if spans[0] else None), Part(base, [], [])
 
 
 def _toy(root, split, variant, notes):
@@ -593,9 +587,9 @@ def _ucf101(root, split, variant, notes):
         parts.append([row._replace(labels=tuple(y - first for y in row.labels)) for row in rows])
     _, *parts = _pair(base, found, *parts, classes, notes)
     for i, videos in enumerate(parts):
-        scenes = [re.search(r"_g(\d+)_c\d+$", stem_of(videos.name(j))) for j in range(len(videos))]
+        scenes = [re.search(r"_g(\d+)_c\d+$", stem_of(videos.names[j])) for j in range(len(videos.names))]
         groups = [100 * k + int(m[1] if m else 0) for k, m in zip(videos.labels, scenes, strict=True)]
-        parts[i] = dataclasses.replace(videos, groups=np.array(groups, dtype=np.int32))
+        parts[i] = videos._replace(groups=groups)
     return classes, *parts
 
 
@@ -706,9 +700,5 @@ def _activitynet(root, split, variant, notes):
 
 
 READERS = dict(k400=_k400, ucf101=_ucf101, hmdb51=_hmdb51, ssv2=_ssv2, charades=_charades, toy=_toy)
-
-
 READERS |= {"activitynet": _activitynet, "activitynet:whole": _activitynet, "hmdb51:all": _hmdb51}
-
-
 READERS |= {f"toy:{variant}": _toy for variant in ("a", "b", "c", "busy", "multi")}

@@ -17,11 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # those that stop a run
-
-
 LONGEST_TMPDIR = 75  # bytes: multiprocessing adds 32 to name a socket, which may have 107
-
-
 TIMEOUT = 600  # seconds to wait for one batch: a hung disk ends the run with an error
 
 

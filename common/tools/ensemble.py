@@ -25,7 +25,7 @@ from common.flags import Parser
 from common.io.models import load_for
 from common.run import Run, agreed
 
-VIEWS = ("clips", "uniform", "crops", "size")  # fields of evaluate.Recipe
+VIEWS = ("clips", "uniform", "crops", "size")  # fields of a Recipe
 METRICS = ("top1", "top5", "mean_class", "mAP")  # of evaluate.metrics those that an ensemble has
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from common.data import default_root, load_data
+from common.data import load_everything
 from common.errors import UserError, printable, survive_output
 from common.io.flow import BOUND, SHORT_SIDE, extract_flow
 
@@ -55,13 +55,9 @@ def main(argv=None):
 
 
 def _extract_data(args, rank, world):
-    name = "hmdb51:all" if args.data == "hmdb51" else args.data
-    root = args.root or default_root(name)
-    data = load_data(name, root, args.split)
+    root, data = load_everything(args.data, args.root, args.split)
     if Path(args.out).resolve().is_relative_to(Path(root).resolve()):
         raise UserError(f"--out {args.out} lies in {root}: its files would be taken for videos of that")
-    for note in data.notes if rank == 0 else ():
-        print(printable(note), flush=True)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

@@ -27,7 +27,7 @@ def predict(model, path, device="cpu", top=5):
 
 
 class OneFile:
-    """A list of one unlabelled video, for `video.Views`."""
+    """A list of one unlabelled video, for `Views`."""
 
     flow = None
 
@@ -46,12 +46,10 @@ class OneFile:
 
 def main():
     survive_output()
-    description = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m common.evaluate", description=description)
-    commands = parser.add_subparsers(required=True, metavar="predict")
-    one = commands.add_parser("predict", help="print the top five classes of video files")
-    one.add_argument("model", help="a model.pt")
-    one.add_argument("videos", nargs="+", metavar="VIDEO")
+    description = "Print the top five classes of video files."
+    parser = argparse.ArgumentParser(prog="python -m common.tools.predict", description=description)
+    parser.add_argument("model", help="a model.pt")
+    parser.add_argument("videos", nargs="+", metavar="VIDEO")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     status = 0

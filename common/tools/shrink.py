@@ -1,25 +1,44 @@
 """A smaller copy of a data set that loads several times faster."""
 
+import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common.errors import UserError, VideoError, printable, reason_of, reasons
+from common.data import load_everything
+from common.errors import UserError, VideoError, printable, reason_of, reasons, status_of
+from common.flags import data_flags
 from common.io import files
 from common.io.decode import Video, encode
 from common.io.readers import _parts, _read_json, _scan, stem_of
 from common.io.workers import in_parallel
-from common.tools.check import _paths, _report
 
 
-def _shrink(args):
+def main(argv=None):
+    """The command. Returns the exit status: 2 after a UserError, and 0 with bad videos, too."""
+    parser = argparse.ArgumentParser(
+        prog="python -m common.tools.shrink", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Re-encode every video to small pictures and close key frames; finished ones are kept.",
+    )  # fmt: skip
+    data_flags(parser)
+    parser.add_argument("--out", required=True, help="folder for the new data set")
+    parser.add_argument("--short_side", type=int, default=256, help="pixels; smaller videos keep their size")
+    parser.add_argument("--gop", type=int, default=12, help="frames from one key frame to the next")
+    parser.add_argument("--crf", type=int, default=23, help="quality of H.264: lower is better and larger")
+    args = parser.parse_args(argv)
+    return status_of(shrink, args, args.out)
+
+
+def shrink(args):
     """Every video again, as <same name>.mp4 under args.out, and the annotations beside them."""
     if args.short_side < 16 or args.gop < 1 or not 0 <= args.crf <= 51:
         raise UserError("--short_side must be 16 or more, --gop 1 or more, --crf 0 to 51")
-    root, paths = _paths(args)
+    root, data = load_everything(args.data, args.root, args.split)
+    paths = data.paths()
     if Path(args.out).resolve().is_relative_to(Path(root).resolve()):
         raise UserError(f"--out {args.out} lies in {root}: the new data set needs a folder of its own")
     targets = {}
@@ -51,7 +70,7 @@ def _shrink(args):
             bad.append((path, result))
         elif result:
             print(f"{printable(path)}: damaged frames replaced by a neighbour: {result}", flush=True)
-    _report(args.out, bad, len(paths), f"are in {args.out}")
+    files.report_bad(args.out, bad, len(paths), f"are in {args.out}")
     return 0
 
 
@@ -108,3 +127,7 @@ def _small(video, short_side):
             while n in waiting:
                 yield waiting.pop(n)
                 n += 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
