@@ -77,6 +77,7 @@ from common.errors import UserError
 from common.flags import LABELS, Parser, at_least, free_flags, share, wanted
 from common.io import features, files, models
 from common.io.models import digest_of_model, load_for, save_model
+from common.io.weights import PUBLISHED
 from common.run import PLACES, Run, agreed
 
 # Other defaults for some data sets (the flags' own defaults are the paper's, Sec. 4.4).
@@ -580,7 +581,7 @@ def check_inputs(args):
     load_parts(args)
     pairs = zip(args.expert, args.names, strict=False)
     paths = {models.parse(spec, slug(name))[1] for spec, name in pairs if spec != "supervised"}
-    for path in sorted(paths.union(args.init) - {"none", *backbones.PUBLISHED}):
+    for path in sorted(paths.union(args.init) - {"none", *PUBLISHED}):
         if not os.path.isfile(path):
             raise UserError(f"there is no file {path}, which --expert or --init asks for")
 

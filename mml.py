@@ -20,7 +20,7 @@ videos, whatever the modality. The best single network comes from three such tra
 Equations:  Eq. 1, 2 -> network_loss, its L_CE (and Appendix 2) -> classification_loss
             Eq. 3 -> kl_loss    Eq. 4, for any number of networks -> mean_of_others
             MARS, D3D (Sec. 3.3, Appendix 2) -> mars_loss, d3d_loss      all are called in train_step
-            Sec. 2.1 -> backbones.load_weights    Sec. 2.3, 3.1.1 -> windows
+            Sec. 2.1 -> weights.load_weights      Sec. 2.3, 3.1.1 -> windows
             Appendix 1 -> clips.dense_parts, clips.uniform_test, by recipe_of
             Appendix 3 -> common/tools/ensemble.py
 
@@ -91,6 +91,7 @@ from common.data import as_list, digest_of_videos, labelled_subset, load_data
 from common.errors import UserError
 from common.flags import Parser, free_flags, wanted
 from common.io.models import load_for, save_model
+from common.io.weights import PUBLISHED, fetch
 from common.modality import MODALITIES, Recipe
 from common.run import Run, agreed
 
@@ -307,8 +308,8 @@ def build_networks(args, classes, run):
     starts = starts_of(args, kinds)
     nets, builds, groups = {}, {}, []
     mutual = args.mutual == "kl" and (args.lam or args.pipeline)
-    for start in sorted(set(starts) & set(backbones.PUBLISHED)):
-        run.on_main(backbones.fetch, args.net, start)  # one process downloads
+    for start in sorted(set(starts) & set(PUBLISHED)):
+        run.on_main(fetch, args.net, start)  # one process downloads
     for net, start in zip(names_of(kinds), starts, strict=True):
         channels = MODALITIES[modality_of(net)].channels
         builds[net] = dict(name=args.net, classes=classes, in_channels=channels, width=args.width,

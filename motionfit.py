@@ -87,6 +87,7 @@ from common.errors import UserError
 from common.flags import Parser, at_least, by_stage, epochs, free_flags, share, wanted
 from common.io import features, files
 from common.io.models import digest_of_model, load_for, load_model, save_model
+from common.io.weights import PUBLISHED, fetch
 from common.kmeans import kmeans, purity
 from common.modality import MODALITIES, Recipe
 from common.run import PLACES, Run, agreed
@@ -105,7 +106,7 @@ RECIPES["weizmann"] = RECIPES["toy"] | dict(per_class=2, size=48, stretch=[54, 6
     eval_every=20, epochs=dict(generator=60, selftrain=30, finetune=40))  # fmt: skip
 DENSE = 128  # dense clips of a video, at most: they are decoded together
 START_FILES = "generator", "pseudo", "init", "teacher"  # flags of the files that a stage starts from
-NO_FILE = (None, "none", *backbones.PUBLISHED)  # values of these that are no files
+NO_FILE = (None, "none", *PUBLISHED)  # values of these that are no files
 
 
 def parse_args(argv=None):
@@ -559,8 +560,8 @@ def train(stage, args, run):
 
     # 3. Network and optimiser.
     build = dict(name=args.net, classes=len(classes), in_channels=MODALITIES[kind].channels, width=args.width)
-    if init in backbones.PUBLISHED:
-        run.on_main(backbones.fetch, args.net, init)  # one process downloads
+    if init in PUBLISHED:
+        run.on_main(fetch, args.net, init)  # one process downloads
     torch.manual_seed(args.seed)
     backbone = backbones.build(**build, weights=None if init == "none" else init)
     if not backbone.new_fc:  # the file's classes are others, even if there are as many

@@ -54,13 +54,9 @@ between the embedding and the last layer, see `Adapter`.
 What rebuilds a network is plain values: build(name, classes, in_channels, width, dropout, bn_eps, adapter).
 """
 
-import http.client
-import os
 import re
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from urllib.parse import urlparse
 
 import torch
 import torch.nn.functional as F
@@ -70,21 +66,16 @@ from torchvision.models.video.resnet import (
     BasicBlock,
     Conv2Plus1D,
     Conv3DSimple,
-    R2Plus1D_18_Weights,
-    R3D_18_Weights,
 )
-from torchvision.models.video.s3d import S3D_Weights, SepInceptionBlock3D, TemporalSeparableConv
+from torchvision.models.video.s3d import SepInceptionBlock3D, TemporalSeparableConv
 from torchvision.models.video.swin_transformer import (
     PatchEmbed3d,
-    Swin3D_B_Weights,
-    Swin3D_S_Weights,
-    Swin3D_T_Weights,
     SwinTransformer3d,
 )
 from torchvision.ops import Conv3dNormActivation
 
 from common.errors import UserError
-from common.io import files
+from common.io.weights import load_weights
 
 BLOCKS = {
     10: (1, 1, 1, 1),
@@ -102,28 +93,6 @@ NAMES += tuple(
     for depth in (10, 18, 34)
 )
 NAMES += ("s3dg", "swin3d_t", "swin3d_s", "swin3d_b")
-
-# Weights that torchvision publishes, by the word that asks for them.
-IMAGENET = {
-    18: resnet.ResNet18_Weights.IMAGENET1K_V1,
-    34: resnet.ResNet34_Weights.IMAGENET1K_V1,
-    50: resnet.ResNet50_Weights.IMAGENET1K_V1,
-    101: resnet.ResNet101_Weights.IMAGENET1K_V1,
-}
-PUBLISHED = {
-    "imagenet": {f"{net}{depth}": weights for net in RESNETS for depth, weights in IMAGENET.items()},
-    "kinetics": {
-        "r3d_18": R3D_18_Weights.KINETICS400_V1,
-        "r2plus1d_18": R2Plus1D_18_Weights.KINETICS400_V1,
-        "s3dg": S3D_Weights.KINETICS400_V1,
-        "swin3d_t": Swin3D_T_Weights.KINETICS400_V1,
-        "swin3d_s": Swin3D_S_Weights.KINETICS400_V1,
-        "swin3d_b": Swin3D_B_Weights.KINETICS400_V1,
-    },
-    "kinetics_imagenet22k": {"swin3d_b": Swin3D_B_Weights.KINETICS400_IMAGENET22K_V1},
-}
-# Frames of a clip and clips of a video in torchvision's tests on Kinetics, by the family.
-CLIPS = {"r3d": (16, 5), "r2plus1d": (16, 5), "s3dg": (128, 1), "swin3d": (32, 12)}
 
 
 def build(
@@ -145,11 +114,11 @@ def build(
         width: factor on the channels of every layer, the stem included (1/4 has about 1/16 of the
             parameters). It must leave swin3d whole heads, of which t and s have 3 in the first stage and b 4.
         dropout: probability before the last layer, in training only (SlowFast trains with 0.5).
-        weights: what to start from, a file or a word of PUBLISHED, see `load_weights`.
+        weights: what to start from, a file or a word of weights.PUBLISHED, see `weights.load_weights`.
         bn_eps: epsilon of every batch norm (the code of Learning from Temporal Gradient has 1e-3); None is
             the network's own, 1e-3 for s3dg and 1e-5 for all others. swin3d has no batch norm.
         adapter: hidden units of an `Adapter` between the embedding and the last layer; 0 for none.
-        names: of the classes, in their order, to know published ones by, see `load_weights`.
+        names: of the classes, in their order, to know published ones by, see `weights.load_weights`.
 
     The network's `new_fc` says whether its last layer is not from `weights`.
 
@@ -723,194 +692,3 @@ FAMILIES = {
     "swin3d_s": Swin3DS,
     "swin3d_b": Swin3DB,
 }
-
-
-def fetch(name: str, weights: str) -> Path:
-    """The file that `build(name, weights=weights)` reads; one of torchvision's is downloaded if need be.
-
-    Of several processes, one can do this before all build. torchvision's files are kept where torch.hub
-    keeps them; other `weights` are a file already.
-
-    Raises:
-        UserError: nothing is published for this network, or it cannot be downloaded.
-    """
-    if weights not in PUBLISHED:
-        return Path(weights)
-    published = _published(name, weights)
-    url = published.url
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
-    if not path.exists():
-        try:
-            published.get_state_dict(progress=False, check_hash=True, weights_only=True)
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
-            raise UserError(
-                f"{url} cannot be downloaded ({reason}): put the file at {path}, or give the path of one"
-            ) from None
-    return path
-
-
-def published_input(name: str, weights: str = "kinetics") -> dict:
-    """What torchvision shows a network of published weights in its test, as plain values of a Recipe.
-
-    The clips are those of its documented scores, at 15 frames a second, which is every second frame of 30;
-    the pictures are resized, cut in the middle and normalised as by the weights' own transforms.
-
-    Raises:
-        UserError: nothing is published for this network, or weights of pictures, which have no clips.
-    """
-    words = [word for word in PUBLISHED if word != "imagenet"]
-    if weights not in words:
-        raise UserError(f"torchvision has no clips for {weights} weights, only for {', '.join(words)}")
-    view = _published(name, weights).transforms()
-    frames, clips = CLIPS[name.partition("_")[0]]
-    return dict(
-        frames=frames,
-        stride=2,
-        clips=clips,
-        crops=1,
-        short_side=view.resize_size[0],
-        size=view.crop_size[0],
-        stretch=tuple(view.resize_size) if len(view.resize_size) == 2 else (),
-        mean=tuple(view.mean),
-        std=tuple(view.std),
-    )
-
-
-def _published(name, weights):
-    """torchvision's entry of the `weights`, a word of PUBLISHED, for a network; UserError if it has none."""
-    published, base = PUBLISHED[weights], name.partition("-")[0]  # the suffix changes no tensor
-    if base not in published:
-        only = ", ".join(published)
-        raise UserError(f"torchvision has no {weights} weights for {name}, only for {only}: a file is needed")
-    return published[base]
-
-
-def load_weights(net: Backbone, source: str, names: Sequence[str] | None = None) -> bool:
-    """Fill a network of `build` with weights from `source`; whether its last layer is from there, too.
-
-    source: a file, which is a model.pt of a run, a bare state_dict saved by torch.save or a checkpoint that
-    has one as "state_dict"; or what torchvision publishes, "imagenet" (the ResNets' IMAGENET1K_V1),
-    "kinetics" (trained on Kinetics-400) or "kinetics_imagenet22k" (the same after ImageNet-22K), see
-    `PUBLISHED` and `fetch`. names: of the network's classes, in their order.
-
-    - Prefixes of DistributedDataParallel and torch.compile are taken off the names.
-    - A 2D ResNet's tensors are inflated for resnet3d and i3d: every kernel is repeated along time and
-      divided by its number of frames (Carreira and Zisserman 2017), so that a clip of one picture gives
-      what the picture gave.
-    - torchvision's tensors of S3D go to s3dg, whose gates stay as they start, and those of Video Swin to
-      swin3d.
-    - MMAction2's tensors of TSN go to tsn, and those of TSM to tsm. Not to each other: there a shifted
-      convolution has a name of its own.
-    - An adapter of which the file has nothing stays as it starts.
-    - A first convolution for another number of input channels is averaged over its channels and
-      repeated (Mutual Modality Learning, section 2.1).
-    - A last layer for another number of classes, or none, leaves the network's own, and says so; so does
-      one of a word of PUBLISHED, whose classes are others even where their number is the same, unless
-      `names` are its classes: then its rows are put in their order.
-
-    Everything else must fit name by name and shape by shape. Nothing in the file is executed.
-
-    Raises:
-        UserError: missing, damaged or foreign file, another architecture, or a failed download.
-    """
-    path = fetch(net.name, source)
-    state = files.load(path)
-    if isinstance(state, dict):
-        state = state.get("net", state.get("state_dict", state))
-    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
-        raise UserError(f"{path} holds no network: a model.pt or a saved state_dict is right")
-    state = {_plain(key): value for key, value in state.items()}
-
-    own = net.state_dict()
-    first, last = net.FIRST, {"fc.weight", "fc.bias"}
-    if isinstance(net, (S3DG, Swin3D)) and any(key.startswith("features.") for key in state):
-        state = _staged(state, own)
-    if isinstance(net, TSN) and "backbone.conv1.conv.weight" in state:
-        state = _mmaction(state, own, net.shifted)
-    rows = None
-    if source in PUBLISHED:
-        rows = _rows(_published(net.name, source).meta["categories"], names or ())
-        if rows is None:
-            state = {key: value for key, value in state.items() if key not in last}
-    if isinstance(net, ResNet3D) and "conv1.weight" in state:
-        state = _inflate(state, own)
-    c_in = own[first].shape[1]
-    if first in state and state[first].dim() == own[first].dim() and state[first].shape[1] != c_in:
-        state[first] = state[first].float().mean(1, keepdim=True).repeat_interleave(c_in, dim=1)
-    # Files of old versions of torch lack the counts, which nothing here reads.
-    spare = [key for key in own if key.endswith("num_batches_tracked") or key.startswith("adapter.")]
-    state = {key: own[key] for key in spare} | state
-
-    shapes = {key: tuple(value.shape) for key, value in state.items()}
-    wanted = {key: tuple(value.shape) for key, value in own.items()}
-    wrong = [key for key in wanted | shapes if shapes.get(key) != wanted.get(key)]
-    if not last.issuperset(wrong):
-        keys = "; ".join(f"{k} is {shapes.get(k)}, not {wanted.get(k)}" for k in wrong[:5])
-        raise UserError(f"{path} fits another network, {len(wrong)} tensors differ: {keys}")
-    if wrong:
-        state |= {key: own[key] for key in last}
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{path}: the last layer is not for these classes and starts afresh")
-    elif rows is not None:
-        state |= {key: state[key][rows] for key in last}
-    net.load_state_dict(state)
-    return not wrong
-
-
-def _plain(key):
-    return str(key).replace("module.", "").replace("_orig_mod.", "")
-
-
-def _inflate(state, own):
-    """A 2D ResNet's tensors by the names of ResNet3D's, `own`, and with the T of its kernels."""
-    inflated = {}
-    for key, value in state.items():  # layer1.0.bn1.bias becomes res2.0.conv1.bn.bias
-        key = re.sub(r"^(conv|bn)1\.", r"stem.\1.", key)
-        key = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", key)
-        key = re.sub(r"\.(conv|bn)(\d)\.", r".conv\2.\1.", key)
-        key = key.replace("downsample.0", "shortcut.conv").replace("downsample.1", "shortcut.bn")
-        if value.dim() == 4 and key in own:
-            T = own[key].shape[2]
-            value = value.float().unsqueeze(2).repeat_interleave(T, dim=2) / T
-        inflated[key] = value
-    return inflated
-
-
-def _staged(state, own):
-    """torchvision's tensors of S3D or Video Swin by the names of `own`, with S3DG's gates."""
-    names = {re.sub(r"^layer\d", "features", key): key for key in own}
-    for kind in ("weight", "bias"):
-        names |= {f"{last}.{kind}": f"fc.{kind}" for last in ("classifier.1", "head")}
-    staged = {key: value for key, value in own.items() if ".gate." in key}
-    for key, value in state.items():
-        if key == "classifier.1.weight" and value.dim() == 5:  # (K, D, 1, 1, 1)
-            value = value[..., 0, 0, 0]
-        staged[names.get(key, key)] = value
-    return staged
-
-
-def _mmaction(state, own, shifted):
-    """MMAction2's tensors of TSN, or of TSM with blocks number `shifted`, by the names of `own`."""
-    names = {f"cls_head.fc_cls.{kind}": f"fc.{kind}" for kind in ("weight", "bias")}
-    for key in own:  # layer1.0.bn2.bias is backbone.layer1.0.conv2.bn.bias there
-        theirs = re.sub(r"\b(conv|bn)(\d)\.", r"conv\2.\1.", key)
-        theirs = theirs.replace("downsample.0", "downsample.conv").replace("downsample.1", "downsample.bn")
-        block = re.match(r"layer\d\.(\d+)\.", key)
-        if block and int(block[1]) in shifted:
-            theirs = theirs.replace(".conv1.conv.", ".conv1.conv.net.")
-        names[f"backbone.{theirs}"] = key
-    return {names.get(key, key): value for key, value in state.items()}
-
-
-def _rows(theirs, names):
-    """Where each of `names` is among the classes `theirs`; None if these are not the same, one to one.
-
-    Classes of Kinetics are spelt in many ways: only letters, in lower case, and digits count.
-    """
-
-    def plain(name):
-        return re.sub("[^a-z0-9]", "", name.lower())
-
-    place, ours = {plain(name): i for i, name in enumerate(theirs)}, [plain(name) for name in names]
-    return [place[name] for name in ours] if sorted(ours) == sorted(place) else None

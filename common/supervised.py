@@ -22,6 +22,7 @@ from common.data import as_list, digest_of_videos, hold_out, labelled_subset, lo
 from common.errors import UserError
 from common.flags import Parser, at_least, free_flags, share, wanted
 from common.io.models import load_for, save_model
+from common.io.weights import PUBLISHED, fetch
 from common.modality import Recipe
 from common.run import Run, agreed
 
@@ -99,8 +100,8 @@ def train(args, run):
 
     torch.manual_seed(args.seed)
     build = dict(name=args.net, classes=len(data.classes), width=args.width, dropout=args.dropout)
-    if args.init in backbones.PUBLISHED:
-        run.on_main(backbones.fetch, args.net, args.init)  # one process downloads
+    if args.init in PUBLISHED:
+        run.on_main(fetch, args.net, args.init)  # one process downloads
     net = run.distribute(backbones.build(**build, weights=args.init), args.channels_last, args.compile)
     lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, 8)
     optimizer = optim.build(args.optimizer, net.parameters(), lr, args.weight_decay)

@@ -31,7 +31,6 @@ from torchvision.ops import StochasticDepth
 from common.backbones import (
     BLOCKS,
     NAMES,
-    PUBLISHED,
     Adapter,
     Block,
     Gate,
@@ -40,10 +39,9 @@ from common.backbones import (
     Subsampled,
     avoid_onednn_faults,
     build,
-    fetch,
-    published_input,
 )
 from common.errors import UserError
+from common.io.weights import PUBLISHED, fetch, published_input
 from common.modality import Recipe
 
 SLOW = [name for name in NAMES if name.startswith("resnet3d")]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from common import backbones, supervised
 from common.data import hold_out, load_data
 from common.errors import UserError
-from common.io import models
+from common.io import models, weights
 from common.io.models import digest_of_model, load_model
 from common.modality import Recipe
 
@@ -179,7 +179,7 @@ def test_how_a_network_of_another_toolbox_sees_a_video():
     for recipe in (eight, dense):
         assert (recipe.mean, recipe.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     swin = models.parse("swin3d_b:kinetics", "set")[2]
-    assert swin == Recipe(**backbones.published_input("swin3d_b", "kinetics")) and swin.frames == 32
+    assert swin == Recipe(**weights.published_input("swin3d_b", "kinetics")) and swin.frames == 32
     assert models.parse("swin3d_b:kinetics:16x2", "set")[2].frames == 16
 
 

@@ -2,7 +2,7 @@
 
 MODEL.PT                   a file of a run of these scripts
 FOLDER                     the same in FOLDER/DATA/model.pt, for each data set
-NET:WORD                   torchvision's weights, such as swin3d_b:kinetics (backbones.PUBLISHED)
+NET:WORD                   torchvision's weights, such as swin3d_b:kinetics (weights.PUBLISHED)
 NET:FILE:SEGMENTS          weights of another toolbox, such as MMAction2's tsm50; the network sees
                            one view of a video, with a frame from each of SEGMENTS equal segments
 NET:FILE:FRAMESxSTRIDE     the same; it sees ten clips of FRAMES frames, STRIDE apart
@@ -19,6 +19,7 @@ from torch import nn
 from common import backbones, modality
 from common.errors import UserError
 from common.io import files
+from common.io.weights import PUBLISHED, fetch, published_input
 from common.modality import Recipe
 
 
@@ -48,8 +49,8 @@ def parse(spec, data):
         folder = os.path.isdir(spec) or not spec.endswith(".pt")
         return None, os.path.join(spec, data.replace(":", "-"), "model.pt") if folder else spec, None
     weights, _, clip = rest.partition(":")
-    if weights in backbones.PUBLISHED and not clip:
-        return name, weights, Recipe(**backbones.published_input(name, weights))
+    if weights in PUBLISHED and not clip:
+        return name, weights, Recipe(**published_input(name, weights))
     match = re.fullmatch("([1-9][0-9]*)(?:x([1-9][0-9]*))?", clip)
     if not match:
         raise UserError(f"{name}:{weights} must say what the network sees: :8 for 8 segments of a video, "
@@ -67,8 +68,8 @@ def load(spec, data, run):
         beside = Path(path).with_name("labelled.txt")
         text = beside.read_text("utf-8", "surrogateescape") if beside.exists() else None
         return Model(path, *load_known(path, data), text)
-    if path in backbones.PUBLISHED:
-        run.on_main(backbones.fetch, name, path)  # one process downloads
+    if path in PUBLISHED:
+        run.on_main(fetch, name, path)  # one process downloads
     build = dict(name=name, classes=len(data.classes))
     net = backbones.build(**build, weights=path, names=data.classes).eval()
     if net.new_fc:
