@@ -4,6 +4,7 @@ import csv
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import forks
 import numpy as np
@@ -19,14 +20,15 @@ from common.data import Videos
 from common.io.models import load_model
 from common.modality import Recipe, stacked
 from common.tools import figures
+from common.tools.shared import CAPTION as LINE
+from common.tools.shared import contact_sheet
 
 HERE = Path(__file__).resolve().parent.parent
-LINE = figures.CAPTION
 
 
 def test_contact_sheet(tmp_path):
     rows = [pixels(3, 3, 8, 10), pixels(2, 3, 6, 20, seed=1)]  # 30 and 40 pixels wide
-    figures.contact_sheet(tmp_path / "a.png", rows, ["row 1", "r\u00fcck"])
+    contact_sheet(tmp_path / "a.png", rows, ["row 1", "r\u00fcck"])
     sheet = np.asarray(Image.open(tmp_path / "a.png"))
     assert sheet.shape == (2 * LINE + 8 + 6, 40, 3) and sheet.dtype == np.uint8
     for top, row in ((LINE, rows[0]), (2 * LINE + 8, rows[1])):
@@ -35,7 +37,7 @@ def test_contact_sheet(tmp_path):
     assert not sheet[LINE : LINE + 8, 30:].any()  # black beside the narrower row
     assert sheet[:LINE].any() and sheet[LINE + 8 : 2 * LINE + 8].any()  # captions
     with pytest.raises(ValueError):
-        figures.contact_sheet(tmp_path / "b.png", rows, ["a caption too few"])
+        contact_sheet(tmp_path / "b.png", rows, ["a caption too few"])
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
@@ -95,11 +97,13 @@ def videos(tmp_path):
 
 def test_cam_sheets(videos, tmp_path):
     """Of videos spread over the list, but for the unreadable one."""
-    recipe = Recipe(3, 1, 10, 3, 12, 12)
+    recipe, data = Recipe(3, 1, 10, 3, 12, 12), SimpleNamespace(test=videos, classes=("a", "b"))
     models = {"student": (Tiny(), recipe), "teacher": (Tiny(), recipe)}
     for count, numbers in ((2, [0, 3]), (99, [0, 2, 3])):
-        folder = tmp_path / f"{count}" / "cam"
-        figures.cam_sheets(folder, videos, ("a", "b"), models, count, torch.device("cpu"))
+        folder = tmp_path / f"{count}"
+        folder.mkdir()
+        run = SimpleNamespace(out=folder, device=torch.device("cpu"))
+        figures.cam_sheets(SimpleNamespace(videos=count), run, data, models)
         assert sorted(path.name for path in folder.iterdir()) == [f"{i:05d}.png" for i in numbers]
     for i in numbers:
         sheet = np.asarray(Image.open(folder / f"{i:05d}.png"))

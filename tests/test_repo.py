@@ -25,7 +25,7 @@ LINES_OF_CMPL = 4000  # of this project, in all that `import cmpl` loads
 # Today's lines, rounded up, of what is over its budget: limits to lower, until the dict is empty.
 PRESENT = {
     "cmpl.py": 410, "tg_distill.py": 550, "mml.py": 560, "motionfit.py": 680, "jedi.py": 610,
-    "common/*.py": 3880, "common/**/*.py": 7580, "tests/*.py": 14940, "import cmpl": 6050,
+    "common/*.py": 3880, "common/**/*.py": 7580, "tests/*.py": 14980, "import cmpl": 6050,
 }  # fmt: skip
 
 # {room: the rooms that its files may import}, see `room_of`.
@@ -39,7 +39,6 @@ PRESENT_ARROWS = {
     ("common/io/features.py", "common.data.digest_of_videos"), ("common/io/models.py", "common.backbones"),
     ("common/io/models.py", "common.modality"), ("common/io/flow.py", "common.tvl1.SCHEME"),
     ("common/io/flow.py", "common.tvl1.SMALLEST"), ("common/io/flow.py", "common.tvl1._flow"),
-    ("common/tools/retrieve.py", "common.tools.figures"),
 }  # fmt: skip
 
 

@@ -13,7 +13,8 @@ from tensors import picture_folder, random, save_tiny_model
 from common.data import Data, Videos, load_data
 from common.io.features import Features
 from common.modality import Recipe
-from common.tools import figures, retrieve
+from common.tools import retrieve
+from common.tools.shared import CAPTION
 
 pytestmark = pytest.mark.usefixtures("leave", "group")
 
@@ -63,12 +64,12 @@ def features_at(angles, counts):
 def test_recalls_of_clips_and_of_videos():
     """Two clips of a video may be apart, and their mean in between; a video without clips is wrong."""
     train, test = Videos.make("", ["t0", "t1"], [0, 1]), Videos.make("", list("qrst"), [0, 0, 1, 0])
-    data, recipe = Data("set", 1, ("a", "b"), train, test, False, True, ()), Recipe(2, 1, 2, 1)
+    data = Data("set", 1, ("a", "b"), train, test, False, True, ())
     z_train = features_at([0, 90, 50, 52], [2, 2])  # the means are at 45 and 51
     # q: both clips are next to the first video, and the mean at 45; r is unreadable; s: both clips are next
     # to the first video, which is wrong, but the mean at 51 is right; t: all wrong.
     z = features_at([1, 89, 10, 92, 50, 53], [2, 0, 2, 2])
-    row = retrieve.recalls(data, recipe, z_train, z, "cpu")
+    row = retrieve.recalls(data, 2, {"train": z_train, "test": z}, "cpu")
     assert (row["R@1"], row["videos_R@1"]) == pytest.approx((100 * 2 / 8, 100 * 2 / 4))
     assert (row["R@5"], row["videos_R@5"]) == pytest.approx((75, 75))  # with all there is, all but r
     assert set(row) == {f"{kind}R@{n}" for kind in ("", "videos_") for n in (1, 5, 10, 20, 50)}
@@ -94,11 +95,11 @@ def folder(tmp_path_factory):
 def test_the_sheet_shows_distinct_videos(folder, tmp_path, monkeypatch):
     """The nearest clips of the first query are all of one video, of which the sheet shows the nearest."""
     data, sheets = load_data(str(folder)), []
-    monkeypatch.setattr(figures, "contact_sheet", lambda *sheet: sheets.append(sheet))
+    monkeypatch.setattr(retrieve, "contact_sheet", lambda *sheet: sheets.append(sheet))
     recipe = Recipe(4, 1, 3, 1, size=16, stretch=(20, 26))
     train = features_at([0, 1, 2, 40, 20, 60, 90, 91, 92, 150, 151, 152], [3, 3, 3, 3])
     test = features_at([3, 0.9, 3, 0, 90, 0], [3, 3, 0])  # the middle clips are at 0.9 and 90
-    retrieve.sheet(tmp_path / "s.png", 5, data, recipe, train, test)
+    retrieve.sheet(tmp_path / "s.png", 5, data, recipe, {"train": train, "test": test})
     (path, rows, captions), = sheets  # fmt: skip
     videos = [[int(row[0, 0, 0, 0]) for row in rows[k + 1 : k + 4]] for k in (0, 4)]
     assert videos == [[10, 90, 50], [50, 90, 130]] and len(rows) == len(captions) == 8
@@ -122,7 +123,7 @@ def test_a_run(net, folder, tmp_path, capsys, monkeypatch):
     assert "RESULT script=retrieve" in capsys.readouterr().out
     assert np.load(out / "train" / "features.npy").shape[0] == 8
     with Image.open(out / "sheet.png") as sheet:
-        assert sheet.size == (4 * 16, 8 * (16 + figures.CAPTION))
+        assert sheet.size == (4 * 16, 8 * (16 + CAPTION))
     save_tiny_model(model, recipe, "abc", net, seed=1)
     with pytest.raises(SystemExit, match="other features"):
         retrieve.main()

@@ -18,71 +18,56 @@ from itertools import combinations, product
 import numpy as np
 import torch
 
-from common import evaluate, modality
+from common import evaluate
 from common.data import load_data
-from common.errors import UserError
-from common.flags import Parser
 from common.io.models import load_for
 from common.run import Run, agreed
+from common.tools.shared import tool_parser, with_flow
 
-VIEWS = ("clips", "uniform", "crops", "size")  # fields of a Recipe
 METRICS = ("top1", "top5", "mean_class", "mAP")  # of evaluate.metrics those that an ensemble has
 
 
 def parse_args(argv=None):
-    p = Parser("ensemble", __doc__, {})
-    p.prog, p.epilog = "python -m common.tools.ensemble", None
+    p = tool_parser("ensemble", __doc__)
     p.add_argument("models", nargs="+", metavar="MODEL.PT", help="models to test and to combine")
-    p.add_argument("--data", required=True, help="data set whose test videos are scored, or a folder")
-    p.add_argument("--root", help="where the data set is; data/<name> if not given")
-    p.add_argument("--split", type=int, default=1, help="official split of UCF-101 and HMDB-51")
-    p.add_argument("--flow", metavar="DIR", help="extracted optical flow; <root>_flow if that is there")
     p.add_argument("--out", required=True, help="folder of the results")
     p.add_argument("--average", choices=["logits", "softmax"], default="logits",
                    help="average the models' logits (authors' code) or their probabilities")  # fmt: skip
-    p.add_argument("--clips", type=int, help="dense test clips per video; as the model says if not given")
-    p.add_argument("--uniform", type=int, help="uniform test clips per video; as the model says if not given")
-    p.add_argument("--crops", type=int, choices=[1, 3], help="crops per clip; as the model says if not given")
-    p.add_argument("--size", type=int, help="pixels of a test crop; as the model says if not given")
-    p.add_argument("--workers", type=int, default=8, help="loader processes per GPU")
-    args = p.parse_args(argv)
-    p.at_least(0, args, "clips", "uniform", "workers")
-    p.at_least(1, args, "size")
-    return args
+    return p.parse_args(argv)
 
 
 def test(args, run):
-    """Score the models one after the other, combine the scores, write the tables."""
+    """Score the models one after the other, each on its own views, combine the scores, write the tables."""
     data = agreed(load_data, args.data, args.root, args.split)
-    views = {name: getattr(args, name) for name in VIEWS if getattr(args, name) is not None}
-    recipes = {path: load_for(path, data, "cpu", **views)[1] for path in args.models}
+    recipes = {path: load_for(path, data, "cpu")[1] for path in args.models}
     modalities = {path: recipe.modality for path, recipe in recipes.items()}
-    data, _ = modality.with_flow(data, args.data, args.root, args.flow, run, modalities.values(), recipes)
-    scores = {}
+    data, scores = with_flow(data, args, run, recipes), {}
     for path, recipe in recipes.items():
-        if not recipe.views:
-            raise UserError(f"{path} has no test clips left: give --clips or --uniform")
         net, _ = load_for(path, data, run.device)
         scores[path] = evaluate.score(net, data.test, recipe, run, args.workers, bar=True)
         if scores[path] is None:
             run.say("stopped by a signal during the test; the same command tests again")
             return
-    everything = combine(scores.values(), args.average)
+    ensemble = combine(scores.values(), args.average)
     if run.main:
-        rows = ensembles(scores, modalities, args.average)
-        sums = sums_of_positions(rows, modalities)
-        for members, metrics in rows[:20]:
-            shown = " ".join(f"{name} {value:.2f}" for name, value in metrics.items())
-            run.say(f"{' + '.join(members)}  {shown}")
-        for path, total in sums.items():
-            run.say(f"sum of positions {total:.1f}: {path}")
-        lines = [[" + ".join(members), *metrics.values()] for members, metrics in rows]
-        evaluate.write_csv(run.out / "ensembles.csv", ["models", *rows[0][1]], lines)
-        evaluate.write_csv(run.out / "positions.csv", ["model", "sum"], sums.items())
-        evaluate.write_files(run.out, everything, data.test, data.classes)
-    counts = {"videos": len(data.test), "unreadable": len(everything.bad), "seconds": round(run.seconds)}
+        write_tables(run, ensembles(scores, modalities, args.average), modalities)
+        evaluate.write_files(run.out, ensemble, data.test, data.classes)
+    counts = {"videos": len(data.test), "unreadable": len(ensemble.bad), "seconds": round(run.seconds)}
     run.result({"script": run.script, "data": data.name, "models": len(scores), "average": args.average,
-                **views, **percentages(everything), **counts})  # fmt: skip
+                **percentages(ensemble), **counts})  # fmt: skip
+
+
+def write_tables(run, rows, modalities):
+    """ensembles.csv and positions.csv of `ensembles`; the first 20 rows and all positions on the screen."""
+    sums = sums_of_positions(rows, modalities)
+    for members, metrics in rows[:20]:
+        values = " ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+        run.say(f"{' + '.join(members)}  {values}")
+    for path, total in sums.items():
+        run.say(f"sum of positions {total:.1f}: {path}")
+    lines = [[" + ".join(members), *metrics.values()] for members, metrics in rows]
+    evaluate.write_csv(run.out / "ensembles.csv", ["models", *rows[0][1]], lines)
+    evaluate.write_csv(run.out / "positions.csv", ["model", "sum"], sums.items())
 
 
 def combine(scores, average):
@@ -130,7 +115,7 @@ def sums_of_positions(rows, modalities):
     """
     full = [row for row in rows if len(row[0]) == len(set(modalities.values()))]
     errors = [-next(iter(metrics.values())) for _, metrics in full]
-    first, last = (np.searchsorted(errors, errors, side) for side in ("left", "right"))  # of its equals
+    first, last = (np.searchsorted(errors, errors, side) for side in ("left", "right"))  # of equal errors
     sums = dict.fromkeys(modalities, 0.0)
     for (members, _), position in zip(full, (first + last - 1) / 2, strict=True):
         for model in members:

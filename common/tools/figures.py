@@ -12,50 +12,26 @@ The models are model.pt files of any script. The folder --out gets, of the test 
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as V
 
 from common import evaluate, modality
-from common.clips import Views
 from common.data import load_data
 from common.errors import UserError
-from common.flags import Parser, at_least
-from common.io import files
+from common.flags import at_least
 from common.io.models import load_for
 from common.modality import Recipe
 from common.run import Run, agreed
+from common.tools.shared import contact_sheet, evenly_spread, item_of, tool_parser, with_flow
 
-CAPTION = 14  # pixels of a line of text
 # How frames (T, C, H, W) uint8 are changed by a factor.
 CORRUPTIONS = {
     "contrast": V.adjust_contrast,
     "brightness": V.adjust_brightness,
     "grayscale": lambda x, factor: V.rgb_to_grayscale(x, num_output_channels=3),
 }
-
-
-def contact_sheet(path, rows, captions):
-    """Write clips as rows of frames, each under its caption.
-
-    path: a .png file, complete or absent. rows: uint8 clips (T, 3, H, W), each of its own T, H and W.
-    captions: a line of text for each. The sheet is as wide as the widest row, on black.
-    """
-    strips = [row.permute(2, 0, 3, 1).flatten(1, 2) for row in rows]  # (H, T W, 3)
-    width = max(strip.shape[1] for strip in strips)
-    height = sum(len(strip) + CAPTION for strip in strips)
-    sheet, top = Image.new("RGB", (width, height)), 0
-    draw = ImageDraw.Draw(sheet)
-    for strip, caption in zip(strips, captions, strict=True):
-        draw.text((2, top + 1), caption.encode("ascii", "replace").decode(), fill="white")
-        sheet.paste(Image.fromarray(strip.contiguous().numpy()), (0, top + CAPTION))
-        top += len(strip) + CAPTION
-    with files.replacing(path) as file:
-        sheet.save(file, "PNG")
 
 
 def heat(clip, values):
@@ -79,33 +55,34 @@ def grad_cam(net, x, y):
     return cam / cam.amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
 
 
-def cam_sheets(folder, videos, classes, models, count, device):
-    """Grad-CAM of `models` {name: (net, recipe)} on the same videos: one PNG for each of `count` videos.
+def cam_sheets(args, run, data, models):
+    """Grad-CAM of `models` {path: (net, Recipe)} on the same videos: one PNG for each of args.videos videos.
 
-    The videos are spread evenly over the list; rows are the central clip and, for each model, what it
-    sees of that, under where it looks for the true class, with the class it says. A video that cannot
-    be read is left out.
+    The videos are spread evenly over the test list. A video that a model cannot read is left out.
     """
-    files.make_folder(folder)
-    chosen = np.linspace(0, len(videos) - 1, min(count, len(videos))).round().astype(int)
-    for i in chosen.tolist():
-        rows, captions = [], []
-        for name, (net, recipe) in models.items():
-            recipe = replace(recipe, clips=1, crops=1)
-            item = Views(videos, recipe.sample, recipe.view, recipe.short_side, recipe.open)[i]
-            if item["bad"]:
-                break
-            if not rows:
-                seen = Recipe(recipe.frames, recipe.stride, 1, 1, recipe.short_side, recipe.size)
-                rows.append(Views(videos, seen.sample, seen.view, seen.short_side)[i]["views"][0])
-                captions.append(f"{videos.name(i)}: {classes[item['label']]}")
-            x, y = recipe.to_input(item["views"], device), item["label"][None].to(device)
-            (clip,) = modality.stacked(item["views"], recipe.modality)
-            rows.append(heat(clip, grad_cam(net, x, y)[0].cpu()))
-            with torch.no_grad():
-                captions.append(f"{name}: {classes[net(x).argmax(1)]}")
-        if rows:
-            contact_sheet(Path(folder) / f"{i:05d}.png", rows, captions)
+    for i in evenly_spread(len(data.test), args.videos):
+        items = [item_of(data.test, i, replace(recipe, clips=1, crops=1)) for _, recipe in models.values()]
+        if not any(item["bad"] for item in items):
+            contact_sheet(run.out / f"{i:05d}.png", *cam_rows(data, i, models, items, run.device))
+
+
+def cam_rows(data, i, models, items, device):
+    """(clips, captions) of a sheet: the central clip, and for each model the input under its heat map.
+
+    items: what each model sees of test video i. The maps are where it looks for the true class, the captions
+    name the class it predicts.
+    """
+    first = next(iter(models.values()))[1]
+    rgb = Recipe(first.frames, first.stride, 1, 1, first.short_side, first.size)
+    rows = [item_of(data.test, i, rgb)["views"][0]]
+    captions = [f"{data.test.name(i)}: {data.classes[items[0]['label']]}"]
+    for (path, (net, recipe)), item in zip(models.items(), items, strict=True):
+        x, y = recipe.to_input(item["views"], device), item["label"][None].to(device)
+        (clip,) = modality.stacked(item["views"], recipe.modality)
+        rows.append(heat(clip, grad_cam(net, x, y)[0].cpu()))
+        with torch.no_grad():
+            captions.append(f"{path}: {data.classes[net(x).argmax(1)]}")
+    return rows, captions
 
 
 @dataclass(frozen=True)
@@ -123,37 +100,39 @@ class Corrupted(Recipe):
         return super().view([CORRUPTIONS[self.corruption](clip.contiguous(), factor) for clip in clips])
 
 
-def corruption_table(models, data, run, workers):
-    """[(model, top-1 % on clean videos, and under each of CORRUPTIONS)], or None if a signal has come.
+def embedding(args, run, data, models):
+    """embedding.npz of the only model."""
+    ((net, recipe),) = models.values()
+    file = run.out / "embedding.npz"
+    evaluate.save_features(file, net, data.test, data.classes, recipe, run, args.workers)
 
-    models: {name: (net, recipe)}.
-    """
-    rows = []
-    for name, (net, recipe) in models.items():
+
+def corruption_table(args, run, data, models):
+    """corruption.csv: top-1 % of each model on clean videos, and under each of CORRUPTIONS."""
+    table = [["model", "clean", *CORRUPTIONS]]
+    for path, (net, recipe) in models.items():
         recipes = [recipe, *(Corrupted(**vars(recipe), corruption=kind) for kind in CORRUPTIONS)]
-        row = [name]
+        table.append([path])
         for changed in recipes:
-            scores = evaluate.score(net, data.test, changed, run, workers, bar=True)
-            if scores is None:
-                return None
-            row.append(evaluate.metrics(scores)["top1"])
-        rows.append(row)
-    return rows
+            scores = evaluate.score(net, data.test, changed, run, args.workers, bar=True)
+            if scores is None:  # a signal
+                return
+            table[-1].append(evaluate.metrics(scores)["top1"])
+    if run.main:
+        evaluate.write_csv(run.out / "corruption.csv", table[0], table[1:])
+    for row in table:
+        run.say(" ".join(f"{value:.2f}" if isinstance(value, float) else value for value in row))
+
+
+FIGURES = {"cam": cam_sheets, "embedding": embedding, "corruption": corruption_table}
 
 
 def parse_args(argv=None):
-    p = Parser("figures", __doc__, {})
-    p.prog, p.epilog = "python -m common.tools.figures", None
-    p.add_argument("figure", choices=["cam", "embedding", "corruption"], help="what to make")
+    p = tool_parser("figures", __doc__)
+    p.add_argument("figure", choices=list(FIGURES), help="what to make")
     p.add_argument("models", nargs="+", metavar="MODEL.PT", help="models to make it of")
-    p.add_argument("--data", required=True, help="data set whose test videos are used, or a folder")
-    p.add_argument("--root", help="where the data set is; data/<name> if not given")
-    p.add_argument("--split", type=int, default=1, help="official split of UCF-101 and HMDB-51")
     p.add_argument("--out", required=True, help="folder of the results")
     p.add_argument("--videos", type=at_least(1), default=8, help="number of Grad-CAM sheets")
-    p.add_argument("--clips", type=at_least(1), help="test clips per video; as the model says if not given")
-    p.add_argument("--crops", type=int, choices=[1, 3], help="crops per clip; as the model says if not given")
-    p.add_argument("--workers", type=at_least(0), default=8, help="loader processes per GPU")
     args = p.parse_args(argv)
     if args.figure == "embedding" and len(args.models) > 1:
         p.error("embedding takes one model: choose another --out for the next")
@@ -163,24 +142,15 @@ def parse_args(argv=None):
 def make(args, run):
     """The figure that `args` ask for, in the folder of the run."""
     data = agreed(load_data, args.data, args.root, args.split)
-    views = {name: getattr(args, name) for name in ("clips", "crops") if getattr(args, name) is not None}
-    models = {path: load_for(path, data, run.device, **views) for path in args.models}
+    models = {path: load_for(path, data, run.device) for path in args.models}
     for path, (_, recipe) in models.items():
         if modality.MODALITIES[recipe.modality].channels != 3 and args.figure != "embedding":
             raise UserError(f"{path} sees {recipe.modality}: {args.figure} is for models of rgb and tg")
+    data = with_flow(data, args, run, {path: recipe for path, (_, recipe) in models.items()})
     if args.figure == "cam":
-        run.on_main(cam_sheets, run.out, data.test, data.classes, models, args.videos, run.device)
-    elif args.figure == "embedding":
-        ((net, recipe),) = models.values()
-        file = run.out / "embedding.npz"
-        evaluate.save_features(file, net, data.test, data.classes, recipe, run, args.workers)
+        run.on_main(cam_sheets, args, run, data, models)
     else:
-        rows = corruption_table(models, data, run, args.workers)
-        if rows is not None and run.main:
-            table = [["model", "clean", *CORRUPTIONS], *rows]
-            evaluate.write_csv(run.out / "corruption.csv", table[0], rows)
-            for row in table:
-                run.say(" ".join(f"{value:.2f}" if isinstance(value, float) else value for value in row))
+        FIGURES[args.figure](args, run, data, models)
 
 
 def main(argv=None):

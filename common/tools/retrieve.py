@@ -20,32 +20,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import modality
-from common.clips import Views
 from common.data import load_data
 from common.errors import UserError
-from common.flags import Parser, at_least
+from common.flags import at_least
 from common.io import features
 from common.io.models import digest_of_model, load_model
 from common.run import Run, agreed
-from common.tools import figures
+from common.tools.shared import contact_sheet, evenly_spread, item_of, tool_parser, with_flow
 
 NEAREST = 1, 5, 10, 20, 50  # n of R@n
 SHOWN = 3  # training videos of a query on the sheet
 
 
 def parse_args(argv=None):
-    p = Parser("retrieve", __doc__, {})
-    p.prog, p.epilog = "python -m common.tools.retrieve", None
+    p = tool_parser("retrieve", __doc__)
     p.add_argument("model", metavar="MODEL.PT", help="model of any script, with any classes")
-    p.add_argument("--data", required=True, help="data set whose videos are searched, or a folder")
-    p.add_argument("--root", help="where the data set is; data/<name> if not given")
-    p.add_argument("--split", type=int, default=1, help="official split of UCF-101 and HMDB-51")
-    p.add_argument("--flow", metavar="DIR", help="extracted optical flow, for a model that sees flow")
     p.add_argument("--out", help="folder of the results; retrieve_<data> beside the model if not given")
     p.add_argument("--clips", type=at_least(1), default=10, help="clips of a video")
     p.add_argument("--sheet", type=at_least(0), default=8, help="queries on sheet.png; 0: no sheet")
-    p.add_argument("--workers", type=at_least(0), default=8, help="loader processes per GPU")
     args = p.parse_args(argv)
     args.out = args.out or str(Path(args.model).parent / f"retrieve_{Path(args.data).name.replace(':', '-')}")
     return args
@@ -57,32 +49,20 @@ def retrieve(args, run):
     if data.multilabel:
         raise UserError(f"{data.name} has several labels per video, which retrieval does not know")
     net, _, _, recipe = load_model(args.model)
-    kinds, models = (recipe.modality,), {args.model: recipe}
-    data, _ = modality.with_flow(data, args.data, args.root, args.flow, run, kinds, models)
+    data = with_flow(data, args, run, {args.model: recipe})
     recipe = replace(recipe, clips=args.clips, crops=1, uniform=0)
-    identity, found = {"weights": digest_of_model(net), "pooled": "max"}, []
-    net = net.to(run.device)
+    identity = {"weights": digest_of_model(net), "pooled": "max"}
+    net, bank = net.to(run.device), {}
     for part, videos in (("train", data.train), ("test", data.test)):
-        call = partial(max_features, net)
-        what = features.Extraction(net, call, videos, recipe, identity)
-        found.append(features.extract(run.out / part, what, run, args.workers))
-        if found[-1] is None:
+        extraction = features.Extraction(net, partial(max_features, net), videos, recipe, identity)
+        bank[part] = features.extract(run.out / part, extraction, run, args.workers)
+        if bank[part] is None:  # a signal
             return
-    row = run.on_main(recalls, data, recipe, *found, run.device)
-    run.result(
-        {
-            "script": run.script,
-            "data": data.name,
-            "model": args.model,
-            "clips": args.clips,
-            **row,
-            "videos": len(data.test),
-            "unreadable": len(found[1].bad),
-            "seconds": round(run.seconds),
-        }
-    )
+    counts = {"videos": len(data.test), "unreadable": len(bank["test"].bad), "seconds": round(run.seconds)}
+    run.result({"script": run.script, "data": data.name, "model": args.model, "clips": args.clips,
+                **run.on_main(recalls, data, args.clips, bank, run.device), **counts})  # fmt: skip
     if args.sheet:
-        run.on_main(sheet, run.out / "sheet.png", args.sheet, data, recipe, *found)
+        run.on_main(sheet, run.out / "sheet.png", args.sheet, data, recipe, bank)
 
 
 def max_features(net, x):
@@ -102,26 +82,30 @@ def recall(z, y, z_train, y_train):
     return {n: 100 * hits[:, min(n, most) - 1].double().mean().item() for n in NEAREST}
 
 
-def recalls(data, recipe, train, test, device):
-    """{"R@1": %, ...} of clips, {"videos_R@1": %, ...} of videos; unreadable test videos find nothing."""
-    z_train, z = (torch.tensor(part.rows, device=device) for part in (train, test))
-    y_train, y = (torch.from_numpy(videos.labels[part.counts > 0]).to(device)
-                  for videos, part in ((data.train, train), (data.test, test)))  # fmt: skip
-    clips, readable = recipe.clips, len(y) / len(data.test)
-    found = recall(z, y.repeat_interleave(clips), z_train, y_train.repeat_interleave(clips))
-    row = {f"R@{n}": readable * share for n, share in found.items()}
-    z, z_train = (part.unflatten(0, (-1, clips)).mean(1) for part in (z, z_train))
-    found = recall(z, y, z_train, y_train)
-    return row | {f"videos_R@{n}": readable * share for n, share in found.items()}
+def recalls(data, clips, bank, device):
+    """{"R@1": %, ...} of clips, {"videos_R@1": %, ...} of videos; unreadable test videos find nothing.
+
+    clips: of each video; bank: {"train": Features, "test": Features}.
+    """
+    y = {part: torch.from_numpy(videos.labels[bank[part].counts > 0]).to(device)
+         for part, videos in (("train", data.train), ("test", data.test))}  # fmt: skip
+    z = {part: torch.tensor(features.rows, device=device).unflatten(0, (-1, clips))
+         for part, features in bank.items()}  # (readable videos, clips, D)  # fmt: skip
+    y_clips = {part: labels.repeat_interleave(clips) for part, labels in y.items()}
+    of_clips = recall(z["test"].flatten(0, 1), y_clips["test"], z["train"].flatten(0, 1), y_clips["train"])
+    of_videos = recall(z["test"].mean(1), y["test"], z["train"].mean(1), y["train"])
+    readable = len(y["test"]) / len(data.test)
+    row = {f"R@{n}": readable * share for n, share in of_clips.items()}
+    return row | {f"videos_R@{n}": readable * share for n, share in of_videos.items()}
 
 
-def sheet(path, count, data, recipe, train, test):
+def sheet(path, count, data, recipe, bank):
     """Fig. S1: the middle clips of `count` test videos, and the nearest clips of distinct training videos."""
+    train, test, middle = bank["train"], bank["test"], recipe.clips // 2
     z_train = F.normalize(torch.tensor(train.rows).float(), dim=1)
     video_of = np.repeat(np.arange(len(data.train)), train.counts)
-    rows, captions, asked = [], [], np.flatnonzero(test.counts)
-    for i in asked[np.linspace(0, len(asked) - 1, min(count, len(asked))).round().astype(int)].tolist():
-        middle = recipe.clips // 2
+    rows, captions, readable = [], [], np.flatnonzero(test.counts)
+    for i in readable[evenly_spread(len(readable), count)].tolist():
         rows.append(clip_of(data.test, i, middle, recipe))
         captions.append(f"{data.test.name(i)}: {data.classes[data.test.labels[i]]}")
         cosines = z_train @ torch.tensor(test.rows[test.first[i] + middle]).float()
@@ -132,13 +116,12 @@ def sheet(path, count, data, recipe, train, test):
             hit = "hit" if data.train.labels[k] == data.test.labels[i] else "miss"
             rows.append(clip_of(data.train, k, clip - int(train.first[k]), recipe))
             captions.append(f"  {place} {hit}: {data.classes[data.train.labels[k]]}, {data.train.name(k)}")
-    figures.contact_sheet(path, rows, captions)
+    contact_sheet(path, rows, captions)
 
 
 def clip_of(videos, i, clip, recipe):
     """RGB of clip number `clip` of video i, uint8 (T, 3, H, W), eight frames at most."""
-    recipe = replace(recipe, modality="rgb")
-    item = Views(videos, recipe.sample, recipe.view, recipe.short_side, recipe.open)[i]
+    item = item_of(videos, i, replace(recipe, modality="rgb"))
     if item["bad"]:  # its flow may be readable
         raise UserError(f"{videos.path(i)} cannot be shown on the sheet: {item['bad']}")
     view = item["views"][clip]
