@@ -1,55 +1,49 @@
-"""Exact frames out of video files, clip sampling, and batches that are a pure function of the step.
+"""Exact frames of video files and of folders of pictures.
 
     with Video("a.mp4") as video:
-        clip = video.get(dense(len(video), 8, 8, rng), short_side=256)    # uint8 (8, 3, 256, W)
+        clip = video.get([0, 8, 16], short_side=256)    # uint8 (3, 3, 256, W)
 
-Frames are numbered by their place in presentation order, as a full decode counts them: header
-counts lie, and rates mean nothing where the frame rate varies. `Clips` and `Views` are the training
-and the test set over such files; `train_loader` and `eval_loader` make batches of them that no
-number of workers, restart or number of ranks changes.
+Frames are numbered in presentation order, as a full decode counts them: the counts in headers can be wrong,
+and rates mean nothing where the frame rate varies.
 """
 
 import os
 import re
 from bisect import bisect_right
-from collections import deque
 from contextlib import ExitStack, contextmanager, suppress
-from fractions import Fraction
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 
 import av
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
 from common.errors import OutOfRange, VideoError, reason_of, reasons
 
 MAX_PIXELS = 2**26  # a picture of 8192 x 8192; a larger one is damage, or an attack on the memory
-MAX_TICKS = 2 * 10**9  # from one frame of an mp4 file to the next; the file allows 2^31, B-frames included
-JUMP = 2  # a seek costs about as much as decoding this many packets
+SEEK_COST = 2  # a seek costs about as much as decoding this many packets
+LONGEST_STEP = 3600  # seconds; longer steps from frame to frame are left out of the frame rate
+FPS = 25.0  # rate of a folder of pictures, unless another is given
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 FLOW = re.compile(r"(?i)flow_?([xy]_?)?\d")  # pictures of optical flow, beside those of a video
-FPS = 25.0  # pictures of a folder in a second, unless something else is said
-PLAYLISTS = {"concat", "dash", "hls", "imf"}  # formats that open other files
-TEXTS = {"tty", "bin", "xbin", "adf", "idf"}  # formats that draw a text
-STILLS = {"gif", "apng", "mjpeg", "avif", "heic", "heix", "mif1"}  # formats of pictures, if of one frame
-HOUR = 3600  # seconds; longer steps of a clock are left out of the frame rate
+# FFmpeg's names of formats that hold no frames of their own, and the reasons why they are refused.
+REFUSED = dict.fromkeys(("concat", "dash", "hls", "imf"), "a list of other files")
+REFUSED |= dict.fromkeys(("tty", "bin", "xbin", "adf", "idf"), "a text, not a video")
+REFUSED |= dict.fromkeys(("image2", "ico"), "a picture, not a video")
+STILLS = {"gif", "apng", "mjpeg", "avif", "heic", "heix", "mif1"}  # with one frame they are pictures
 # HMDB-51 has tags that are not UTF-8; av 19 neither needs nor takes the argument.
 TAGS = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
-
-
-# ---- one video -----------------------------------------------------------------------------------
 
 
 class Video:
     """The frames of a video file, or of a folder of numbered pictures; a context manager.
 
     span: (start, end) in seconds from the first frame; only the frames in it count, at least one.
-    min_share: a damaged file, or one cut short, is used if this share of its frames is good. For a frame that
-    does not decode the last good one before it stands in, else the first good one after it.
-    stand_ins: the set of such frames among all that were given so far. fps: the rate of a folder of pictures.
+    min_share: a damaged file, or one cut short, is used if this share of its frames is good. A frame that
+    does not decode is replaced by the last good frame before it, or else by the first good one after it.
+    stand_ins: the set of the positions replaced so far. fps: the rate of a folder of pictures.
     Pictures are turned and mirrored as players show them; pixels are taken as square.
     Raises VideoError on entering and on reading.
     """
@@ -101,7 +95,7 @@ class Video:
         return self._source.size[1 - self.rotation // 90 % 2]
 
     def clips(self, windows, short_side=None):
-        """See `together`."""
+        """See `read_windows`."""
         return read_windows(self, windows, short_side)
 
     def get(self, indices, short_side=None):
@@ -116,8 +110,7 @@ class Video:
             raise OutOfRange(f"frames {indices.tolist()} of a video of {len(self)} frames")
         indices, clip = indices + self._first, None
         with reasons():
-            ways, size = (self._source.pick, self._source.from_start), self._size(short_side)
-            for i, picture in self._pictures(np.unique(indices).tolist(), size, ways):
+            for i, picture in self._pictures(np.unique(indices).tolist(), short_side, self._source.decoders):
                 if clip is None:
                     clip = np.empty((len(indices), *picture.shape), np.uint8)
                 clip[indices == i] = picture
@@ -127,51 +120,44 @@ class Video:
         """Yield (index, uint8 (H, W, C)) of every frame, by decoding from the start and without a seek."""
         positions = range(self._first, self._first + len(self))
         with reasons():
-            ways, size = (self._source.from_start,), self._size(short_side)
-            for i, picture in self._pictures(positions, size, ways):
+            for i, picture in self._pictures(positions, short_side, [self._source.from_start]):
                 yield i - self._first, picture
 
-    def _size(self, short_side):
-        """(H, W) of the pictures before they are turned. Raises VideoError if they are too large."""
-        size = self._source.size
+    def _pictures(self, positions, short_side, decoders):
+        """Yield (position, uint8 (H, W, C)) for the positions, from the first decoder that has them."""
+        size = self._source.size  # before they are turned
         if short_side:
             size = tuple(round(side * short_side / min(size)) for side in size)
         check_size(*size)
-        return size
-
-    def _pictures(self, wanted, size, ways):
-        """Yield (position, uint8 (H, W, C)) for the positions `wanted`, by the first way that has them."""
-        missing = set(wanted)
-        for way in ways:
-            try:
-                for i, frame in way(sorted(missing)):
+        missing = set(positions)
+        for decode in decoders:
+            with suppress(Exception):  # the next decoder, or the salvage, tells what is wrong
+                for i, frame in decode(sorted(missing)):
                     yield i, self._picture(frame, size)
                     missing.remove(i)
-            except Exception:
-                pass  # what is wrong is found out by the next one
             if not missing:
                 return
         yield from self._salvage(sorted(missing), size)
 
-    def _salvage(self, wanted, size):
-        """Yield (position, uint8 (H, W, C)) for the sorted positions `wanted` of a damaged file.
+    def _salvage(self, positions, size):
+        """Yield (position, uint8 (H, W, C)) for the sorted positions of a damaged file.
 
-        Others stand in for those that do not decode. Raises VideoError if too few frames are good.
+        Other frames stand in for those that do not decode. Raises VideoError if too few frames are good.
         """
-        source, given = self._source, {}
-        good = {i: n for n, i in enumerate(source.places) if i is not None}
-        if len(good) < max(self.min_share * source.expected, 1):
+        source = self._source
+        numbers = source.decodable
+        if len(numbers) < max(self.min_share * source.expected, 1):
             reason = reason_of(source.fault) if source.fault else "the file ends early"
-            raise VideoError(f"only {len(good)} of {source.expected} frames decode: {reason}")
-        positions = sorted(good)
-        for i in wanted:
-            nearest = positions[max(bisect_right(positions, i) - 1, 0)]
-            given.setdefault(good[nearest], []).append(i)
+            raise VideoError(f"only {len(numbers)} of {source.expected} frames decode: {reason}")
+        good, shown_at = sorted(numbers), {}  # number of a frame -> the positions at which it is shown
+        for i in positions:
+            nearest = good[max(bisect_right(good, i) - 1, 0)]
+            shown_at.setdefault(numbers[nearest], []).append(i)
             if nearest != i:
                 self.stand_ins.add(i - self._first)
-        for n, frame in source.numbered(sorted(given)):
+        for n, frame in source.from_start(sorted(shown_at), strict=False):
             picture = self._picture(frame, size)
-            yield from ((i, picture) for i in given[n])
+            yield from ((i, picture) for i in shown_at[n])
 
     def _picture(self, frame, size):
         """uint8 (H, W, C) of a decoded frame, resized to `size` and turned for display."""
@@ -190,6 +176,25 @@ class Video:
         return (rgb if a else rgb.transpose(1, 0, 2))[:: b + d, :: a + c]
 
 
+def read_windows(source, windows, short_side=None):
+    """[uint8 (T, C, H, W)] of the frames of each window, an array of indices, in one call of source.get."""
+    windows = [np.asarray(window) for window in windows]
+    frames = source.get(np.concatenate(windows), short_side)
+    return list(frames.split([len(window) for window in windows]))
+
+
+def read_frames(path, indices, short_side=None):
+    """uint8 (T, C, H, W): the frames `indices` of a video; see Video.get. Raises VideoError."""
+    with Video(path) as video:
+        return video.get(indices, short_side)
+
+
+def check_size(height, width):
+    """Raises VideoError for a picture of more than MAX_PIXELS."""
+    if height * width > MAX_PIXELS:
+        raise VideoError(f"pictures of {width} x {height} pixels are refused")
+
+
 def _display_matrix(frame):
     """((a, b), (c, d)) of -1, 0 and 1: pixel (x, y) is shown at (a x + c y, b x + d y), up to a shift.
 
@@ -200,13 +205,16 @@ def _display_matrix(frame):
         if data is None:
             return (1, 0), (0, 1)
         matrix = np.frombuffer(data, np.int32)[[0, 1, 3, 4]].reshape(2, 2).astype(float)
-    except ValueError:  # av does not know the type of other side data; the angle it still tells
+    except ValueError:  # av does not know the type of other side data; the angle is still there
         cos, sin = np.cos(np.radians(frame.rotation)), np.sin(np.radians(frame.rotation))
         matrix = np.array([[cos, -sin], [sin, cos]])
     matrix = matrix / np.maximum(np.hypot(*matrix), 1e-9)
     unit = np.rint(matrix).astype(int)
-    known = np.abs(matrix - unit).max() < 0.01 and np.array_equal(unit @ unit.T, np.eye(2))
-    return unit.tolist() if known else ((1, 0), (0, 1))
+    is_symmetry = np.abs(matrix - unit).max() < 0.01 and np.array_equal(unit @ unit.T, np.eye(2))
+    return unit.tolist() if is_symmetry else ((1, 0), (0, 1))
+
+
+# ---- video files ---------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -221,18 +229,19 @@ def _open(path, strict=True):
     only_files = {"protocol_whitelist": "file"}
     with av.open(os.path.abspath(path), options=only_files, **TAGS) as container:
         name, cover = container.format.name, av.stream.Disposition.attached_pic
-        if PLAYLISTS & set(name.split(",")):
-            raise VideoError("a list of other files")
-        if name in TEXTS:
-            raise VideoError("a text, not a video")
-        if name in ("image2", "ico") or name.endswith("_pipe"):
-            raise VideoError("a picture, not a video")
+        for part in name.split(","):
+            if part in REFUSED or part.endswith("_pipe"):
+                raise VideoError(REFUSED.get(part, "a picture, not a video"))
         streams = [stream for stream in container.streams.video if not stream.disposition & cover]
         if not streams:
             raise VideoError("no video stream")
         readable = [stream for stream in streams if stream.codec_context]
         if not readable:
-            raise VideoError(f"no decoder for codec {_codec_of(container, streams[0])}")
+            # FFmpeg describes a codec that it cannot decode in words: evc (evc1 / 0x31637665).
+            with _ffmpeg_log():
+                streams_text = container.dumps_format()
+            codec = re.search(rf"Stream #0:{streams[0].index}\b.*Video: (.*?),", streams_text)[1]
+            raise VideoError(f"no decoder for codec {codec}")
         readable = [stream for stream in readable if stream.frames != 1] or readable  # no single picture
         stream, best = readable[0], container.streams.best("video")
         # FFmpeg compares the disposition, then whether there are five frames, then the bit rate. Of streams
@@ -245,23 +254,41 @@ def _open(path, strict=True):
         yield container, stream
 
 
-def _codec_of(container, stream):
-    """What FFmpeg calls the codec of a stream that it cannot decode: evc (evc1 / 0x31637665)."""
+@contextmanager
+def _ffmpeg_log():
+    """Let FFmpeg describe what it does. Yields the list that its lines go to: (level, name, line)."""
     level = av.logging.get_level()
-    av.logging.set_level(av.logging.INFO)  # without it the description is empty
-    description = container.dumps_format()
-    av.logging.set_level(level)
-    return re.search(rf"Stream #0:{stream.index}\b.*Video: (.*?),", description)[1]
+    av.logging.set_level(av.logging.INFO)
+    try:
+        with av.logging.Capture() as lines:
+            yield lines
+    finally:
+        av.logging.set_level(level)
 
 
-def check_size(height, width):
-    """Raises VideoError for a picture of more than MAX_PIXELS."""
-    if height * width > MAX_PIXELS:
-        raise VideoError(f"pictures of {width} x {height} pixels are refused")
+def _may_have_fields(stream):
+    """Whether packets of an H.264 stream may hold one field of an interlaced frame instead of a frame."""
+    with _ffmpeg_log() as lines, suppress(av.FFmpegError):
+        av.bitstream.BitStreamFilterContext("trace_headers", stream)
+    flags = [line.split()[-1] for *_, line in lines if "frame_mbs_only_flag" in line]
+    return not flags or "0" in flags
+
+
+def _pictures_in(packet, codec):
+    """How many pictures a packet shows: 1, but for two codecs."""
+    if codec == "vp8":  # a picture may be there only to be referred to (RFC 6386, 9.1: show_frame)
+        return memoryview(packet)[0] >> 4 & 1
+    if codec == "mpeg4":  # DivX and XviD (UCF-101) pack a B-frame to the frame before, and then
+        return max(bytes(packet).count(b"\0\0\1\xb6"), 1) if packet.size > 7 else 0  # send an empty one
+    return 1
 
 
 class _File:
-    """The frames of an open container by position; what there is, its packets tell."""
+    """The frames of an open container by position; its packets tell how many there are.
+
+    size: (H, W) in pixels; times: (N,) seconds from the first frame; expected: how many frames there should
+    be; fault: the last error; decoders: what yields (position, frame) for sorted positions, fastest first.
+    """
 
     def __init__(self, path, container, stream):
         self.path, self.container, self.stream, self.fault = path, container, stream, None
@@ -270,35 +297,37 @@ class _File:
         self.size, self.codec = (context.height, context.width), context.name
         check_size(*self.size)
         if "mp4" in container.format.name and getattr(stream, "index_entries", None):
-            header = len(stream.index_entries)  # knows what an edit list cuts off, the count not
-        fields = _FieldPairs(context.extradata or b"") if self.codec == "h264" else None
-        # shown: how many pictures each packet shows; seconds: stamp of a second field -> that of the first
-        pts, dts, first = [], [], None
-        self.keys, self.order, self.shown, self.seconds = [], {}, [], {}
+            header = len(stream.index_entries)  # knows what an edit list cuts off, unlike the count
+        stamps, dts = [], []
+        self.keys, self.shown = [], []  # stamps of the key frames; how many pictures each packet shows
         for packet in self._packets(container, stream):
-            self.order[packet.pts] = len(dts)
+            stamps.append(packet.pts)
             dts.append(packet.dts)
-            if fields and fields.is_second(packet):
-                self.seconds[packet.pts] = first
-                self.shown.append(0)
-                continue
-            first = packet.pts
             if packet.is_keyframe:
                 self.keys.append(packet.pts)
             self.shown.append(0 if packet.is_discard else _pictures_in(packet, self.codec))
-            pts += [packet.pts] * self.shown[-1]
+        self.order = {stamp: k for k, stamp in enumerate(stamps)}
+        total, packed = len(dts), max(self.shown, default=0) > 1
+        has_fields = False
+        if self.codec == "h264" and _may_have_fields(stream):
+            # The decoder makes one frame of the packets of two fields. Only decoding tells which packets.
+            self.by_count = True
+            first_fields = {frame.pts for frame in self._frames()}
+            has_fields = len(first_fields) < total
+            self.shown = [int(k in first_fields) for k in range(total)]
+        pts = [t for t, shown in zip(stamps, self.shown, strict=True) for _ in range(shown)]
         if len(pts) == 1 and STILLS & {container.format.name, container.metadata.get("major_brand")}:
             raise VideoError("a picture, not a video")
         reordered = context.has_b_frames and (avi or self.codec in ("h264", "hevc"))
-        total, stamps, packed = len(dts), list(self.order), max(self.shown, default=0) > 1
         # Where time stamps are absent (raw streams), repeated (broken files) or in decoding order
         # (packed pictures; AVI has none, and libavformat guesses), frames can only be counted. Videos with a
         # palette are counted, too: it comes with the first packet, which a seek leaves out.
         self.counted = (
-            None in stamps
-            or len(stamps) < total
+            None in self.order
+            or len(self.order) < total
             or not self.keys
             or packed
+            or has_fields
             or (reordered and stamps == sorted(stamps))
             or getattr(context.format, "name", None) == "pal8"
         )
@@ -316,17 +345,18 @@ class _File:
         if not self.counted:
             self.keys.sort()
             self.pts, self.place = pts, {t: i for i, t in enumerate(pts)}
-            self.place |= {t: self.place[first] for t, first in self.seconds.items() if first in self.place}
         # The header of an AVI counts ticks of its clock, also those of frames that were dropped when it was
         # made, and all for which the last frame is shown.
         slots = max(total, 1)
         if avi and dts and None not in dts:
             slots = dts[-1] + int(np.diff(dts).max(initial=1))
         self.expected = round(len(clock) * max(header / slots, 1))
-        jumps = np.diff(self.times)
-        jumps = jumps[jumps > HOUR]
-        seconds = float(self.times[-1] - jumps.sum()) if pts else 0
-        self.fps = (len(clock) - 1 - len(jumps)) / seconds if seconds > 0 else rate
+        if has_fields and self.fault:
+            self.expected += 1  # `shown` does not count the frame of a damaged field
+        steps = np.diff(self.times)
+        steps = steps[steps <= LONGEST_STEP]
+        self.fps = len(steps) / steps.sum() if steps.sum() > 0 else rate
+        self.decoders = [self.from_start] if self.counted else [self.by_seeking, self.from_start]
 
     def _packets(self, container, stream):
         """Yield the packets, up to where the file is so damaged that no more are found."""
@@ -339,30 +369,27 @@ class _File:
         except Exception as fault:
             self.fault = fault
 
-    def pick(self, wanted):
-        """Yield (position, frame) for those of the sorted positions `wanted` that appear.
+    def by_seeking(self, positions):
+        """Yield (position, frame) for those of the sorted positions that appear.
 
         Seek to the key frame before, decode forward, and let the decoder skip the frames that are
-        neither wanted nor referred to. The seek names the key frame's own time stamp: AVI seeks by
+        neither needed nor referred to. The seek names the key frame's own time stamp: AVI seeks by
         decoding time, and a later stamp can land behind the frame.
         """
-        if self.counted:
-            yield from self.from_start(wanted)
-            return
         context = self.stream.codec_context
-        for key, needed in self._runs([self.pts[i] for i in wanted]):
+        for key, needed in self._runs([self.pts[i] for i in positions]):
             self.container.seek(key, stream=self.stream)
-            ahead = needed | {t for t, first in self.seconds.items() if first in needed}
-            start, key_came = self.order[key], key not in self.place  # an edit list can leave it out
+            ahead, key_came = set(needed), key not in self.place  # an edit list can leave out the key frame
+            latest = self.order[key]
             for packet in self._packets(self.container, self.stream):
-                if self.order.get(packet.pts, 0) > start:
+                if self.order.get(packet.pts, 0) > latest:
                     return  # the seek missed the key frame, as in transport streams
-                start = len(self.order)
-                context.skip_frame = "DEFAULT" if packet.pts in ahead else "NONREF"
+                latest = len(self.order)  # only the first packet is checked
+                context.skip_frame = "DEFAULT" if packet.pts in needed else "NONREF"
                 frames = context.decode(packet)
                 ahead.discard(packet.pts)
                 if not ahead:
-                    frames += context.decode(None)  # what the decoder still holds
+                    frames += context.decode(None)  # those that the decoder still holds
                 for frame in frames:
                     key_came = key_came or frame.pts == key and frame.key_frame
                     if frame.pts in needed:
@@ -377,49 +404,36 @@ class _File:
         runs, end = [], None
         for t in stamps:
             key = self.keys[max(bisect_right(self.keys, t) - 1, 0)]
-            if not runs or self.order[key] - end > JUMP:
+            if not runs or self.order[key] - end > SEEK_COST:
                 runs.append((key, set()))
                 end = 0
             runs[-1][1].add(t)
             end = max(end, self.order[t])
         return runs
 
-    def from_start(self, wanted):
-        """Yield (position, frame) for the sorted positions `wanted` from the start, until damage shows."""
-        chosen = set(wanted)
-        for n, frame in enumerate(self._frames(strict=True)):
-            if not self.by_count and self.place.get(frame.pts) != n:
+    def from_start(self, numbers, strict=True):
+        """Yield (number, frame) for the sorted numbers of frames, counted as they are decoded from the start.
+
+        If strict, numbers are positions, and it ends where damage shows; else see `decodable`.
+        """
+        chosen = set(numbers)
+        for n, frame in enumerate(islice(self._frames(strict), numbers[-1] + 1)):
+            if strict and not self.by_count and self.place.get(frame.pts) != n:
                 return
             if n in chosen:
                 yield n, frame
-            if n == wanted[-1]:
-                return
 
     @cached_property
-    def places(self):
-        """The position of each frame that decodes, or None, in the order in which the decoder gives them."""
+    def decodable(self):
+        """dict position -> number of the frame among those that a decoder gives that goes on after errors."""
         stamps = [frame.pts for frame in self._frames()]
-        if not self.by_count:
-            return [self.place.get(stamp) for stamp in stamps]
-        # Stamps are numbers of packets. Those without a frame come before the frames of later packets.
-        last, order, newest = {k: n for n, k in enumerate(stamps)}, [], -1
-        lost = deque(k for k, shown in enumerate(self.shown) if shown and k not in last)
-        for k in sorted(last, key=last.get):
-            newest = max(newest, k)
-            while lost and lost[0] < newest:
-                order.append(lost.popleft())
-            order.append(k)
-        place = {k: i for i, k in enumerate(chain(order, lost))}
-        return [place[k] for k in stamps]
-
-    def numbered(self, numbers):
-        """Yield (number, frame) for the sorted `numbers` of those that decode, see `places`."""
-        chosen = set(numbers)
-        for n, frame in enumerate(self._frames()):
-            if n in chosen:
-                yield n, frame
-            if n == numbers[-1]:
-                return
+        if self.by_count:
+            # Stamps are numbers of packets. Those without a frame come before the frames of later packets.
+            lost = sorted({k for k, shown in enumerate(self.shown) if shown}.difference(stamps))
+            before = np.searchsorted(lost, np.maximum.accumulate(stamps))
+            return {i: n for n, i in enumerate((np.arange(len(stamps)) + before).tolist())}
+        positions = [self.place.get(stamp) for stamp in stamps]
+        return {i: n for n, i in enumerate(positions) if i is not None}
 
     def _frames(self, strict=False):
         """Yield what decodes from the start, by a fresh decoder.
@@ -441,113 +455,13 @@ class _File:
                 yield from frames
 
 
-def _pictures_in(packet, codec):
-    """How many pictures a packet shows: 1, but for two codecs."""
-    if codec == "vp8":  # a picture may be there only to be referred to (RFC 6386, 9.1: show_frame)
-        return memoryview(packet)[0] >> 4 & 1
-    if codec == "mpeg4":  # DivX and XviD (UCF-101) pack a B-frame to the frame before, and then
-        return max(bytes(packet).count(b"\0\0\1\xb6"), 1) if packet.size > 7 else 0  # send an empty one
-    return 1
-
-
-class _FieldPairs:
-    """Tells which packets of an H.264 stream hold the second field of an interlaced frame.
-
-    The decoder gives one frame for both fields. ISO/IEC 14496-10, 7.3.2.1.1 and 7.3.3.
-    """
-
-    def __init__(self, extradata):
-        self.waiting, self.parity = None, 0  # a first field: (frame number, parity); its usual parity
-        if extradata[:1] == b"\1":  # as in mp4: NAL units have their length before them
-            self.length, sps = (extradata[4] & 3) + 1, extradata[8:]
-        else:  # start codes
-            self.length, sps = 0, (re.split(b"\0\0\1(?=[\x07\x27\x47\x67])", extradata) + [b""])[1]
-        try:
-            self.number_bits = _frame_number_bits(_Bits(sps))
-        except ValueError:  # it ends early
-            self.number_bits = 0
-
-    def is_second(self, packet):
-        if not self.number_bits:
-            return False
-        first, self.waiting = self.waiting, None
-        try:
-            number, parity = self._field(bytes(packet))
-        except (StopIteration, ValueError):  # damaged: it is taken for the missing field, or for a first one
-            self.waiting = None if first else (None, self.parity)
-            return bool(first)
-        if parity is None:
-            return False
-        if first and first[0] in (None, number) and first[1] != parity:
-            return True
-        self.waiting, self.parity = (number, parity), parity
-        return False
-
-    def _field(self, data):
-        """(frame number, parity) of the first slice; parity None if it is of a whole frame."""
-        bits = _Bits(next(nal for nal in self._nals(data) if nal and nal[0] & 31 in (1, 5))[:32])
-        bits.golomb(), bits.golomb(), bits.golomb()  # first macroblock, type, picture parameters
-        number = bits.read(self.number_bits)
-        return number, bits.read(1) if bits.read(1) else None
-
-    def _nals(self, data):
-        if not self.length:
-            return re.split(b"\0\0\1", data)
-        nals = []
-        while data:
-            size = int.from_bytes(data[: self.length], "big")
-            nals.append(data[self.length : self.length + size])
-            data = data[self.length + size :]
-        return nals
-
-
-class _Bits:
-    """The bits of a NAL unit after its first byte, read from the front. ValueError where they end."""
-
-    def __init__(self, nal):
-        data = nal[1:].replace(b"\0\0\3", b"\0\0")
-        self.bits, self.at = f"{int.from_bytes(data, 'big'):0{8 * len(data)}b}", 0
-
-    def read(self, n):
-        self.at += n
-        return int(self.bits[self.at - n : self.at], 2)
-
-    def golomb(self):
-        zeros = self.bits.index("1", self.at) - self.at
-        self.at += zeros
-        return self.read(zeros + 1) - 1
-
-
-def _frame_number_bits(sps):
-    """Of a sequence parameter set: how many bits frame_num has in a slice, 0 if no picture is a field."""
-    profile = sps.read(8)
-    sps.read(16), sps.golomb()
-    if profile not in (66, 77, 88):  # Baseline, Main, Extended
-        lists = 12 if sps.golomb() == 3 and not sps.read(1) else 8  # 4:4:4 in one plane
-        sps.golomb(), sps.golomb(), sps.read(1)
-        for i in range(lists if sps.read(1) else 0):  # scaling matrices
-            if sps.read(1):
-                last = scale = 8
-                for _ in range(16 if i < 6 else 64):
-                    if scale:
-                        code = sps.golomb()
-                        scale = (last + (code + 1) // 2 * (1 if code % 2 else -1)) % 256
-                    last = scale or last
-    number_bits, order = sps.golomb() + 4, sps.golomb()
-    if order == 0:
-        sps.golomb()
-    elif order == 1:
-        sps.read(1), sps.golomb(), sps.golomb()
-        for _ in range(sps.golomb()):
-            sps.golomb()
-    sps.golomb(), sps.read(1), sps.golomb(), sps.golomb()
-    return 0 if sps.read(1) else number_bits
+# ---- folders of pictures -------------------------------------------------------------------------
 
 
 class _Folder:
-    """Numbered pictures in a folder, by number; hidden files and optical flow are left out."""
+    """Numbered pictures in a folder, by number; hidden files and optical flow are left out. As _File."""
 
-    codec = "pictures"
+    codec, fault = "pictures", None
 
     def __init__(self, path, fps):
         names = [name for name in os.listdir(path) if name.lower().endswith(PICTURES)]
@@ -556,50 +470,42 @@ class _Folder:
             raise VideoError("a folder without pictures")
         self.paths = [os.path.join(path, name) for name in _by_number(names)]
         self.fps, self.expected, self.times = fps, len(names), np.arange(len(names)) / fps
-        self.fault = self.size = None
+        self.decoders = [self.from_start]
         for path in self.paths:
-            with suppress(Exception), _picture(path) as (image, orientation):
-                self.size = image.size if orientation in (5, 6, 7, 8) else image.size[::-1]
+            with suppress(Exception), _picture(path) as image:
+                self.size = image.height, image.width
                 return
         _read_picture(self.paths[0])  # raises what is wrong
 
-    def pick(self, wanted):
-        return ((i, _read_picture(self.paths[i])) for i in wanted)
-
-    from_start = pick
+    def from_start(self, positions, strict=True):
+        return ((i, _read_picture(self.paths[i])) for i in positions)
 
     @cached_property
-    def places(self):
-        good = []
+    def decodable(self):
+        good = {}
         for i, path in enumerate(self.paths):
             try:
                 _read_picture(path)
-                good.append(i)
+                good[i] = i
             except Exception as fault:
                 self.fault = fault
         return good
 
-    def numbered(self, numbers):
-        return ((n, _read_picture(self.paths[self.places[n]])) for n in numbers)
-
 
 @contextmanager
 def _picture(path):
-    """Open a picture. Yields (image, its EXIF orientation)."""
+    """Open a picture, turned as its EXIF orientation tells."""
     with Image.open(path) as image:
         check_size(image.height, image.width)
-        orientation = 1
-        with suppress(Exception):  # the EXIF data can be damaged where the picture is not
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        yield image, orientation
+        # The EXIF data can be damaged where the picture is not, and Pillow writes it anew after the turn.
+        with suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
+        yield image
 
 
 def _read_picture(path):
-    """uint8 (H, W, 3), turned as the EXIF orientation says."""
-    with _picture(path) as (image, orientation):
-        if orientation != 1:
-            with suppress(Exception):  # once the picture is turned, Pillow writes its EXIF data anew
-                ImageOps.exif_transpose(image, in_place=True)
+    """uint8 (H, W, 3)."""
+    with _picture(path) as image:
         if image.mode.startswith("I"):  # 16 bits of grey, of which Pillow would take the lower ones
             return (np.array(image)[..., None].repeat(3, 2) // 256).astype(np.uint8)
         return np.array(image.convert("RGB"))
@@ -608,8 +514,8 @@ def _read_picture(path):
 def _by_number(names):
     """The names of pictures in the order of the number that changes and counts, as in img_00012_640x480.png.
 
-    Of the numbers at one place of the names it is the one that is different in all of them, and of several
-    the one of the smallest range: a time in them goes up, too, but in larger steps. Without such a number
+    Of the numbers at the same place of the names it is the one that differs in all of them; of several, the
+    one of the smallest range: a time in the names goes up, too, but in larger steps. Without such a number
     the first that differs decides.
     """
     numbers = [[int(digits) for digits in re.findall(r"\d+", name)] for name in names]
@@ -618,71 +524,3 @@ def _by_number(names):
     counting = [column for column in columns if len(set(column)) == len(names)]
     keys = min(counting, key=lambda column: max(column) - min(column), default=numbers)
     return [name for _, name in sorted(zip(keys, names, strict=True))]
-
-
-def read_windows(source, windows, short_side=None):
-    """[uint8 (T, C, H, W)] of the frames of each window, an array of indices, in one call of source.get."""
-    windows = [np.asarray(window) for window in windows]
-    frames = source.get(np.concatenate(windows), short_side)
-    return list(frames.split([len(window) for window in windows]))
-
-
-def probe(path):
-    """dict(frames, width, height, fps, seconds, rotation, codec) of a video. Raises VideoError."""
-    with Video(path) as video:
-        seconds = float(video.times[-1]) + 1 / video.fps
-        shape = dict(width=video.width, height=video.height, rotation=video.rotation)
-        return dict(frames=len(video), fps=video.fps, seconds=seconds, codec=video.codec, **shape)
-
-
-def read_frames(path, indices, short_side=None):
-    """uint8 (T, C, H, W): the frames `indices` of a video; see Video.get. Raises VideoError."""
-    with Video(path) as video:
-        return video.get(indices, short_side)
-
-
-# ---- writing ---------------------------------------------------------------------------------------
-
-
-def encode(path, pictures, fps, times=None, options=None, pix_fmt="yuv420p", gop=12):
-    """Write pictures as H.264 in mp4: uint8 (H, W, 3), or (H, W) if pix_fmt is "gray".
-
-    times: (N,) seconds of the pictures, kept to 1/90000 s; else they are fps to a second. Equal times become
-    a tick apart, and ticks are longer where hours lie between two pictures. Returns the times as written.
-    Raises VideoError for pictures that cannot be encoded: an OSError is always one of the disk.
-    """
-    gap = 1 / fps if times is None else np.diff(times).max(initial=0)
-    clock = min(90000, int(MAX_TICKS // gap)) if gap else 90000
-    stamps = []
-    # By name: of errors in a file object's methods, such as a full disk, av does not tell the reason.
-    with av.open(os.path.abspath(path), "w", "mp4", {"video_track_timescale": str(clock)}) as container:
-        stream = container.add_stream("libx264", Fraction(fps).limit_denominator(1001), options)
-        context = stream.codec_context
-        context.pix_fmt, context.gop_size, context.thread_count = pix_fmt, gop, 1
-        context.time_base = Fraction(1, clock)
-        if pix_fmt == "gray":
-            context.color_range = av.video.reformatter.ColorRange.JPEG
-        for i, picture in enumerate(pictures):
-            if i == 0:
-                context.height, context.width = picture.shape[:2]
-            stamp = round(clock * (i / fps if times is None else float(times[i])))
-            stamps.append(max(stamp, stamps[-1] + 1) if stamps else stamp)
-            with _encoding(context):
-                format = "gray" if pix_fmt == "gray" else "rgb24"
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format)
-                frame.pts, frame.time_base = stamps[-1], context.time_base
-                packets = stream.encode(frame)
-            container.mux(packets)
-        with _encoding(context):
-            packets = stream.encode()
-        container.mux(packets)
-    return np.array(stamps) / clock
-
-
-@contextmanager
-def _encoding(context):
-    try:
-        yield
-    except Exception as error:
-        size = f"{context.width} x {context.height}"
-        raise VideoError(f"pictures of {size} pixels cannot be encoded: {reason_of(error)}") from error

@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 from common.errors import OutOfRange, UserError, VideoError, printable, reason_of, reasons
 from common.io import files
-from common.io.decode import FPS, Video, check_size, encode
+from common.io.decode import FPS, Video, check_size
+from common.io.encode import encode
 from common.io.readers import forms, stem_of
 from common.tvl1 import SCHEME, SMALLEST, _flow
 

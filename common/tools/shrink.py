@@ -13,7 +13,8 @@ from common.data import load_everything
 from common.errors import UserError, VideoError, printable, reason_of, reasons, status_of
 from common.flags import data_flags
 from common.io import files
-from common.io.decode import Video, encode
+from common.io.decode import Video
+from common.io.encode import encode
 from common.io.readers import _parts, _read_json, _scan, stem_of
 from common.io.workers import in_parallel
 
