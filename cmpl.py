@@ -58,7 +58,7 @@ D11 "3D-ResNet50" is read as SlowFast's slow pathway alone: 41.7 GMAC for 8 fram
 import math
 import os
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -301,14 +301,25 @@ def recipes_of(args):
     return {"pri": pri, "aux": replace(pri, frames=args.aux_frames, stride=args.aux_stride)}
 
 
+@dataclass(frozen=True)
+class Thinned(Recipe):
+    """A test where every n-th frame of a clip is kept and shown n times (Fig. 5)."""
+
+    keep_every: int = 1
+
+    def sample(self, source):
+        kept = np.arange(self.frames) // self.keep_every * self.keep_every
+        return [clip[kept] for clip in super().sample(source)]
+
+
 def train(args, run):
     """One run: data, networks, steps, final test."""
     data = agreed(load_data, args.data, args.root, args.split)
     if data.multilabel:
         raise UserError(f"{data.name} has several labels per video; CMPL needs one (mml.py takes it)")
     if args.eval:
-        changes = {name: getattr(args, name) for name in ("clips", "crops", *TEST)}
-        net, recipe = load_for(args.eval, data, run.device, **changes)
+        net, recipe = load_for(args.eval, data, run.device, clips=args.clips, crops=args.crops)
+        recipe = Thinned(**vars(recipe), keep_every=args.keep_every)
         evaluate.report(net, data, recipe, run, args.workers, **wanted(args, also=TEST))
         return
 
@@ -370,7 +381,7 @@ def train(args, run):
                 save_model(run.out / file, nets[net].module, builds[net], data.classes, recipes[net])
     if every:
         test(total)
-    recipe = replace(recipes["pri"], keep_every=args.keep_every)
+    recipe = Thinned(**vars(recipes["pri"]), keep_every=args.keep_every)
     evaluate.report(nets["pri"].module, data, recipe, run, args.workers, **wanted(args))
 
 

@@ -42,10 +42,8 @@ class Modality(NamedTuple):
     source: str = "frames"  # or "flow"
 
 
-BOUND, FLOW_SIDE = (
-    20.0,
-    256,
-)  # pixels: the largest motion that a byte of flow can hold, and the short side of its pictures
+# Pixels of optical flow: the largest motion that a byte can hold, and the short side of the pictures.
+BOUND, FLOW_SIDE = 20.0, 256
 MODALITIES = {
     "rgb": Modality(3, 1, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "tg": Modality(3, 2, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -209,7 +207,6 @@ class Recipe:
 
     frames x stride is a clip; `clips` of them, evenly spread, times `crops` (1 centre, or 3 along
     the long side) of `size` pixels are the views, after the short side became `short_side`.
-    `keep_every` n thins a clip: every n-th frame is kept and shown n times (CMPL, Fig. 5).
     `uniform` more clips have a frame of each of `frames` equal segments, as 2D networks see a video.
     spread: `clips` from the "first" to the last frame, or at equal "parts" (clips.dense_parts).
     stretch: (height, width) that pictures of any shape become, in place of short_side; 3 crops are then along
@@ -225,7 +222,6 @@ class Recipe:
     crops: int = 3
     short_side: int = 256
     size: int = 256
-    keep_every: int = 1
     uniform: int = 0
     spread: str = "first"  # or "parts"
     stretch: tuple = ()
@@ -257,7 +253,6 @@ class Recipe:
         """Indices of the input frames of the clips of an open video: a list of (frames,) arrays."""
         dense = dense_test if self.spread == "first" else dense_parts
         clips = dense(len(source), self.frames, self.stride, self.clips)
-        clips = clips[:, np.arange(self.frames) // self.keep_every * self.keep_every]
         return [*clips, *uniform_test(len(source), self.frames, self.uniform)]
 
     def view(self, clips):

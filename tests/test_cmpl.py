@@ -272,6 +272,13 @@ def test_labelled_and_unlabelled_videos_have_such_windows(tmp_path, monkeypatch)
         assert len(set(aux)) > 200 and np.isin(aux, (0, 236)).mean() < 0.03 and (pri != aux).mean() > 0.9
 
 
+def test_fig5_thinned_clips_repeat_the_frames_that_are_kept():
+    (clip,) = cmpl.Thinned(8, 8, clips=1, keep_every=4).sample(range(64))
+    assert clip.tolist() == [0, 0, 0, 0, 32, 32, 32, 32]
+    (clip,) = cmpl.Thinned(8, 8, clips=1).sample(range(64))
+    assert clip.tolist() == [0, 8, 16, 24, 32, 40, 48, 56]
+
+
 def test_weak_views_have_a_short_side_of_their_own():
     """And are the centre, whatever the range of the random crops is."""
     clip = torch.arange(96 * 128).view(1, 1, 96, 128).remainder(251).to(torch.uint8).repeat(2, 3, 1, 1)

@@ -93,16 +93,6 @@ def test_views_are_averaged_per_video(average):
     assert z.tolist() == [1, 0.5] and w.tolist() == [0, 3]  # logits are kept, whatever is averaged
 
 
-def test_keep_every_thins_and_repeats():
-    class Source:
-        def __len__(self):
-            return 64
-
-    assert Recipe(8, 8, clips=1).sample(Source())[0].tolist() == [0, 8, 16, 24, 32, 40, 48, 56]
-    thin = Recipe(8, 8, clips=1, keep_every=4).sample(Source())[0]
-    assert thin.tolist() == [0, 0, 0, 0, 32, 32, 32, 32]
-
-
 def test_clips_at_parts_and_uniform_ones():
     """Appendix 1 of Mutual Modality Learning: dense clips first, then uniform ones."""
     frames = range(20)  # T' = 20 - 3 * 3 = 11
@@ -222,6 +212,10 @@ def test_model_file_round_trip(memory, tmp_path):
     assert torch.equal(net(x), again(x)) and not again.training
     assert [p.stride() for p in again.parameters()] == [p.stride() for p in net.parameters()]
     assert classes == ("a", "b", "c") and recipe == Recipe(8, 4, 2, 1, 32, 32)
+    file = torch.load(tmp_path / "model.pt")
+    file["input"]["keep_every"] = 1  # as in files of earlier versions
+    torch.save(file, tmp_path / "model.pt")
+    assert load_model(tmp_path / "model.pt")[3] == recipe
 
 
 @pytest.mark.parametrize("content", [{"net": {}}, {"something": torch.ones(2)}, [1, 2]])

@@ -104,6 +104,7 @@ def load_model(path, recipe=Recipe):
         net = backbones.build(**model["build"])
         # assign: in the memory format in which it was trained, whose kernels round alike.
         net.load_state_dict(model["net"], assign=True)
+        model["input"].pop("keep_every", None)  # of older files, 1 in all of them
         return net.eval(), model["build"], tuple(model["classes"]), recipe(**model["input"])
     except (KeyError, TypeError, RuntimeError):
         own = "" if recipe is not Recipe else ", or has an input that only its script makes"

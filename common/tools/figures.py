@@ -13,6 +13,7 @@ The models are model.pt files of any script. The folder --out gets, of the test 
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as V
@@ -21,7 +22,8 @@ from common import evaluate, modality
 from common.data import load_data
 from common.errors import UserError
 from common.flags import at_least
-from common.io.models import load_for
+from common.io import features, files
+from common.io.models import digest_of_model, load_for
 from common.modality import Recipe
 from common.run import Run, agreed
 from common.tools.shared import contact_sheet, evenly_spread, item_of, tool_parser, with_flow
@@ -101,10 +103,17 @@ class Corrupted(Recipe):
 
 
 def embedding(args, run, data, models):
-    """embedding.npz of the only model."""
+    """embedding.npz of the only model, from the features of all test videos in the folder `features`."""
     ((net, recipe),) = models.values()
-    file = run.out / "embedding.npz"
-    evaluate.save_features(file, net, data.test, data.classes, recipe, run, args.workers)
+    identity = {"weights": digest_of_model(net)}
+    what = features.Extraction(net, net.embed, data.test, recipe, identity, average=True)
+    cache = features.extract(run.out / "features", what, run, args.workers)
+    if cache is not None and run.main:
+        readable = np.flatnonzero(cache.counts)
+        names = np.array([data.test.name(i) for i in readable])
+        with files.replacing(run.out / "embedding.npz") as file:
+            np.savez(file, features=cache.rows, labels=data.test.labels[readable], names=names,
+                     classes=np.array(data.classes))  # fmt: skip
 
 
 def corruption_table(args, run, data, models):
