@@ -130,31 +130,19 @@ def naive_average(*logits):
     return [[sum(p) / len(p) for p in zip(*map(softmax, row), strict=True)] for row in rows]
 
 
-def test_eq1_known_value_and_naive_loop():
+def test_eq1_to_eq3_known_values():
     logits = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])  # p = (1/4, 3/4), (1/2, 1/2)
     by_hand = (math.log(4 / 3) + math.log(2)) / 2
     assert tg_distill.supervised_loss(logits, torch.tensor([1, 0])).item() == pytest.approx(by_hand, abs=1e-6)
-    logits, y = random(9, 5), torch.arange(9) % 5
-    naive = naive_cross_entropy(logits, y)
-    assert tg_distill.supervised_loss(logits, y).item() == pytest.approx(naive, rel=1e-5)
-
-
-def test_eq2_eq3_known_value():
     # tau 0.75 keeps the first clip, which has exactly that, labelled 0. On its strong view class 0 has 1/5:
-    # log 5, over both clips.
-    y, mask = tg_distill.pseudo_label(torch.tensor([[0.75, 0.25], [0.5, 0.5]]), 0.75)
-    assert y[0] == 0 and y.dtype == torch.int64 and mask.tolist() == [1.0, 0.0]
-    strong = torch.tensor([[0.0, math.log(4.0)], [9.0, -9.0]])
-    assert tg_distill.unlabelled_loss(strong, y, mask).item() == pytest.approx(math.log(5) / 2, abs=1e-6)
-
-
-@pytest.mark.parametrize("tau", [0.0, 0.3, 0.6, 1.1])
-def test_eq2_eq3_match_naive_loop(tau):
-    p_w, strong = random(40, 7, seed=1).softmax(1), random(40, 7, seed=2).requires_grad_()
-    loss = tg_distill.unlabelled_loss(strong, *tg_distill.pseudo_label(p_w, tau))
-    assert loss.item() == pytest.approx(naive_unlabelled(strong, p_w.tolist(), tau), rel=1e-5)
-    loss.backward()
-    assert bool(strong.grad.any()) == (tau < 1)  # without a confident clip neither loss nor gradient
+    # log 5, over both clips. Without a confident clip neither loss nor gradient.
+    strong = torch.tensor([[0.0, math.log(4.0)], [9.0, -9.0]], requires_grad=True)
+    for tau, kept, by_hand in ((0.75, [1.0, 0.0], math.log(5) / 2), (0.8, [0.0, 0.0], 0)):
+        y, mask = tg_distill.pseudo_label(torch.tensor([[0.75, 0.25], [0.5, 0.5]]), tau)
+        assert y[0] == 0 and y.dtype == torch.int64 and mask.tolist() == kept
+        loss = tg_distill.unlabelled_loss(strong, y, mask)
+        assert loss.item() == pytest.approx(by_hand, abs=1e-6)
+        assert torch.autograd.grad(loss, strong)[0].any(1).tolist() == [bool(m) for m in kept]
 
 
 def test_eq4_eq6_eq11_known_values():
@@ -215,23 +203,6 @@ def test_eq8_where_the_student_is_silent():
     loss = tg_distill.distance(x.relu(), torch.ones(1, 3, 1, 1, 2), "cosine")
     loss.backward()
     assert loss.item() == pytest.approx(0.5) and x.grad.isfinite().all() and not x.grad[..., 0].any()
-
-
-@pytest.mark.parametrize("kind", ["cosine", "l1", "l2"])
-@pytest.mark.parametrize("stages", [STAGES, [1, 3]])
-def test_eq8_eq9_match_naive_loop_with_the_teacher_detached(kind, stages):
-    f_rgb, f_tg = (
-        [random(2, 2**i, 2, 2, 3, seed=10 * s + i).requires_grad_() for i in STAGES] for s in range(2)
-    )
-    aligned = [i in stages for i in STAGES]
-    loss = tg_distill.alignment_loss(f_rgb, f_tg, kind, stages)
-    naive = sum(naive_distance(f_rgb[i - 1], f_tg[i - 1], kind) for i in stages)
-    assert loss.item() == pytest.approx(naive, rel=1e-5)
-    loss.backward()
-    assert [f.grad is not None and bool(f.grad.any()) for f in f_rgb] == aligned
-    assert all(f.grad is None for f in f_tg)
-    tg_distill.alignment_loss(f_rgb, f_tg, kind, stages, stopgrad=False).backward()
-    assert [f.grad is not None and bool(f.grad.any()) for f in f_tg] == aligned
 
 
 # ---- Eq. 10: contrast ------------------------------------------------------------------------------
@@ -465,7 +436,8 @@ def naive_terms(nets, x, y_l, args):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, dict(tau=0.6), dict(pseudo="self"), dict(align="l2", align_stages=[2, 4]), dict(temperature=0.1),
+    {}, dict(tau=0.6), dict(pseudo="self"), dict(align="l2", align_stages=[2, 4]), dict(align="l1"),
+    dict(temperature=0.1),
     dict(w_fm=2.0, w_kd=3.0, w_clr=5.0), dict(w_kd=0.0), dict(w_clr=0.0),
     dict(nets="rgb"), dict(nets="tg", tau=0.5),
 ], ids=str)  # fmt: skip

@@ -7,7 +7,7 @@
 The models are model.pt files of any script. The folder --out gets, of the test videos,
 
     cam           00000.png, ...: for some videos, the frames and where each model looks for the true class
-    embedding     embedding.npz of each model: features (N, D), labels and names (N,), classes (K,)
+    embedding     embedding.npz of the model: features (N, D), labels and names (N,), classes (K,)
     corruption    corruption.csv: top-1 accuracy of each model on clean and on corrupted videos
 """
 

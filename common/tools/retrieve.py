@@ -53,10 +53,10 @@ def retrieve(args, run):
     recipe = replace(recipe, clips=args.clips, crops=1, uniform=0)
     identity = {"weights": digest_of_model(net), "pooled": "max"}
     net, bank = net.to(run.device), {}
-    for part, videos in (("train", data.train), ("test", data.test)):
+    for subset, videos in (("train", data.train), ("test", data.test)):
         extraction = features.Extraction(net, partial(max_features, net), videos, recipe, identity)
-        bank[part] = features.extract(run.out / part, extraction, run, args.workers)
-        if bank[part] is None:  # a signal
+        bank[subset] = features.extract(run.out / subset, extraction, run, args.workers)
+        if bank[subset] is None:  # a signal
             return
     counts = {"videos": len(data.test), "unreadable": len(bank["test"].bad), "seconds": round(run.seconds)}
     run.result({"script": run.script, "data": data.name, "model": args.model, "clips": args.clips,
@@ -77,7 +77,7 @@ def recall(z, y, z_train, y_train):
     """
     most = min(max(NEAREST), len(z_train))
     z, z_train = F.normalize(z.float(), dim=1), F.normalize(z_train.float(), dim=1)
-    nearest = torch.cat([(part @ z_train.T).topk(most).indices for part in z.split(1024)])
+    nearest = torch.cat([(queries @ z_train.T).topk(most).indices for queries in z.split(1024)])
     hits = (y_train[nearest] == y[:, None]).cummax(1).values  # (Q, n)
     return {n: 100 * hits[:, min(n, most) - 1].double().mean().item() for n in NEAREST}
 
@@ -87,11 +87,11 @@ def recalls(data, clips, bank, device):
 
     clips: of each video; bank: {"train": Features, "test": Features}.
     """
-    y = {part: torch.from_numpy(videos.labels[bank[part].counts > 0]).to(device)
-         for part, videos in (("train", data.train), ("test", data.test))}  # fmt: skip
-    z = {part: torch.tensor(features.rows, device=device).unflatten(0, (-1, clips))
-         for part, features in bank.items()}  # (readable videos, clips, D)  # fmt: skip
-    y_clips = {part: labels.repeat_interleave(clips) for part, labels in y.items()}
+    y = {subset: torch.from_numpy(videos.labels[bank[subset].counts > 0]).to(device)
+         for subset, videos in (("train", data.train), ("test", data.test))}  # fmt: skip
+    z = {subset: torch.tensor(features.rows, device=device).unflatten(0, (-1, clips))
+         for subset, features in bank.items()}  # (readable videos, clips, D)  # fmt: skip
+    y_clips = {subset: labels.repeat_interleave(clips) for subset, labels in y.items()}
     of_clips = recall(z["test"].flatten(0, 1), y_clips["test"], z["train"].flatten(0, 1), y_clips["train"])
     of_videos = recall(z["test"].mean(1), y["test"], z["train"].mean(1), y["train"])
     readable = len(y["test"]) / len(data.test)
