@@ -1,6 +1,8 @@
 """Scoring: averages over views, metrics against definitions, files, prediction of one file."""
 
 import csv
+import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensors import save_tiny_model
 
 from common import augment, backbones, evaluate
 from common.clips import Views
@@ -19,7 +22,7 @@ from common.io.flow import to_bytes, write_flow
 from common.io.models import load_model, save_model
 from common.modality import Recipe
 from common.run import Run
-from common.tools.predict import predict
+from common.tools import predict
 from common.tvl1 import tvl1
 
 
@@ -225,6 +228,36 @@ def test_foreign_model_file(content, tmp_path):
         load_model(tmp_path / "model.pt")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_predictions_of_files_folders_and_patterns(moving, tmp_path, capsys, workers):
+    """A video that cannot be read has its reason in its row, and does not end the others."""
+    shutil.copytree(f"{moving[0].root}/a", tmp_path / "set" / "b" / "c")
+    (tmp_path / "set" / "page.mp4").write_text("<html>")
+    recipe = Recipe(2, 3, 1, 1, 16, 16)
+    net = save_tiny_model(tmp_path / "m.pt", recipe, ["x", "y", "z"])
+    words = [f"{tmp_path}/{name}" for name in ("m.pt", "none.mp4", "set", "set/*/c", "set/b/c")]
+    words += ["--workers", str(workers)]
+    assert predict.main(words) == 2
+    header, *rows = (line.split("\t") for line in capsys.readouterr().out.splitlines())
+    assert header == ["video", "top1", "top2", "top3"]
+    names = "none.mp4", "set/b/c", "set/page.mp4", "set/b/c", "set/b/c"
+    assert [row[0] for row in rows] == [f"{tmp_path}/{name}" for name in names]
+    assert [row[1].startswith("cannot be read: ") for row in rows] == [True, False, True, False, False]
+    assert predict.main([*words[:1], *words[3:], "--json"]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[1])
+    views = Views(moving[0], recipe.sample, recipe.view, recipe.short_side)[0]["views"]
+    p = net(recipe.to_input(views, "cpu"))[0].softmax(0)
+    assert [top["probability"] for top in row["top"]] == pytest.approx(
+        p.sort(descending=True)[0].tolist(), abs=1e-6
+    )
+    assert row["top"][0]["class"] == "xyz"[p.argmax()] and row["unreadable"] is None
+
+
+def test_prediction_without_a_model_is_one_sentence(tmp_path, capsys):
+    assert predict.main([f"{tmp_path}/m.pt", "a.mp4"]) == 2
+    assert capsys.readouterr().err == f"{tmp_path}/m.pt does not exist\n"
+
+
 # ---- averages of embeddings ------------------------------------------------------------------------
 
 
@@ -303,5 +336,8 @@ def test_score_and_prediction_of_averaged_embeddings(moving, tmp_path, training)
     assert not found.logits[1].any()
     assert found.views.tolist() == [1, 1, 1] and found.hits.tolist() == [int(p > 0.5), 0, int(p < 0.5)]
     model = net.eval(), {}, ("x", "y"), recipe
-    predicted = dict(predict(model, f"{moving[0].root}/a"))
-    assert [predicted["x"], predicted["y"]] == pytest.approx(found.probs[0].tolist(), abs=1e-6)
+    ((_, top, reason),) = predict.predict(model, [f"{moving[0].root}/a"])
+    predicted = dict(top)
+    assert reason is None and [predicted["x"], predicted["y"]] == pytest.approx(
+        found.probs[0].tolist(), abs=1e-6
+    )

@@ -866,7 +866,8 @@ def test_a_students_score_from_video_is_that_from_the_cache(world, whole, run, n
         if i in good:
             best, (told, share) = int(scores.probs[i].argmax()), row["top1"].rsplit(":", 1)
             assert told == classes[best] and float(share) == pytest.approx(scores.probs[i, best], abs=2e-6)
-    predicted = dict(predict(model, data.test.path(int(good[-1]))))
+    ((_, top, _),) = predict(model, [data.test.path(int(good[-1]))])
+    predicted = dict(top)
     assert [predicted[k] for k in classes] == pytest.approx(scores.probs[good[-1]].tolist(), abs=1e-6)
     assert (whole / name / "per_class.csv").exists()
 
