@@ -65,7 +65,7 @@ class Tiny(nn.Module):
         return [torch.zeros(1), self.gain * F.avg_pool3d(x[:, :2], (1, 2, 2))]
 
     def classify(self, f):
-        return self.fc(f.mean((2, 3, 4)))
+        return self.fc(f[..., ::2, ::2].mean((2, 3, 4)))  # so the gradient differs between positions
 
     def forward(self, x):
         return self.classify(self.features(x)[-1])

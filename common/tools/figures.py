@@ -106,8 +106,8 @@ def embedding(args, run, data, models):
     """embedding.npz of the only model, from the features of all test videos in the folder `features`."""
     ((net, recipe),) = models.values()
     identity = {"weights": digest_of_model(net)}
-    what = features.Extraction(net, net.embed, data.test, recipe, identity, average=True)
-    cache = features.extract(run.out / "features", what, run, args.workers)
+    extraction = features.Extraction(net, net.embed, data.test, recipe, identity, average=True)
+    cache = features.extract(run.out / "features", extraction, run, args.workers)
     if cache is not None and run.main:
         readable = np.flatnonzero(cache.counts)
         names = np.array([data.test.name(i) for i in readable])
