@@ -331,32 +331,20 @@ def test_two_ranks_are_one(folder, run):
 # ---- PreciseBN -------------------------------------------------------------------------------------
 
 
-def whole_set(folder):
-    views = Views(list_of(folder, NAMES), SMALL.sample, SMALL.view)
-    return SMALL.to_input(torch.cat([views[i]["views"] for i in range(len(NAMES))]), "cpu")
-
-
 @pytest.mark.parametrize("block", [40, 4])
-def test_precise_bn_of_the_first_layer_is_that_of_all_readable_clips(block, folder, run):
-    stem = tiny_backbone().stem  # alone: what the layers after it see depends on the blocks
-    net = nn.Sequential(*stem)
-    net.embed = net.forward
-    x = stem[0](whole_set(folder)).detach().double().transpose(0, 1).flatten(1)  # (C, N)
-    evaluate.precise_bn(net, list_of(folder, ["none", *MIXED, "gone"]), SMALL, run, block=block)
-    assert torch.allclose(stem[1].running_mean.double(), x.mean(1), rtol=1e-5, atol=1e-7)
-    assert torch.allclose(stem[1].running_var.double(), x.var(1), rtol=1e-5, atol=0)
-
-
-def test_precise_bn_of_one_block_is_a_training_pass(folder, run):
+def test_precise_bn_pools_all_readable_clips(block, folder, run):
+    """One block is a training pass; with several blocks the first layer has the same inputs, others do not."""
     net = tiny_backbone()
     reference, before = copy.deepcopy(net).train(), [p.clone() for p in net.parameters()]
     for module in reference.modules():
         if isinstance(module, nn.BatchNorm3d):
             module.momentum = 1.0  # the statistics of the last batch, the variance unbiased
-    evaluate.precise_bn(net, list_of(folder, NAMES), SMALL, run)
+    views = Views(list_of(folder, NAMES), SMALL.sample, SMALL.view)
     with torch.no_grad():
-        reference(whole_set(folder))
-    for ours, torchs in zip(statistics(net), statistics(reference), strict=True):
+        reference(SMALL.to_input(torch.cat([views[i]["views"] for i in range(len(NAMES))]), "cpu"))
+    evaluate.precise_bn(net, list_of(folder, ["none", *MIXED, "gone"]), SMALL, run, block=block)
+    pairs = list(zip(statistics(net), statistics(reference), strict=True))
+    for ours, torchs in pairs if block == 40 else pairs[:2]:
         assert torch.allclose(ours, torchs, rtol=1e-4, atol=1e-6)
     assert not net.training and all(map(torch.equal, net.parameters(), before))
 
@@ -437,8 +425,7 @@ def naive_terms(nets, x, y_l, args):
 
 @pytest.mark.parametrize("changes", [
     {}, dict(tau=0.6), dict(pseudo="self"), dict(align="l2", align_stages=[2, 4]), dict(align="l1"),
-    dict(temperature=0.1),
-    dict(w_fm=2.0, w_kd=3.0, w_clr=5.0), dict(w_kd=0.0), dict(w_clr=0.0),
+    dict(temperature=0.1), dict(w_fm=2.0, w_kd=3.0, w_clr=5.0), dict(w_kd=0.0), dict(w_clr=0.0),
     dict(nets="rgb"), dict(nets="tg", tau=0.5),
 ], ids=str)  # fmt: skip
 @torch.no_grad()
@@ -452,9 +439,8 @@ def test_step_is_the_sum_of_its_terms(changes):
     assert {k: v.item() for k, v in terms.items()} == pytest.approx(naive, rel=1e-4)
     total = sum(naive[f"loss_l_{net}"] + 0.7 * naive[f"loss_u_{net}"] for net in nets)
     if len(nets) > 1:
-        total = (
-            args.w_fm * total + args.w_kd * naive.get("loss_kd", 0) + args.w_clr * naive.get("loss_clr", 0)
-        )
+        total *= args.w_fm
+        total += args.w_kd * naive.get("loss_kd", 0) + args.w_clr * naive.get("loss_clr", 0)
     assert loss.item() == pytest.approx(total, rel=1e-4)
     for net in nets:
         assert labels[net][0].tolist() == [row.index(max(row)) for row in p[net]]
