@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,15 +106,17 @@ def test_cam_sheets(videos, tmp_path):
         run = SimpleNamespace(out=folder, device=torch.device("cpu"))
         figures.cam_sheets(SimpleNamespace(videos=count), run, data, models)
         assert sorted(path.name for path in folder.iterdir()) == [f"{i:05d}.png" for i in numbers]
+    centre = replace(recipe, clips=1, crops=1)
     for i in numbers:
-        sheet = np.asarray(Image.open(folder / f"{i:05d}.png"))
-        assert sheet.shape == (3 * (12 + LINE), 3 * 12, 3)
-        for t in range(3):  # the central crop of the whole frames, then where each model looks
-            frame = np.asarray(Image.open(tmp_path / f"v{i}" / f"{t:03d}.png"))[:, 2:14]
-            tops = [LINE, 12 + 2 * LINE, 24 + 3 * LINE]
-            shown = [sheet[top : top + 12, 12 * t : 12 * t + 12].astype(int) for top in tops]
-            assert np.array_equal(shown[0], frame) and np.array_equal(shown[1], shown[2])
-            assert (np.abs(shown[1] - frame / 2 - 64) <= 64.5).all() and not np.array_equal(shown[1], frame)
+        views = Views(videos, centre.sample, centre.view)[i]["views"]  # (1, T, C, 12, 12)
+        x, y = centre.to_input(views, "cpu"), i % 2  # the true class
+        heat = figures.heat(views[0], figures.grad_cam(Tiny(), x, torch.tensor([y]))[0])
+        captions = [f"{name}: {'ab'[Tiny()(x).argmax()]}" for name in models]
+        contact_sheet(tmp_path / "a.png", [views[0], heat, heat], [f"v{i}: {'ab'[y]}", *captions])
+        sheet, expected = (
+            np.asarray(Image.open(path)) for path in (folder / f"{i:05d}.png", tmp_path / "a.png")
+        )
+        assert np.array_equal(sheet, expected) and not torch.equal(views[0], heat)
 
 
 # ---- corruptions -----------------------------------------------------------------------------------

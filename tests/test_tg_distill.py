@@ -333,7 +333,7 @@ def test_two_ranks_are_one(folder, run):
 
 @pytest.mark.parametrize("block", [40, 4])
 def test_precise_bn_pools_all_readable_clips(block, folder, run):
-    """One block is a training pass; with several blocks the first layer has the same inputs, others do not."""
+    """One block is a training pass; with several blocks only the first layer has the same inputs."""
     net = tiny_backbone()
     reference, before = copy.deepcopy(net).train(), [p.clone() for p in net.parameters()]
     for module in reference.modules():
