@@ -135,7 +135,7 @@ def with_flow(data, name, root, folder, run, modalities, models):
     found = folder or f"{(root or default_root(name)).rstrip('/')}_flow"
     command = f"python -m common.tools.flow {name} --out {found}"
     if made:
-        videos = [data.train, data.test]
+        videos = list(data.parts().values())
         flow.extract_flow(videos, found, device=run.device, rank=run.rank, world=run.world, say=run.say)
         dist.barrier()
     elif not os.path.isdir(found) and folder:

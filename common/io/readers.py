@@ -1,10 +1,10 @@
-"""Readers of the data sets people have on disk: a function for each, which gives (classes, train, test).
+"""Readers of the data sets people have on disk: a function for each, which gives (classes, {part: Part}).
 
-Each reader has the layout and the formats it reads in its docstring. All follow the same rules: a video is
-a file with a video's suffix, or a folder that holds the numbered pictures of one series and nothing else;
-what a list names is looked up in scans of the folders, with another suffix, class spelling, Unicode form or
-prefix if need be; what is not there, or no video, is left out and reported, above half of a list it is an
-error, as is everything that puts a label in doubt.
+Each reader has the layout and the formats it reads in its docstring. The rules are the same for all: a video
+is a file with a video's suffix, or a folder that holds one series of numbered pictures and nothing else. The
+names in a list are looked up among the videos on disk, which may have another suffix, class spelling,
+Unicode form or prefix. A listed video that is not on disk is left out with a note. It is an error if more
+than half of a list is missing, and if a label is in doubt.
 """
 
 import csv
@@ -13,7 +13,7 @@ import json
 import os
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -31,228 +31,22 @@ SUFFIXES = tuple(  # of what PyAV reads
 )
 LISTS = (".txt", ".csv", ".json")
 HIDDEN = ("thumbs.db", "desktop.ini", "lost+found")  # beside names that begin with a dot
+DEPTH = 6  # folders below the data set's that are searched, which ends circles of links
+MISSING, AMBIGUOUS = -1, -2
 
 
-# ---- names and files -------------------------------------------------------------------------------
+class NotThere(UserError):
+    """A file or folder is missing; load_data adds the layout that was expected."""
+
+
 class Part(NamedTuple):
-    """The training or test videos of a data set, named relative to root; other fields as in Videos."""
+    """The training, test, validation or unlabelled videos: the arguments of Videos.make."""
 
     root: str
     names: list
     labels: list
     groups: list | None = None
     spans: list | None = None
-
-
-MISSING, AMBIGUOUS = -1, -2
-
-
-class NotThere(UserError):
-    """A file or folder is missing; load adds what was expected."""
-
-
-def _some(names):
-    return ", ".join(map(printable, names[:5])) + (", ..." if len(names) > 5 else "")
-
-
-def _numbers(labels):
-    return " ".join(map(str, labels)) or "none"
-
-
-def stem_of(name):
-    """A path without a video's suffix; any other dot belongs to the name."""
-    stem, dot, suffix = name.rpartition(".")
-    return stem if dot + suffix.lower() in SUFFIXES else name
-
-
-def _nfc(name):
-    """A name in the Unicode form in which names are compared: an accented letter is one character."""
-    return unicodedata.normalize("NFC", name)
-
-
-def forms(name):
-    """The spellings under which a file may be found: as given, composed, or decomposed as on a Mac."""
-    return dict.fromkeys([name, _nfc(name), unicodedata.normalize("NFD", name)])
-
-
-def _parts(name):
-    name = _nfc(name)
-    return [part for part in stem_of(name).replace("\\", "/").split("/") if part not in ("", ".")] or [name]
-
-
-def _parent(name):
-    return ["", *_parts(name)][-2]
-
-
-@lru_cache(maxsize=4096)
-def _squash(name):
-    """What all spellings of a class name have in common: letters and digits, in lower case."""
-    return re.sub(r"[\W_]+", "", _nfc(name).casefold())
-
-
-def _keys(classes):
-    """Squashed class name -> label, without names that cannot be told apart."""
-    counts = Counter(map(_squash, classes))
-    return {_squash(name): k for k, name in enumerate(classes) if counts[_squash(name)] == 1}
-
-
-def _match(wanted, found):
-    """For each wanted name its position in found, MISSING or AMBIGUOUS.
-
-    Tried in turn: the same path; without suffix; class folder in any spelling and stem; stem alone. A
-    key that two wanted names share finds nothing: "a/1.avi" must not be served by "b/1.avi".
-    """
-    ways = (
-        lambda name: name,
-        lambda name: "/".join(_parts(name)),
-        lambda name: (_squash(_parent(name)), _parts(name)[-1]),
-        lambda name: _parts(name)[-1],
-    )
-    at = np.full(len(wanted), MISSING)
-    for way in ways:
-        todo = np.flatnonzero(at == MISSING)
-        if not len(todo):
-            break
-        table, asked = {}, Counter(map(way, set(wanted)))
-        for i, key in enumerate(map(way, found)):
-            table[key] = AMBIGUOUS if key in table else i
-        for i in todo:
-            key = way(wanted[i])
-            at[i] = table.get(key, MISSING) if asked[key] == 1 else MISSING
-    return at
-
-
-def _scan(root, notes=None, deep=6):
-    """The names, relative to root, of all videos below it: files, and folders of numbered pictures.
-
-    Sorted; without hidden ones; links are followed, at most `deep` folders down. What else is there and may
-    be meant as a video is counted in `notes`.
-    """
-    found, todo, pictures, others, deeper = [], [("", 0)], Counter(), Counter(), []
-    while todo:
-        folder, depth = todo.pop()
-        if folder and _is_pictures(os.path.join(root, folder)):
-            found.append(folder)
-            continue
-        with os.scandir(os.path.join(root, folder)) as entries:
-            for entry in entries:
-                name, lower = f"{folder}/{entry.name}" if folder else entry.name, entry.name.lower()
-                if _is_hidden(lower):
-                    continue
-                if lower.endswith(SUFFIXES) and entry.is_file():
-                    found.append(name)
-                elif entry.is_dir() and depth < deep:
-                    todo.append((name, depth + 1))
-                elif entry.is_dir():
-                    deeper.append(name)
-                elif lower.endswith(PICTURES):
-                    pictures[folder or "."] += 1
-                elif not lower.endswith((*SUFFIXES, *LISTS)):
-                    others[os.path.splitext(lower)[1] or entry.name] += 1
-    if notes is not None:
-        kinds = [f"{count} {kind}" for kind, count in sorted(others.items())]
-        for count, what in (
-            (pictures.total(), f"pictures in {_some(sorted(pictures))}; a video is a folder of one series of "
-             "numbered pictures with nothing else in it"),
-            (others.total(), f"files that are not videos: {_some(kinds)}"),
-            (len(deeper), f"folders more than {deep} levels down: {_some(sorted(deeper))}"),
-        ):  # fmt: skip
-            if count:
-                notes.append(f"left out of {root}: {count} {what}")
-    return sorted(found, key=lambda name: (_nfc(name), name))
-
-
-def _is_hidden(lower):
-    return lower.startswith(".") or lower in HIDDEN
-
-
-def _is_pictures(folder):
-    """Whether a folder holds numbered pictures of one series, and else only hidden files and optical flow."""
-    in_series, has_flow = None, False
-    with os.scandir(folder) as entries:
-        for name in (entry.name.lower() for entry in entries):
-            if in_series and in_series(name) or _is_hidden(name):
-                continue
-            stem, suffix = os.path.splitext(name)
-            if suffix not in PICTURES or not re.search(r"\d", stem):
-                return False
-            if FLOW.match(name):
-                has_flow = True
-            elif in_series:
-                return False
-            else:
-                pattern = re.sub(r"\d+", lambda _: r"\d+", re.escape(stem))
-                in_series = re.compile(rf"{pattern}(?:{'|'.join(PICTURES)})").fullmatch
-    return has_flow or in_series is not None
-
-
-@lru_cache(maxsize=1024)
-def _folder_videos(folder):
-    return frozenset(_scan(folder, deep=1)) if os.path.isdir(folder) else frozenset()
-
-
-def _elsewhere(base, name):
-    """A listed path that leads out of base ("/data/a.mp4", "../a.mp4"), if there is a video; else None."""
-    if os.path.isabs(name) or ".." in name.split("/"):
-        for form in forms(name):
-            folder, file = os.path.split(os.path.join(base, form))
-            if file in _folder_videos(folder):
-                return form
-    return None
-
-
-def _find_videos(root, notes, *folders):
-    """(base, names of videos relative to base) of the first of the folders in root that has any."""
-    left_out = []
-    for folder in (*folders, ""):
-        base, left_out = str(Path(root, folder)), []
-        if os.path.isdir(base) and (found := _scan(base, left_out)):
-            notes += left_out
-            return base, found
-    kinds = f"{', '.join(SUFFIXES[:4])}, ... or folders of numbered pictures"
-    raise NotThere("; ".join([f"no videos ({kinds}) in {root}", *left_out]))
-
-
-def _find_file(root, *names):
-    """The first of the files that is in root, or in the folders lists usually are in."""
-    for folder in ("", "annotations", "labels", "ucfTrainTestlist", "splits"):
-        for path in (Path(root, folder, name) for name in names):
-            if path.is_file():
-                return str(path)
-    raise NotThere(f"no {' or '.join(names)} in {root} or {root}/annotations")
-
-
-def _open_text(path, newline=None):
-    """A text file in UTF-8, with or without BOM; names in it may hold bytes that are not UTF-8."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if b"\0" in data:
-        raise UserError(f"{path} is not UTF-8: it is UTF-16, or no text; save it as UTF-8")
-    return io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline)
-
-
-def _read_text(path):
-    """(line number, line) of the lines of a text file that are not blank, without BOM and CR LF."""
-    return [(n, line.strip()) for n, line in enumerate(_open_text(path), 1) if line.strip()]
-
-
-def _read_csv(path, *columns):
-    """(line number, dict) of the rows of a CSV file that has a header with these columns."""
-    reader = csv.DictReader(_open_text(path, newline=""))
-    for row in reader:
-        if any(row.get(column) is None for column in columns):
-            raise UserError(f"{path}:{reader.line_num}: the columns {', '.join(columns)} are expected")
-        yield reader.line_num, row
-
-
-def _read_json(path):
-    return json.load(_open_text(path))
-
-
-# ---- rows of lists ---------------------------------------------------------------------------------
 
 
 class Row(NamedTuple):
@@ -269,271 +63,415 @@ class Row(NamedTuple):
         return self.source if self.line is None else f"{self.source}:{self.line}"
 
 
-# What ends a line of a list: integers, or "1,2", after commas, tabs or blanks, but not after a mixture.
-NUMBERS = re.compile(r"(( *, *X)+|( *\t\s*X)+|( +X)+)[\s,]*$".replace("X", r'(-?\d+|"[-\d, ]*")'))
-SEGMENT = re.compile(r"[\s,]*\d+[\s,]+0*[1-9]\d*[\s,]+-?\d+[\s,]*")  # start, frames, label
+# ---- names -----------------------------------------------------------------------------------------
 
 
-def _read_list(path, notes):
+def join_names(names):
+    """The first five names, to be printed."""
+    return ", ".join(map(printable, names[:5])) + (", ..." if len(names) > 5 else "")
+
+
+def stem_of(name):
+    """A path without a video's suffix; any other dot belongs to the name."""
+    stem, dot, suffix = name.rpartition(".")
+    return stem if dot + suffix.lower() in SUFFIXES else name
+
+
+def nfc(name):
+    """A name in the Unicode form in which names are compared: an accented letter is one character."""
+    return unicodedata.normalize("NFC", name)
+
+
+def forms(name):
+    """The spellings under which a file may be found: as given, composed, or decomposed as on a Mac."""
+    return dict.fromkeys([name, nfc(name), unicodedata.normalize("NFD", name)])
+
+
+def path_parts(name):
+    """Folders and stem of a path, composed, after one "": "x/Jump/a.avi" gives ["", "x", "Jump", "a"]."""
+    parts = [part for part in re.split(r"[\\/]", stem_of(nfc(name))) if part not in ("", ".")]
+    return ["", *(parts or [name])]
+
+
+@lru_cache(maxsize=4096)
+def _class_key(name):
+    """What all spellings of a class name have in common: letters and digits, in lower case."""
+    return re.sub(r"[\W_]+", "", nfc(name).casefold())
+
+
+def match_names(names, videos):
+    """For each name the index of its video, (N,) int: MISSING if there is none, AMBIGUOUS if several.
+
+    Compared in turn: the path; the path without suffix; class folder in any spelling and stem; the stem.
+    Names that share a key have no video by it: "b/1.avi" is not the video of "a/1.avi".
+    """
+    keys = (
+        lambda name: name,
+        lambda name: "/".join(path_parts(name)),
+        lambda name: (_class_key(path_parts(name)[-2]), path_parts(name)[-1]),
+        lambda name: path_parts(name)[-1],
+    )
+    indices = np.full(len(names), MISSING)
+    for key_of in keys:
+        index_of, counts = {}, Counter(map(key_of, set(names)))
+        for i, key in enumerate(map(key_of, videos)):
+            index_of[key] = AMBIGUOUS if key in index_of else i
+        for i in np.flatnonzero(indices == MISSING):
+            key = key_of(names[i])
+            indices[i] = index_of.get(key, MISSING) if counts[key] == 1 else MISSING
+        if MISSING not in indices:
+            break
+    return indices
+
+
+# ---- files -----------------------------------------------------------------------------------------
+
+
+def scan_videos(root, notes=None):
+    """Sorted names, relative to root, of the videos below it; `notes` gets what else is there.
+
+    Hidden files are skipped, links are followed.
+    """
+    videos, folders, left_out = [], [""], Counter()
+    while folders:
+        folder = folders.pop()
+        if folder and _is_series(os.path.join(root, folder)):
+            videos.append(folder)
+            continue
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in entries:
+                name, lower = os.path.join(folder, entry.name), entry.name.lower()
+                if lower.endswith(SUFFIXES) and entry.is_file() and not _is_hidden(lower):
+                    videos.append(name)
+                elif _is_hidden(lower) or lower.endswith((*SUFFIXES, *LISTS)) and not entry.is_dir():
+                    continue
+                elif entry.is_dir() and name.count("/") < DEPTH:
+                    folders.append(name)
+                elif entry.is_dir():
+                    left_out[f"folders more than {DEPTH} levels down in {folder}"] += 1
+                elif lower.endswith(PICTURES):
+                    left_out[f"pictures in {folder or '.'}, which is not one numbered series alone"] += 1
+                else:
+                    left_out[os.path.splitext(lower)[1] or entry.name] += 1
+    if left_out and notes is not None:
+        counts = [f"{count} {kind}" for kind, count in sorted(left_out.items())]
+        notes.append(f"files in {root} that are not videos are left out: {join_names(counts)}")
+    return sorted(videos, key=lambda name: (nfc(name), name))
+
+
+def _is_hidden(lower):
+    return lower.startswith(".") or lower in HIDDEN
+
+
+def _is_series(folder):
+    """Whether a folder holds numbered pictures of one series, and else only hidden files and optical flow."""
+    patterns = set()
+    with os.scandir(folder) as entries:
+        for name in (entry.name.lower() for entry in entries if not _is_hidden(entry.name.lower())):
+            stem, suffix = os.path.splitext(name)
+            pattern = re.sub(r"\d+", "#", stem)
+            if suffix not in PICTURES or pattern == stem:
+                return False
+            patterns.add("flow" if FLOW.match(name) else pattern)
+            if len(patterns - {"flow"}) > 1:
+                return False
+    return bool(patterns)
+
+
+class Disk(NamedTuple):
+    """The videos below a folder, named relative to it."""
+
+    root: str
+    names: list
+
+
+def _find_videos(root, notes, *folders):
+    """The Disk of the first of the folders in root that has videos, else of root itself."""
+    for folder in (*folders, ""):
+        base, left_out = str(Path(root, folder)), []
+        if os.path.isdir(base) and (names := scan_videos(base, left_out)):
+            notes += left_out
+            return Disk(base, names)
+    kinds = f"{', '.join(SUFFIXES[:4])}, ... or folders of numbered pictures"
+    raise NotThere("; ".join([f"no videos ({kinds}) in {root}", *left_out]))
+
+
+def _find_file(root, *names):
+    """The first of the files that is in root, or in the folders lists usually are in."""
+    for folder in ("", "annotations", "labels", "ucfTrainTestlist"):
+        for path in (Path(root, folder, name) for name in names):
+            if path.is_file():
+                return str(path)
+    raise NotThere(f"no {' or '.join(names)} in {root} or {root}/annotations")
+
+
+def _open_text(path):
+    """A text file in UTF-8, with or without BOM; names in it may hold bytes that are not UTF-8."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if b"\0" in content:
+        raise UserError(f"{path} is not UTF-8: it is UTF-16, or no text; save it as UTF-8")
+    return io.StringIO(content.decode("utf-8-sig", "surrogateescape"), newline=None)
+
+
+def _read_text(path):
+    """(line number, line) of the lines of a text file that are not blank, without BOM and CR LF."""
+    return [(n, line.strip()) for n, line in enumerate(_open_text(path), 1) if line.strip()]
+
+
+def _read_csv(path, *columns):
+    """(line number, dict) of the rows of a CSV file that has a header with these columns."""
+    reader = csv.DictReader(_open_text(path))
+    for row in reader:
+        if any(row.get(column) is None for column in columns):
+            raise UserError(f"{path}:{reader.line_num}: the columns {', '.join(columns)} are expected")
+        yield reader.line_num, row
+
+
+# ---- lists -----------------------------------------------------------------------------------------
+
+# The integers that end a line, after commas, tabs or blanks, but not after a mixture of them.
+NUMBERS = re.compile(r"(( *, *-?\d+)+|( *\t\s*-?\d+)+|( +-?\d+)+)[\s,]*$")
+
+
+def read_list(path, notes):
     """Rows of a list file. Separators are blanks, tabs or commas; labels are integers from 0.
 
         path label        path label label ...       several labels: a multi-label data set
         folder label      folder frames label ...    a folder of pictures
         folder start frames label                    in every line: pictures start, start + 1, ... of those
-        path                                         the class folder is the label
+        path                                         a file without label, or the class folder is the label
 
     Paths may hold blanks and everything else ("#" begins no comment). start counts from 0, in the order of
     the pictures, as the offset of MMAction2's with_offset=True does.
     """
-    lines = []
+    path, rows = os.fspath(path), []
     for n, line in _read_text(path):
-        end = NUMBERS.search(line)
-        name = line[: end.start() if end else None].strip('", \t')
-        if re.match(r"[a-z][a-z0-9+.-]+://", name):
-            raise UserError(f"{path}:{n}: {printable(name)} is an address, but a list names files on disk")
-        lines.append((n, name, stem_of(name) == name, end[0] if end else ""))
-    if not lines:
+        match = NUMBERS.search(line)
+        name = line[: match.start() if match else None].strip('", \t')
+        rows.append(Row(name, tuple(map(int, re.findall(r"-?\d+", match[0]))) if match else (), path, n))
+    if not rows:
         raise UserError(f"{path} is empty; lines 'path label' are expected")
-    if n > len(lines):
-        notes.append(f"{n - len(lines)} blank lines of {path} are skipped")
-    of_segments = all(is_folder and SEGMENT.fullmatch(end) for _, _, is_folder, end in lines)
-    if of_segments:
+    is_folder = [stem_of(row.name) == row.name for row in rows]
+    if all(is_folder) and all(len(row.labels) == 3 and row.labels[1] > 0 <= row.labels[0] for row in rows):
         notes.append(f"the lines of {path} are read as folder, start, frames, label")
-    rows = []
-    for n, name, is_folder, end in lines:
-        labels, span = tuple(map(int, re.findall(r"-?\d+", end))), None
-        if of_segments:  # half a picture early, so that no rounding matters
-            start, frames, *labels = labels
+        for i, row in enumerate(rows):  # half a picture early, so that no rounding matters
+            start, frames, label = row.labels
             span = (start - 0.5) / FPS, (start + frames - 0.5) / FPS
-        elif is_folder and len(labels) > 1:
-            labels = labels[1:]
-        rows.append(Row(name, tuple(labels), os.fspath(path), n, span))
+            rows[i] = row._replace(labels=(label,), span=span)
+        return rows
+    has_labels = any(row.labels for row in rows)
+    for i in np.flatnonzero(is_folder):
+        if has_labels and not rows[i].labels:
+            name = printable(rows[i].name)
+            raise UserError(f"{rows[i].place}: {name!r} is not followed by an integer label")
+        rows[i] = rows[i]._replace(labels=rows[i].labels[1:] or rows[i].labels)
     return rows
 
 
 def _read_classes(path):
     """Class names, one a line, with or without numbers in front ("1 ApplyEyeMakeup")."""
-    names = [_nfc(line) for _, line in _read_text(path)]
-    split = [re.fullmatch(r"(\d+)[\s:,]+(.+)", name) for name in names]
-    if all(split) and [int(m[1]) - int(split[0][1]) for m in split] == list(range(len(names))):
-        names = [m[2] for m in split]
+    names = [nfc(line) for _, line in _read_text(path)]
+    numbered = [re.fullmatch(r"(\d+)[\s:,]+(.+)", name) for name in names]
+    if all(numbered) and [int(m[1]) - int(numbered[0][1]) for m in numbered] == list(range(len(names))):
+        names = [m[2] for m in numbered]
     if len(set(names)) < len(names):
         raise UserError(f"{path}: {Counter(names).most_common(1)[0][0]} is there twice")
     return names
 
 
-def _like_frames(rows):
-    """Whether the labels of the rows look like numbers of frames: many, most far from 0, many only once."""
-    counts = Counter(y for row in rows for y in row.labels if isinstance(y, int))
-    numbers, once = sorted(counts), sum(n == 1 for n in counts.values())
-    rank = max(1, len(counts) // 10)  # a few may be labels
-    return len(counts) >= 5 and numbers[rank] >= rank + 10 and once >= max(4, len(counts) / 10)
+def _own_classes(root, rows):
+    """The lines of classes.txt; without it the class folders' names in order, or "0", "1", ... of lists."""
+    if os.path.isfile(path := os.path.join(root, "classes.txt")):
+        return _read_classes(path)
+    rows_of = {label: row for row in reversed(rows) for label in row.labels}
+    numbers = {label for label in rows_of if isinstance(label, int)}
+    if not numbers:
+        return sorted(rows_of or {path_parts(row.name)[-2] for row in rows})
+    unused, largest = min(set(range(len(numbers) + 1)) - numbers), max(numbers)
+    if unused < largest:
+        raise UserError(
+            f"{rows_of[largest].place}: label {largest}, but no line has label {unused}; labels count from 0 "
+            f"and end a line (path label, folder frames label): correct them, or write all classes to {path}"
+        )
+    return list(map(str, range(unused)))
 
 
-def _hint(rows):
-    """What may be wrong with the labels of the rows, to end a sentence with."""
-    if _like_frames(rows):
-        return " (the labels look like numbers of frames: many different ones, far from 0)"
-    labels = [y for row in rows for y in row.labels if isinstance(y, int)]
-    return " (the labels look 1-based: subtract 1)" if labels and min(labels) == 1 else ""
+def _rows_of(disk, part, split, notes, read=read_list):
+    """Rows of a part: of its list, else of its folder, with class folders as labels if there are any; or [].
 
-
-def _number(rows, classes, several):
-    """The rows with labels as integers, complete and in range; raises UserError at the first that is not."""
-    keys, numbered, some_given = _keys(classes), [], any(row.labels for row in rows)
-    for row in rows:
-        given = row.labels
-        if not given and not several:  # then no line has a label, and the class folders tell
-            given = (_parent(row.name),)
-            if some_given or _squash(given[0]) not in keys:
-                raise UserError(f"{row.place}: {printable(row.name)!r} is not followed by an integer label")
-        labels = tuple(y if isinstance(y, int) else keys.get(_squash(y), -1) for y in given)
-        for said, y in zip(given, labels, strict=True):
-            if not 0 <= y < len(classes):
-                right = f"0 to {len(classes) - 1}{_hint(rows)}" if y == said else _some(classes)
-                raise UserError(f"{row.place}: label {printable(str(said))} is not one of {right}")
-        numbered.append(row._replace(labels=labels))
-    return numbered
-
-
-def _on_disk(base, found, rows, notes):
-    """Yield (name relative to base, row) of the rows whose video is there; the others make a note."""
-    lost, names = [], [row.name for row in rows]
-    for prefix in forms(os.path.join(os.path.abspath(base), "")):
-        names = [name.removeprefix(prefix) for name in names]
-    for row, at in zip(rows, _match(names, found), strict=True):
-        if at == AMBIGUOUS:
-            raise UserError(
-                f"{row.place}: several videos in {base} are called {printable(row.name)}; "
-                f"give the path from {base} on"
-            )
-        name = found[at] if at != MISSING else _elsewhere(base, row.name)
-        if name is None:
-            lost.append(row.name)
-        else:
-            yield name, row
-    if lost:
-        counts = f"{len(lost)} of {len(rows)} videos of {rows[0].source}"
-        notes.append(f"{counts} are not in {base}: {_some(lost)}")
-    if 2 * len(lost) > len(rows):
-        raise UserError(f"{notes[-1]}; give the folder that has them with --root, or list what is there")
-
-
-def _check_folder(name, row, classes, keys):
-    """Raise UserError if the video lies in, or is listed under, the folder of another class."""
-    for folder in (_parent(name), _parent(row.name)):
-        k = keys.get(_squash(folder), row.labels[0])
-        if k != row.labels[0]:
-            said = classes[row.labels[0]]
-            raise UserError(
-                f"{row.place}: label {row.labels[0]} ({said}), but the folder of "
-                f"{printable(name)} is class {k} ({classes[k]})"
-            )
-
-
-def _pair(base, found, train, test, classes, notes, multilabel=False):
-    """(classes, train, test), from the rows of both parts and the names found in base.
-
-    What is on disk is kept, each video once; raises UserError where a label is in doubt and where a
-    training video is also a test video.
+    The list is train.txt, train.csv, or called as by mmaction2 and others.
     """
-    multilabel |= any(len(row.labels) > 1 for row in (*train, *test))
-    keys, parts, tested = _keys(classes), [], {}
-    for rows in (test, train):
-        if not rows:
-            raise NotThere(f"no videos are listed for the {'training' if parts else 'test'} part")
-        kept, twice = {}, []
-        for name, row in _on_disk(base, found, _number(rows, classes, multilabel), notes):
-            if not multilabel:
-                _check_folder(name, row, classes, keys)
-            other = tested.get((name, row.span)) or kept.setdefault((name, row.span), row)
-            if other is row:
+    usual = rf"(.*[_-])?{part}([_-]?list)?([_-]split[_-]?{split})?([_-](videos|rawframes))?\.(txt|csv)"
+    folders = [folder for folder in (Path(disk.root), Path(disk.root, "annotations")) if folder.is_dir()]
+    files = [file for folder in folders for file in sorted(folder.iterdir())]
+    lists = [file for file in files if re.fullmatch(usual, file.name.lower())]
+    lists = [file for file in lists if "videos" in file.name] or lists
+    lists = [file for file in files if file.name in (f"{part}.txt", f"{part}.csv")][:1] or lists
+    if len(lists) > 1:
+        raise UserError(f"several lists of the {part} part: {join_names(list(map(str, lists)))}; keep one")
+    if lists:
+        return read(str(lists[0]), notes)
+    rows = []
+    for folder in (part, f"videos_{part}", f"videos/{part}", f"rawframes_{part}", f"rawframes/{part}"):
+        for name in disk.names if not rows else ():
+            if name.startswith(f"{folder}/"):
+                class_name = nfc(name[len(folder) + 1 :]).split("/")[:-1][:1]
+                rows.append(Row(name, tuple(class_name), os.path.join(disk.root, folder)))
+    return rows
+
+
+# ---- from rows to parts ----------------------------------------------------------------------------
+
+
+def _on_disk(disk, rows, notes):
+    """[(name relative to disk.root, row)] of the rows whose video is there; a note has the others."""
+    names, located, missing = [row.name for row in rows], [], []
+    for prefix in forms(os.path.join(os.path.abspath(disk.root), "")):
+        names = [name.removeprefix(prefix) for name in names]
+    for row, i in zip(rows, match_names(names, disk.names), strict=True):
+        if i == AMBIGUOUS:
+            called = f"several videos in {disk.root} are called {printable(row.name)}"
+            raise UserError(f"{row.place}: {called}; give the path from {disk.root} on")
+        if i != MISSING:
+            located.append((disk.names[i], row))
+            continue
+        leads_out = os.path.isabs(row.name) or ".." in row.name.split("/")
+        elsewhere = [form for form in forms(row.name) if os.path.exists(os.path.join(disk.root, form))]
+        if leads_out and elsewhere:
+            located.append((elsewhere[0], row))
+        else:
+            missing.append(row.name)
+    if missing:
+        counts = f"{len(missing)} of {len(rows)} videos of {rows[0].source}"
+        notes.append(f"{counts} are not in {disk.root}: {join_names(missing)}")
+    if 2 * len(missing) > len(rows):
+        raise UserError(f"{notes[-1]}; give the folder that has them with --root, or list what is there")
+    return located
+
+
+def _number_labels(row, name, classes, label_of, multilabel):
+    """The labels of a row as integers; of one without, the class of its folder.
+
+    Raises UserError for a label that is no class, and for one that is not that of the folder of the video,
+    which is called `name`, or of the folder it is listed under.
+    """
+    folders = [path_parts(path)[-2] for path in (row.name, name)]
+    labels = row.labels or (() if multilabel else (folders[0],))
+    numbers = tuple(y if isinstance(y, int) else label_of.get(_class_key(y), -1) for y in labels)
+    for label, number in zip(labels, numbers, strict=True):
+        if not 0 <= number < len(classes):
+            last = len(classes) - 1
+            right = f"0 to {last}: labels count from 0" if label == number else join_names(classes)
+            wrong = f"label {label}"
+            if not row.labels:
+                wrong = f"{row.name!r} is not followed by an integer label, and its folder {label!r}"
+            raise UserError(f"{row.place}: {printable(wrong)} is not one of {right}")
+    for label in () if multilabel else (label_of.get(_class_key(folder), numbers[0]) for folder in folders):
+        if label != numbers[0]:
+            raise UserError(
+                f"{row.place}: label {numbers[0]} ({classes[numbers[0]]}), but the folder of "
+                f"{printable(name)} is class {label} ({classes[label]})"
+            )
+    return numbers
+
+
+def _build(disk, rows_of, classes, notes, multilabel=False):
+    """(classes, {part: Part}), from {part: rows} and the videos on disk, each of which is kept once.
+
+    Unlabelled videos have label -1, or no class in a multi-label data set. Raises UserError where a label is
+    in doubt, and where a test or validation video is in another part too.
+    """
+    multilabel |= any(len(row.labels) > 1 for rows in rows_of.values() for row in rows)
+    counts, parts, first_rows = Counter(map(_class_key, classes)), {}, {}
+    label_of = {_class_key(name): k for k, name in enumerate(classes) if counts[_class_key(name)] == 1}
+    for part in ("test", "val", "train", "unlabelled"):
+        labels_of, repeated, rows = {}, [], rows_of.get(part, [])
+        if not rows and part in ("test", "train") and part in rows_of:
+            raise NotThere(f"no videos are listed for the {part} part")
+        if bare := [row for row in rows if not (row.labels or row.line or part == "unlabelled")]:
+            name = printable(bare[0].name)
+            raise NotThere(f"{bare[0].source} has videos in no class folder, such as {name}, and no list")
+        for name, row in _on_disk(disk, rows, notes):
+            if part != "unlabelled":
+                row = row._replace(labels=_number_labels(row, name, classes, label_of, multilabel))
+            first_part, first = first_rows.setdefault((name, row.span), (part, row))
+            if first is row:
+                labels_of[name, row.span] = row.labels
                 continue
-            if (name, row.span) in tested or other.labels != row.labels:
-                raise UserError(
-                    f"{row.place}: {printable(name)} is also at {other.place}, with label "
-                    f"{_numbers(other.labels)}; keep one of them"
-                )
-            twice.append(row.name)
-        if twice:
-            notes.append(f"{len(twice)} repeated videos of {rows[0].source} are dropped: {_some(twice)}")
-        tested = kept
-        labels = np.zeros((len(kept), len(classes)), dtype=np.uint8)
-        for i, row in enumerate(kept.values()):
-            labels[i, list(row.labels)] = 1
-        labels = labels if multilabel else [row.labels[0] for row in kept.values()]
-        spans = [span for _, span in kept] if rows[0].span else None
-        parts.append(Part(base, [name for name, _ in kept], labels, None, spans))
-    return classes, parts[1], parts[0]
+            is_same = (first_part, first.labels) == (part, row.labels)
+            if not is_same and (first_part, part) != ("train", "unlabelled"):
+                labels = " ".join(map(str, first.labels)) or "none"
+                place = f"{printable(name)} is also at {first.place}, with label {labels}"
+                raise UserError(f"{row.place}: {place}; keep one of them")
+            repeated.append(row.name)
+        if repeated:
+            counts = f"{len(repeated)} repeated videos of {rows[0].source}"
+            notes.append(f"{counts} are dropped: {join_names(repeated)}")
+        labels = [labels[0] if labels else -1 for labels in labels_of.values()]
+        if multilabel:
+            labels = [[k in labels for k in range(len(classes))] for labels in labels_of.values()]
+            labels = np.array(labels, dtype=np.uint8).reshape(-1, len(classes))
+        spans = [span for _, span in labels_of] if rows and rows[0].span else None
+        parts[part] = Part(disk.root, [name for name, _ in labels_of], labels, None, spans)
+    return classes, parts
 
 
-# ---- readers: (root, split, variant, notes) -> classes, train, test --------------------------------
+# ---- readers: (root, split, variant, notes) -> classes, {part: Part} -------------------------------
 
 
-def _folder(root, split, variant, notes):
+def read_folder(root, split, variant, notes):
     """A folder of one's own: list files, or class folders. classes.txt gives the classes' order.
 
     train.txt and test.txt (or val.txt; lines 'path label') with classes.txt, or train/<class>/ and
-    test/<class>/ (or val/<class>/)
+    test/<class>/ (or val/<class>/); unlabelled.txt or unlabelled/ for more training videos
+
+    Beside a test part, the val part is for validation. Lines of train.txt without a label are unlabelled
+    videos if others have one.
     """
-    base, found = _find_videos(root, notes)
-    train = _part(root, ("train",), found, split, notes)
-    test = _part(root, ("test", "val", "validation"), found, split, notes)
-    return _pair(base, found, train, test, _own_classes(root, train + test), notes)
+    disk = _find_videos(root, notes)
+    train, test, val, unlabelled = (
+        _rows_of(disk, part, split, notes) for part in ("train", "test", "val", "unlabelled")
+    )
+    for part, rows in (("train", train), ("test", test or val)):
+        if not rows:
+            raise NotThere(f"{root} has neither a list nor class folders of the {part} part")
+    if any(row.labels and row.line for row in train):
+        unlabelled = [row for row in train if not row.labels] + unlabelled
+        train = [row for row in train if row.labels]
+    classes = _own_classes(root, train + test + val)
+    rows_of = dict(train=train, test=test or val, val=val if test else [])
+    rows_of["unlabelled"] = [row._replace(labels=()) for row in unlabelled]
+    return _build(disk, rows_of, classes, notes)
 
 
-def _unlabelled(root, split, variant, notes):
-    """A folder of videos without labels. A label in a list is kept, for the log.
+def read_unlabelled_folder(root, split, variant, notes):
+    """A folder of videos without labels, as the training part. A label in a list is kept, for the log.
 
     unlabelled.txt or train.txt (lines 'path' or 'path label'), or videos in unlabelled/ or train/, or
     anywhere in the folder
     """
-    base, found = _find_videos(root, notes)
-    labels = dict.fromkeys([(name, None) for name in found], ())
-    for part in ("unlabelled", "train"):
-        folders = tuple(f"{folder}/" for folder in _part_folders(part))
-        if path := _part_list(root, part, split):
-            rows = _on_disk(base, found, _read_list(path, notes), notes)
-            labels = {(name, row.span): row.labels for name, row in rows}
-            break
-        if inside := [name for name in found if name.startswith(folders)]:
-            labels = dict.fromkeys([(name, None) for name in inside], ())
-            break
-    names, spans = zip(*labels, strict=True)
-    y = [ys[0] if len(ys) == 1 else -1 for ys in labels.values()]
-    return (), Part(base, names, y, None, spans if spans[0] else None), Part(base, [], [])
+    disk = _find_videos(root, notes)
+    rows = _rows_of(disk, "unlabelled", split, notes) or _rows_of(disk, "train", split, notes)
+    rows = rows or [Row(name, (), root) for name in disk.names]
+    is_number = [row.line is not None and len(row.labels) == 1 for row in rows]
+    rows = [row._replace(labels=row.labels * number) for row, number in zip(rows, is_number, strict=True)]
+    _, parts = _build(disk, {"unlabelled": rows}, (), notes)
+    return (), {"train": parts["unlabelled"]}
 
 
-def _toy(root, split, variant, notes):
+def read_toy(root, split, variant, notes):
     """The embedded set, made where it is not there yet; a folder with list files.
 
-    train.txt and test.txt (lines 'path label') with classes.txt
+    train.txt, val.txt and test.txt (lines 'path label') with classes.txt
     """
     toy.make(root, variant)
-    return _folder(root, split, variant, notes)
+    return read_folder(root, split, variant, notes)
 
 
-def _own_classes(root, rows):
-    """The lines of classes.txt; without it the class folders' names in order, else 0, 1, ..."""
-    for name in ("classes.txt", "classInd.txt", "label_map.txt"):
-        if os.path.isfile(os.path.join(root, name)):
-            return _read_classes(os.path.join(root, name))
-    labels = {y: row for row in reversed(rows) for y in row.labels} or {_parent(row.name) for row in rows}
-    numbers = sorted(y for y in labels if isinstance(y, int))
-    mend = f"or write the names of all classes to {os.path.join(root, 'classes.txt')}"
-    for seen, y in enumerate(numbers):
-        if y - seen > len(rows):
-            raise UserError(
-                f"{labels[y].place}: label {y}, but {len(rows)} lines have only {seen} different "
-                f"labels below it{_hint(rows)}: correct it, {mend}"
-            )
-    if _like_frames(rows):
-        raise UserError(
-            f"{rows[0].source}: labels {numbers[0]} to {numbers[-1]}{_hint(rows)}: correct them "
-            f"(lines are 'path label' or 'folder frames label'), {mend}"
-        )
-    if numbers[:1] == [1]:
-        raise UserError(f"{rows[0].source}: the labels begin at 1, but must begin at 0: subtract 1, {mend}")
-    return [str(y) for y in range(numbers[-1] + 1)] if numbers else sorted(labels)
-
-
-def _part(root, names, found, split, notes, read=_read_list):
-    """Rows of the part that has one of the `names`: those of its list file, else its class folders."""
-    for name in names:
-        if path := _part_list(root, name, split):
-            return read(path, notes)
-    for folder in (folder for name in names for folder in _part_folders(name)):
-        source, rows = os.path.join(root, folder), []
-        for name in (name for name in found if name.startswith(folder + "/")):
-            label = _nfc(name[len(folder) + 1 :]).split("/")[:-1][:1]
-            if not label:
-                raise NotThere(
-                    f"{source} has videos in no class folder, such as {printable(name)}, and no list"
-                )
-            rows.append(Row(name, tuple(label), source))
-        if rows:
-            return rows
-    raise NotThere(f"{root} has neither a list nor class folders of the {names[0]} part")
-
-
-def _part_folders(name):
-    return name, f"videos_{name}", f"videos/{name}", f"rawframes_{name}", f"rawframes/{name}"
-
-
-def _part_list(root, name, split):
-    """The list file of a part: train.txt, train.csv, or as mmaction2 and others call it; else None."""
-    usual = rf"(.*[_-])?{name}([_-]?list)?([_-]split[_-]?{split})?([_-](videos|rawframes))?\.(txt|csv)"
-    folders = (Path(root, folder) for folder in ("", "annotations", "splits", "lists"))
-    files = [folder / file for folder in folders if folder.is_dir() for file in sorted(os.listdir(folder))]
-    exact = [file for file in files if file.name in (f"{name}.txt", f"{name}.csv")]
-    alike = [file for file in files if re.fullmatch(usual, file.name.lower())]
-    alike = [file for file in alike if "videos" in file.name] or alike
-    if not exact and len(alike) > 1:
-        raise UserError(f"several lists of the {name} part: {_some([str(file) for file in alike])}; keep one")
-    return str((exact + alike)[0]) if exact + alike else None
-
-
-def _k400(root, split, variant, notes):
+def read_k400(root, split, variant, notes):
     """Kinetics-400 as CVDF, mmaction2, torchvision, PySlowFast and the crawler leave it; test is val.
 
     train/<class>/*.mp4 and val/<class>/*.mp4 (or videos_train/, videos_val/), or train/*.mp4, val/*.mp4
@@ -543,19 +481,20 @@ def _k400(root, split, variant, notes):
     <id>.mp4; of rows for the same clip the first counts. The classes are in the order of their names
     with blanks and brackets, however folders are called: without brackets 308 and 309 change places.
     """
-    from torchvision.models.video import R3D_18_Weights  # its list of the classes has that order
+    from torchvision.models.video import (
+        R3D_18_Weights,
+    )  # slow to import, and only this set needs its class list
 
-    base, found = _find_videos(root, notes)
-    for name in ("train", "val"):  # where there are videos and the frames of them: the videos
-        folders = [f + "/" for f in _part_folders(name) if any(v.startswith(f + "/") for v in found)]
-        found = [v for v in found if not v.startswith(tuple(folders[1:]))]
-    better = {os.path.basename(v) for v in found if v.startswith("replacement/")}  # for corrupt ones
-    found = [v for v in found if v.startswith("replacement/") or os.path.basename(v) not in better]
-    stems = {_parts(v)[-1] for v in found}
+    base, names = _find_videos(root, notes)
+    if any(name.startswith("videos") for name in names):  # beside the frames of the same videos
+        names = [name for name in names if not name.startswith("rawframes")]
+    replaced = {os.path.basename(name) for name in names if name.startswith("replacement/")}  # corrupt files
+    names = [v for v in names if v.startswith("replacement/") or os.path.basename(v) not in replaced]
+    disk, stems = Disk(base, names), {path_parts(name)[-1] for name in names}
 
     def read(path, notes):
         if "youtube_id" not in str(_read_text(path)[:1]):
-            return _read_list(path, notes)
+            return read_list(path, notes)
         rows = {}
         for n, row in _read_csv(path, "label", "youtube_id", "time_start", "time_end"):
             times = [int(float(row[column])) for column in ("time_start", "time_end")]
@@ -564,12 +503,14 @@ def _k400(root, split, variant, notes):
             rows.setdefault(name, Row(name, (row["label"],), path, n))
         return list(rows.values())
 
-    train = _part(root, ("train",), found, split, notes, read)
-    test = _part(root, ("val", "validate", "validation"), found, split, notes, read)
-    return _pair(base, found, train, test, R3D_18_Weights.KINETICS400_V1.meta["categories"], notes)
+    rows_of = {"train": _rows_of(disk, "train", split, notes, read)}
+    rows_of["test"] = _rows_of(disk, "val", split, notes, read) or _rows_of(
+        disk, "validate", split, notes, read
+    )
+    return _build(disk, rows_of, R3D_18_Weights.KINETICS400_V1.meta["categories"], notes)
 
 
-def _ucf101(root, split, variant, notes):
+def read_ucf101(root, split, variant, notes):
     """UCF-101 with the official lists, or mmaction2's. Groups are the 25 scenes of each class.
 
     UCF-101/<class>/v_<class>_g<group>_c<clip>.avi (or videos/), ucfTrainTestlist/ (or annotations/) with
@@ -578,22 +519,23 @@ def _ucf101(root, split, variant, notes):
     Lines: '<class>/<file>.avi 35' in trainlists, numbered from 1; no label in testlists. The classes
     are in the order of classInd.txt, which is not the alphabet's: Hammering is before HammerThrow.
     """
-    classes, parts = _read_classes(_find_file(root, "classInd.txt")), []
-    base, found = _find_videos(root, notes, "UCF-101", "UCF101", "videos", "rawframes")
-    for official, other in (("train", "train"), ("test", "val")):
-        others = [f"ucf101_{other}_split_{split}_{form}.txt" for form in ("videos", "rawframes")]
-        rows = _read_list(path := _find_file(root, f"{official}list0{split}.txt", *others), notes)
-        first = 1 if os.path.basename(path).startswith(f"{official}list") else 0
-        parts.append([row._replace(labels=tuple(y - first for y in row.labels)) for row in rows])
-    _, *parts = _pair(base, found, *parts, classes, notes)
-    for i, videos in enumerate(parts):
-        scenes = [re.search(r"_g(\d+)_c\d+$", stem_of(videos.names[j])) for j in range(len(videos.names))]
+    classes, rows_of = _read_classes(_find_file(root, "classInd.txt")), {}
+    disk = _find_videos(root, notes, "UCF-101", "UCF101", "videos", "rawframes")
+    for part, mmaction_part in (("train", "train"), ("test", "val")):
+        names = [f"ucf101_{mmaction_part}_split_{split}_{form}.txt" for form in ("videos", "rawframes")]
+        path = _find_file(root, f"{part}list0{split}.txt", *names)
+        first = 1 if os.path.basename(path).startswith(f"{part}list") else 0
+        rows = read_list(path, notes)
+        rows_of[part] = [row._replace(labels=tuple(y - first for y in row.labels)) for row in rows]
+    _, parts = _build(disk, rows_of, classes, notes)
+    for part, videos in parts.items():
+        scenes = [re.search(r"_g(\d+)_c\d+$", stem_of(name)) for name in videos.names]
         groups = [100 * k + int(m[1] if m else 0) for k, m in zip(videos.labels, scenes, strict=True)]
-        parts[i] = videos._replace(groups=groups)
-    return classes, *parts
+        parts[part] = videos._replace(groups=groups)
+    return classes, parts
 
 
-def _hmdb51(root, split, variant, notes):
+def read_hmdb51(root, split, variant, notes):
     """HMDB-51. hmdb51:all trains on the unused videos too, as VideoSSL's lists do (5236, not 3570).
 
     hmdb51_org/<class>/<name>.avi (or videos/), testTrainMulti_7030_splits/<class>_test_split1.txt (or
@@ -601,29 +543,28 @@ def _hmdb51(root, split, variant, notes):
 
     Lines: '<name>.avi 1', 1 for train, 2 for test, 0 for unused.
     """
-    base, found = _find_videos(root, notes, "hmdb51_org", "hmdb51", "videos", "rawframes")
-    end, classes = f"_test_split{split}.txt", []
-    for folder in (Path(root, name) for name in ("testTrainMulti_7030_splits", "annotations", "splits", "")):
-        if folder.is_dir() and not classes:
-            lists = [file for file in os.listdir(folder) if file.endswith(end)]
-            classes = sorted(file.removesuffix(end) for file in lists)  # "climb_stairs_test" < "climb_test"!
-            lists = [folder / (name + end) for name in classes]
+    disk = _find_videos(root, notes, "hmdb51_org", "hmdb51", "videos", "rawframes")
+    end, lists = f"_test_split{split}.txt", []
+    for folder in ("testTrainMulti_7030_splits", "annotations", ""):
+        lists = lists or list(Path(root, folder).glob(f"*{end}"))
+    lists.sort(key=lambda path: path.name.removesuffix(end))  # "climb_stairs_test" < "climb_test"!
+    classes = [path.name.removesuffix(end) for path in lists]
     if not classes:
         raise NotThere(f"no <class>{end} in {root}/testTrainMulti_7030_splits")
     if len(classes) != 51:
         notes.append(f"{root} has lists of {len(classes)} classes, not of 51")
-    parts = {"1": [], "2": [], "0": []}
+    part_of = {"1": "train", "2": "test", "0": "train" if variant == "all" else "unused"}
+    rows_of = {"train": [], "test": [], "unused": []}
     for k, path in enumerate(lists):
         for n, line in _read_text(path):
-            name, flag = line[:-1].strip(), line[-1]
-            if flag not in parts or line[-2:-1].strip():
+            name, blank, flag = line.rpartition(" ")
+            if flag not in part_of:
                 raise UserError(f"{path}:{n}: {printable(line)!r} does not end in 0, 1 or 2")
-            flag = "1" if flag == "0" and variant == "all" else flag
-            parts[flag].append(Row(f"{classes[k]}/{name}", (k,), str(path), n))
-    return _pair(base, found, parts["1"], parts["2"], classes, notes)
+            rows_of[part_of[flag]].append(Row(f"{classes[k]}/{name.strip()}", (k,), str(path), n))
+    return _build(disk, rows_of, classes, notes)
 
 
-def _ssv2(root, split, variant, notes):
+def read_ssv2(root, split, variant, notes):
     """Something-Something-v2 under its old and its new file names; test is validation.
 
     20bn-something-something-v2/<id>.webm (or .mp4, or folders of frames), labels/labels.json,
@@ -632,23 +573,22 @@ def _ssv2(root, split, variant, notes):
     {"Holding something next to something": "0", ...} and [{"id": "78687", "template": "Holding
     [something] next to [something]", ...}, ...]
     """
-    base, found = _find_videos(root, notes, "20bn-something-something-v2", "videos", "rawframes", "frames")
-    paths = [
-        _find_file(root, f"something-something-v2-{part}.json", f"{part}.json")
-        for part in ("labels", "train", "validation")
-    ]
-    table, parts = _read_json(paths[0]), []
-    for path in paths[1:]:
-        parts.append([])
-        for item in _read_json(path):
-            template = item["template"].replace("[", "").replace("]", "")
-            if template not in table:
-                raise UserError(f"{path}: video {item['id']}: {template!r} is not in {paths[0]}")
-            parts[-1].append(Row(str(item["id"]), (int(table[template]),), path))
-    return _pair(base, found, *parts, sorted(table, key=lambda name: int(table[name])), notes)
+    disk = _find_videos(root, notes, "20bn-something-something-v2", "videos", "rawframes", "frames")
+    labels_path, *paths = (
+        _find_file(root, f"something-something-v2-{name}.json", f"{name}.json")
+        for name in ("labels", "train", "validation")
+    )
+    label_of, rows_of = json.load(_open_text(labels_path)), {"train": [], "test": []}
+    for path, rows in zip(paths, rows_of.values(), strict=True):
+        for video in json.load(_open_text(path)):
+            template = video["template"].replace("[", "").replace("]", "")
+            if template not in label_of:
+                raise UserError(f"{path}: video {video['id']}: {template!r} is not in {labels_path}")
+            rows.append(Row(str(video["id"]), (int(label_of[template]),), path))
+    return _build(disk, rows_of, sorted(label_of, key=lambda name: int(label_of[name])), notes)
 
 
-def _charades(root, split, variant, notes):
+def read_charades(root, split, variant, notes):
     """Charades: a video has several labels, or none.
 
     Charades_v1_480/<id>.mp4 (or Charades_v1/, Charades_v1_rgb/<id>/), Charades_v1_train.csv,
@@ -656,21 +596,20 @@ def _charades(root, split, variant, notes):
 
     Column actions: 'c092 11.90 21.20;c147 0.00 12.60'.
     """
-    base, found = _find_videos(root, notes, "Charades_v1_480", "Charades_v1", "videos", "Charades_v1_rgb")
+    disk = _find_videos(root, notes, "Charades_v1_480", "Charades_v1", "videos", "Charades_v1_rgb")
     lines = _read_text(_find_file(root, "Charades_v1_classes.txt"))
-    classes, parts = [line.partition(" ")[2] for _, line in lines], []
-    for part in ("train", "test"):
+    classes, rows_of = [line.partition(" ")[2] for _, line in lines], {"train": [], "test": []}
+    for part, rows in rows_of.items():
         path = _find_file(root, f"Charades_v1_{part}.csv")
-        parts.append([])
         for n, row in _read_csv(path, "id", "actions"):
             labels = re.findall(r"(?:^|;)\s*c(\d+)", row["actions"])
             if len(labels) != len([action for action in row["actions"].split(";") if action.strip()]):
                 raise UserError(f"{path}:{n}: {row['actions']!r} is not like 'c092 11.90 21.20;...'")
-            parts[-1].append(Row(row["id"], tuple(sorted(set(map(int, labels)))), path, n))
-    return _pair(base, found, *parts, classes, notes, multilabel=True)
+            rows.append(Row(row["id"], tuple(sorted(set(map(int, labels)))), path, n))
+    return _build(disk, rows_of, classes, notes, multilabel=True)
 
 
-def _activitynet(root, split, variant, notes):
+def read_activitynet(root, split, variant, notes):
     """ActivityNet 1.3 by trimmed segments; activitynet:whole has whole videos with their first label.
 
     videos/v_<id>.mp4 (or <id>.mp4, .mkv, .webm), activity_net.v1-3.min.json
@@ -680,25 +619,27 @@ def _activitynet(root, split, variant, notes):
     end where the video does; those shorter than a frame, and second labels of a segment, are dropped.
     """
     path = _find_file(root, "activity_net.v1-3.min.json", "activity_net.v1-3.json")
-    base, found = _find_videos(root, notes, "videos", "v1-3", "train_val", "rawframes")
-    names, parts, empty = {_parts(name)[-1][-11:]: name for name in found}, {}, 0
-    for key, video in _read_json(path)["database"].items():
-        rows, name = parts.setdefault(video["subset"], {}), names.get(key, f"v_{key}")
+    disk = _find_videos(root, notes, "videos", "v1-3", "train_val", "rawframes")
+    name_of, n_empty = {path_parts(name)[-1][-11:]: name for name in disk.names}, 0
+    rows_of = defaultdict(dict)
+    for key, video in json.load(_open_text(path))["database"].items():
+        name = name_of.get(key, f"v_{key}")
         for action in video["annotations"][: 1 if variant == "whole" else None]:
             start, end = action["segment"]
             span = max(float(start), 0.0), min(float(end), float(video["duration"]))
             if span[1] - span[0] < 0.04 and variant != "whole":
-                empty += 1
+                n_empty += 1
                 continue
             span = None if variant == "whole" else span
-            rows.setdefault((name, span), Row(name, (action["label"],), path, span=span))
-    if empty:
-        notes.append(f"{empty} empty segments of {path} are dropped")
-    train, test = (list(parts[subset].values()) for subset in ("training", "validation"))
-    classes = sorted({row.labels[0] for row in (*train, *test)})
-    return _pair(base, found, train, test, classes, notes)
+            row = Row(name, (action["label"],), path, span=span)
+            rows_of[video["subset"]].setdefault((name, span), row)
+    if n_empty:
+        notes.append(f"{n_empty} empty segments of {path} are dropped")
+    rows_of = {"train": list(rows_of["training"].values()), "test": list(rows_of["validation"].values())}
+    classes = sorted({row.labels[0] for rows in rows_of.values() for row in rows})
+    return _build(disk, rows_of, classes, notes)
 
 
-READERS = dict(k400=_k400, ucf101=_ucf101, hmdb51=_hmdb51, ssv2=_ssv2, charades=_charades, toy=_toy)
-READERS |= {"activitynet": _activitynet, "activitynet:whole": _activitynet, "hmdb51:all": _hmdb51}
-READERS |= {f"toy:{variant}": _toy for variant in ("a", "b", "c", "busy", "multi")}
+READERS = dict(k400=read_k400, ucf101=read_ucf101, hmdb51=read_hmdb51, ssv2=read_ssv2, charades=read_charades)
+READERS |= {"activitynet": read_activitynet, "activitynet:whole": read_activitynet, "hmdb51:all": read_hmdb51}
+READERS |= dict.fromkeys(["toy", *(f"toy:{variant}" for variant in toy.VARIANTS if variant)], read_toy)

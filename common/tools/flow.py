@@ -62,7 +62,7 @@ def _extract_data(args, rank, world):
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    videos = [data.train, data.test]
+    videos = list(data.parts().values())
     return extract_flow(videos, args.out, args.short_side, args.bound, device, rank, world)
 
 

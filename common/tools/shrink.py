@@ -15,7 +15,7 @@ from common.flags import data_flags
 from common.io import files
 from common.io.decode import Video
 from common.io.encode import encode
-from common.io.readers import _parts, _read_json, _scan, stem_of
+from common.io.readers import path_parts, scan_videos, stem_of
 from common.io.workers import in_parallel
 
 
@@ -45,7 +45,7 @@ def shrink(args):
     targets = {}
     for path in paths:
         name = os.path.relpath(path, root)
-        name = name if not name.startswith("..") else os.path.join(*_parts(path)[-2:])
+        name = name if not name.startswith("..") else os.path.join(*path_parts(path)[-2:])
         target = os.path.join(args.out, stem_of(name) + ".mp4")
         if target in targets:
             both = f"{printable(path)} and {printable(targets[target])}"
@@ -61,7 +61,7 @@ def shrink(args):
         copy.parent.mkdir(exist_ok=True)
         with files.replacing(copy) as new:
             new.write(file.read_bytes())
-    there = {os.path.join(args.out, name) for name in _scan(args.out)}
+    there = {os.path.join(args.out, name) for name in scan_videos(args.out)}
     jobs = [(path, target, settings) for target, path in targets.items() if target not in there]
     if len(jobs) < len(paths):
         print(f"{len(paths) - len(jobs)} of {len(paths)} videos are done already", flush=True)
@@ -86,7 +86,7 @@ def _annotations(root):
 
 def _same_settings(path, settings):
     """Remember the settings in a file; raises UserError if it has others."""
-    if os.path.exists(path) and (old := _read_json(path)) != settings:
+    if os.path.exists(path) and (old := json.loads(Path(path).read_text())) != settings:
         raise UserError(f"{path} has other settings ({old}); use those, or another --out")
     files.write(path, json.dumps(settings) + "\n")
 

@@ -1,0 +1,355 @@
+"""The tools check and shrink on real files, good and bad."""
+
+import dataclasses
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import forks
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from trees import lists, text
+
+from common.clips import Clips, train_loader
+from common.data import labelled_subset, load_data
+from common.io.decode import Video
+from common.io.readers import stem_of
+from common.io.workers import in_parallel
+from common.tools import check, flow, shrink
+from common.tools.check import _check_one
+from common.tools.shrink import _shrink_one
+
+
+def tool(command):
+    """Exit status of `check ...` or `shrink ...`."""
+    return {"check": check, "shrink": shrink}[command[0]].main(command[1:])
+
+
+@pytest.fixture
+def unnamable(tmp_path, make):
+    """A data set whose folder, classes and videos have names that are not UTF-8."""
+    root = tmp_path / os.fsdecode(b"set\xff")
+    root.mkdir()
+    names = [os.fsdecode(b"%d\xfe.mp4" % i) for i in range(6)]
+    for i, name in enumerate(names):
+        make.write(root / name, frames=8 + i)
+    (root / names[1]).write_text("<html>")
+    lines = [f"{name} {i % 2}" for i, name in enumerate([*names[:5], os.fsdecode(b"gone\xfd.mp4")])]
+    return lists(root, lines, [f"{names[5]} 1"], [os.fsdecode(b"k\xe9"), "l"])
+
+
+def test_names_that_are_not_utf_8(unnamable, tmp_path, capsys):
+    """Paths are bytes to the system: what is printed of them is escaped, what is written is as it was."""
+    data, out = load_data(str(unnamable)), tmp_path / os.fsdecode(b"out\xff")
+    out.mkdir()
+    assert len(labelled_subset(data, per_class=1)) == 2
+    clips = train_loader([(Clips(data.train, whole_video, first_number, seed=0), 5)], 0, 1, workers=1)
+    (batch,) = next(iter(clips))
+    assert {i for i, _ in batch["bad"]} == {1} and len(batch["views"][0]) == 5
+    assert tool(["check", str(unnamable), "--out", str(out), "--workers", "0"]) == 1
+    said = capsys.readouterr().out
+    assert "gone\\xfd.mp4" in said and "5 of 6 videos decode" in said and "out\\xff" in said
+    listed = (out / "bad_videos.txt").read_bytes()
+    assert listed.startswith(os.fsencode(data.train.path(1)) + b"\t") and listed.count(b"\n") == 1
+    small = ["shrink", str(unnamable), "--out", str(out / "small"), "--workers", "0"]
+    assert tool(small) == 0 and "5 of 6 videos are in" in capsys.readouterr().out
+    assert len(load_data(str(out / "small")).train) == 4
+    flow_of = [str(unnamable), "--out", str(out / "flow"), "--short_side", "16"]
+    assert flow.main(flow_of) == 0 and "5 made" in capsys.readouterr().out
+
+
+def whole_video(source, rng):
+    return [np.arange(8)]
+
+
+def first_number(clips):
+    return (clips[0][:1],)
+
+
+@pytest.fixture
+def videos(tmp_path, make):
+    """A data set of real files: wide, rotated, of variable frame rate, odd, small, pictures, and bad."""
+    root = tmp_path / "set"
+    for name in ("train/run", "train/walk", "test/run"):
+        os.makedirs(root / name)
+    make.write(root / "train/run/wide.avi", codec="mpeg4", size=(320, 180), frames=30, gop=250)
+    times = np.cumsum(np.random.default_rng(0).integers(5, 200, 40))
+    make.write(root / "train/run/variable #1.mp4", times=times, frames=40, bf=2)
+    make.write(root / "train/walk/turned.mp4", size=(128, 96), frames=20)
+    make.rotate(root / "train/walk/turned.mp4", 90)
+    make.write(root / "train/walk/odd.webm", codec="libvpx-vp9", size=(99, 65), frames=10)
+    make.write(root / "test/run/a.b.mp4", frames=12)
+    os.mkdir(root / "test/run/frames")
+    for i in range(9):
+
+        Image.fromarray(make.picture(i)).save(root / f"test/run/frames/img_{i:05d}.png")
+    (root / "train/run/broken.mp4").write_bytes(b"<html>404</html>")
+    text(root / "classes.txt", "walk", "run")
+    return root
+
+
+GOOD = {
+    "train/run/wide.avi": 30,
+    "train/run/variable #1.mp4": 40,
+    "train/walk/turned.mp4": 20,
+    "train/walk/odd.webm": 10,
+    "test/run/a.b.mp4": 12,
+    "test/run/frames": 9,
+}
+
+
+def test_check_lists_bad_videos_and_deletes_nothing(videos, make, monkeypatch, capsys):
+    make.cut(videos / "test/run/a.b.mp4", videos / "test/run/short.mp4", 0.5)
+    monkeypatch.chdir(videos.parent)
+    assert tool(["check", "set", "--workers", "0"]) == 1
+    lines = [line.split("\t") for line in Path("bad_videos.txt").read_text().splitlines()]
+    assert [line[0] for line in lines] == ["set/test/run/short.mp4", "set/train/run/broken.mp4"]
+    assert all(reason for _, reason in lines) and (videos / "train/run/broken.mp4").exists()
+    assert "6 of 8 videos decode" in capsys.readouterr().out
+    assert _check_one(str(videos / "train/run/wide.avi")) is None
+
+
+@pytest.mark.parametrize("wrong, windows", [(34, "33 to 40"), (99, "92 to 99"), (50, None)])
+def test_check_compares_what_is_sought_with_one_pass(tmp_path, make, monkeypatch, wrong, windows):
+    path, get = make.write(tmp_path / "a.mp4", frames=100), Video.get
+
+    def fails(video, indices, short_side=None):
+        return get(video, indices, short_side) * (torch.tensor([*indices]) != wrong).view(-1, 1, 1, 1)
+
+    assert _check_one(path, all_windows=True) is None
+    monkeypatch.setattr(Video, "get", fails)
+    reason = windows and f"frames {windows} after a seek differ from those of one pass"
+    assert _check_one(path) == reason
+    assert _check_one(path, all_windows=True).endswith("differ from those of one pass")
+
+
+def test_check_of_all_windows(videos, capsys, monkeypatch):
+    (videos.parent / "list").mkdir()
+    command = ["check", str(videos), "--out", str(videos.parent / "list"), "--workers", "0"]
+    assert tool(command) == tool([*command, "--all_windows"]) == 1
+    first, second = capsys.readouterr().out.split("\n")[-3:-1]
+    assert first == second and "6 of 7 videos decode" in first
+
+
+def test_check_of_nothing(tmp_path, capsys):
+    assert tool(["check", "ucf101", "--root", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_shrink(videos, make, tmp_path, capsys):
+    out = tmp_path / "small" / "set"
+    command = ["shrink", str(videos), "--out", str(out), "--short_side", "90", "--workers", "0"]
+    assert tool(command) == 0
+    said = capsys.readouterr().out
+    assert "6 of 7" in said and "broken.mp4" in (out / "bad_videos.txt").read_text()
+    old, new = load_data(str(videos)), load_data(str(out))
+    assert new.classes == old.classes == ("walk", "run") and (len(new.train), len(new.test)) == (4, 2)
+    good = dataclasses.replace(
+        old, train=old.train.subset([i for i in range(5) if old.train.name(i) in GOOD])
+    )
+    draws = [[stem_of(d.train.name(i)) for i in labelled_subset(d, per_class=1)] for d in (good, new)]
+    assert draws[0] == draws[1]  # the same videos keep their labels
+    assert not [path for path in out.rglob("*") if path.suffix == ".tmp"]
+    for name, frames in GOOD.items():
+        copy = out / (stem_of(name) + ".mp4")
+        with Video(videos / name) as a, Video(copy) as b:
+            assert len(a) == len(b) == frames and np.abs(a.times - b.times).max() < 1e-4, name
+            assert abs(a.fps - b.fps) < 1e-2
+            assert b.width % 2 == b.height % 2 == 0 and b.rotation == 0
+            assert min(b.width, b.height) == min(90, min(a.width, a.height) // 2 * 2), name
+            assert abs(b.width / b.height - a.width / a.height) < 0.03
+            pictures = b.get(range(frames))
+            turned = np.rot90(pictures.numpy(), int("turned" in name), (2, 3))
+            assert [make.number(x) for x in turned] == list(range(frames)), name
+            every = np.diff([b._source.pts.index(pts) for pts in b._source.keys])
+            assert b.codec == "h264" and (every <= 12).all() and (frames <= 12 or len(every))
+
+
+def test_shrink_goes_on_where_it_stopped(videos, tmp_path, capsys):
+    out = tmp_path / "small"
+    command = ["shrink", str(videos), "--out", str(out), "--workers", "1"]
+    here = Path(__file__).parents[1]
+    started = forks.start(
+        [sys.executable, "-m", f"common.tools.{command[0]}", *command[1:]], here, os.environ
+    )
+    deadline = time.time() + 60
+    while not list(out.rglob("*.mp4")) and time.time() < deadline:
+        time.sleep(0.01)
+    started.kill()
+    started.communicate(timeout=60)  # its workers see that it is gone, too
+    assert started.returncode == -signal.SIGKILL
+    while subprocess.run(["pgrep", "-s", str(started.pid)], capture_output=True).stdout:
+        assert time.time() < deadline  # its workers see that it is gone
+        time.sleep(0.05)
+    done = {path: path.stat().st_mtime_ns for path in out.rglob("*.mp4")}
+    assert done
+    for path in done:
+        with Video(path) as video:
+            video.get(range(len(video)))
+    (next(iter(done)).parent / "x.mp4.1-2.tmp").write_bytes(b"half")
+    command[-1] = "0"
+    assert tool(command) == 0
+    assert len(list(out.rglob("*.mp4"))) == 6 and not list(out.rglob("*.tmp"))
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in done.items())
+    assert "are done already" in capsys.readouterr().out
+    assert tool([*command, "--gop", "5"]) == 2 and "shrink.json" in capsys.readouterr().err
+
+
+def test_shrink_refuses_to_write_into_its_source(videos, capsys):
+    assert tool(["shrink", str(videos), "--out", str(videos / "small")]) == 2
+    assert "folder of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["check", "shrink"])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (TypeError("of another\nkind"), "TypeError: of another"),
+        (ZeroDivisionError(), "ZeroDivisionError"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+    ],
+)
+def test_no_video_ends_a_command(videos, tmp_path, monkeypatch, capsys, command, error, reason):
+    """Whatever it raises, its type and first line are in the list, and the rest goes on."""
+    get = Video.get
+
+    def fails(self, *args, **options):
+        if self.path.endswith("odd.webm"):
+            raise error
+        return get(self, *args, **options)
+
+    monkeypatch.setattr(Video, "get", fails)
+    out = tmp_path / "out"
+    out.mkdir()
+    status = tool([command, str(videos), "--out", str(out), "--workers", "0"])
+    assert status == (1 if command == "check" else 0) and "5 of 7 videos" in capsys.readouterr().out
+    lines = dict(line.split("\t") for line in (out / "bad_videos.txt").read_text().splitlines())
+    assert lines.pop(str(videos / "train/walk/odd.webm")) == reason
+    assert list(lines) == [str(videos / "train/run/broken.mp4")]
+
+
+def stamped(path, make, stamps, **options):
+    """A video in Matroska whose packets have these time stamps, in milliseconds."""
+    source = make.write(f"{path}.avi", len(stamps), "mpeg4", **options)
+    with av.open(source) as old, av.open(str(path), "w") as new:
+        stream = old.streams.video[0]
+        target, stamps = new.add_stream_from_template(stream), list(stamps)
+        for packet in old.demux(stream):
+            if packet.size:
+                packet.time_base, packet.stream = Fraction(1, 1000), target
+                packet.pts = packet.dts = int(stamps.pop(0))
+                new.mux(packet)
+    os.remove(source)
+    return str(path)
+
+
+def shrunk(path, target):
+    assert _shrink_one((str(path), str(target), dict(short_side=64, gop=12, crf=23))) is None
+    with Video(target) as copy:
+        return copy.times, copy.fps, copy.get(range(len(copy)))
+
+
+def test_shrink_of_equal_time_stamps(tmp_path, make):
+    """They say nothing of the rate: that of the codec counts."""
+    path = stamped(tmp_path / "a.mkv", make, [0] * 130, rate=20)
+    times, fps, frames = shrunk(path, tmp_path / "b.mp4")
+    with Video(path) as video:
+        assert np.allclose(video.times, np.arange(130) / 20) and video.fps == pytest.approx(20)
+    assert np.abs(times - np.arange(130) / 20).max() < 1e-4 and fps == pytest.approx(20)
+    assert [make.number(x) for x in frames.numpy()] == list(range(130))
+
+
+def test_shrink_of_many_equal_time_stamps_in_a_row(tmp_path, make):
+    stamps = np.r_[40 * np.arange(10), [400] * 200, 2000 + 40 * np.arange(10)]
+    path = stamped(tmp_path / "a.mkv", make, stamps)
+    times, _, frames = shrunk(path, tmp_path / "b.mp4")
+    with Video(path) as video:
+        assert (np.diff(times) > 0).all() and np.abs(times - video.times).max() < 200 / 90000 + 1e-4
+    assert [make.number(x) for x in frames.numpy()] == list(range(220))
+
+
+@pytest.mark.parametrize("hours", [1, 6, 7, 12, 27, 400])
+def test_shrink_of_a_jump_of_hours(tmp_path, make, hours):
+    stamps = 40 * np.arange(40)
+    stamps[15:] += 3_600_000 * hours
+    times, _, frames = shrunk(stamped(tmp_path / "a.mkv", make, stamps), tmp_path / "b.mp4")
+    assert np.abs(times - stamps / 1000).max() < max(1e-4, hours * 3600 / 2e9)
+    assert [make.number(x) for x in frames.numpy()] == list(range(40))
+
+
+def test_shrink_of_a_damaged_file(tmp_path, make, capsys):
+    """One packet is lost, and so the frame before it is there twice."""
+    root, out = tmp_path / "set", tmp_path / "out"
+    for part in ("train", "test"):
+        (root / part / "run").mkdir(parents=True)
+        path = make.write(root / part / "run/a.avi", 60, "mjpeg", pix_fmt="yuvj420p")
+    with av.open(path) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][20]
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data.replace(bytes(packet), b"\xff" * packet.size))
+    assert tool(["shrink", str(root), "--out", str(out), "--workers", "0"]) == 0
+    text = capsys.readouterr().out
+    assert f"{path}: damaged frames replaced by a neighbour: 1\n" in text and "2 of 2 videos are in" in text
+    with Video(out / "test/run/a.mp4") as video:
+        seen = [make.number(x) for x in video.get(range(60)).numpy()]
+        assert seen == [19 if i == 20 else i for i in range(60)]
+
+
+def test_shrink_lists_what_cannot_be_encoded(tmp_path, make, capsys):
+    root, out = tmp_path / "set", tmp_path / "out"
+    (root / "train/run").mkdir(parents=True)
+    (root / "test/run").mkdir(parents=True)
+    sizes = dict(one=(1, 1), two=(2, 2), three=(3, 3), thin=(64, 1), wide=(16400, 2))
+    for name, size in sizes.items():
+        make.write(root / f"train/run/{name}.mkv", 4, "ffv1", size, pix_fmt="bgr0")
+    long = "x" * 250  # a name that leaves no room for the suffix of a file being written
+    make.write(root / f"train/run/{long}.mp4", 4)
+    make.write(root / "test/run/a.mp4", 4)
+    assert tool(["shrink", str(root), "--out", str(out), "--workers", "0"]) == 0
+    assert f"3 of 7 videos are in {out}" in capsys.readouterr().out
+    lines = dict(line.split("\t") for line in (out / "bad_videos.txt").read_text().splitlines())
+    assert {os.path.basename(path): reason for path, reason in lines.items()} == {
+        "one.mkv": "pictures of 1 x 1 pixels are too small to encode",
+        "thin.mkv": "pictures of 64 x 1 pixels are too small to encode",
+        "wide.mkv": "pictures of 16400 x 2 pixels cannot be encoded: Generic error in an external library",
+        f"{long}.mp4": "File name too long",
+    }
+    assert not list(out.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(("size", "workers"), [(0, "0"), (3000, "0"), (3000, "1")])
+def test_a_full_disk_is_no_bad_video(videos, tmp_path, capsys, size, workers):
+    """It shows at the first or a later write, in this process or another, and nothing is listed."""
+    out = tmp_path / "small"
+    command = ["shrink", str(videos), "--out", str(out), "--workers", "0"]
+    assert tool(command) == 0
+    (out / "bad_videos.txt").unlink()
+    for path in out.rglob("*.mp4"):
+        path.unlink()
+    capsys.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # stands for it: no file may be larger
+    try:
+        status = tool([*command[:-1], workers])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert status == 2 and "File too large; when that is mended, run the same command again" in said
+    assert not list(out.rglob("*.mp4")) and not list(out.rglob("*.tmp"))
+    assert not (out / "bad_videos.txt").exists()
+    assert tool(command) == 0 and len(list(out.rglob("*.mp4"))) == 6
+
+
+def test_a_video_that_kills_its_process_is_reported_and_the_rest_goes_on():
+    items = ["1", "2", "__import__('os')._exit(9)", "3", "4", "5"]
+    results = list(in_parallel(eval, items, 1, "test"))
+    assert len(results) == 6 and dict(results).pop(items[2]) == "the process that decoded it died"
+    assert all(result == int(item) for item, result in results if item != items[2])

@@ -1,0 +1,904 @@
+"""Readers on small trees in the official formats, with their traps, and on the real lists."""
+
+import csv
+import json
+import os
+import time
+import unicodedata
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from trees import counts, fails, lists, pairs, text, tree
+
+from common.data import as_list, labelled_subset, load_data
+from common.io.decode import Video
+from common.io.readers import scan_videos
+from common.tools import shrink
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+LISTS = SHARED / "splits"
+shared = pytest.mark.skipif(not LISTS.is_dir(), reason="without the real lists")
+
+
+# ---- lists -----------------------------------------------------------------------------------------
+
+STRANGE = [
+    "run/with blanks  two.mp4",
+    "run/#2_gum [x](y)!&;+~@'.avi",
+    "run/-minus.mp4",
+    "run/:colon.mp4",
+    "walk/a,b.mkv",
+    "walk/ünï.webm",
+    os.fsdecode(b"walk/\xff\xfe.avi"),
+    "walk/v 12.mp4",
+    "walk/concat:a|b.mp4",
+]
+
+
+@pytest.mark.parametrize("separator", [" ", "\t", ",", ", ", "   ", " \t "])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "  \n\n"])
+def test_lists_of_every_form(tmp_path, separator, end):
+    tree(tmp_path, *STRANGE, "walk/t.mp4")
+    lists(tmp_path, [])
+    lines = [f"{name}{separator}{int(name.startswith('walk'))}" for name in STRANGE]
+    content = "\ufeff" + end.join(lines)  # with a byte order mark, without an end of the last line
+    (tmp_path / "train.txt").write_bytes(content.encode("utf-8", "surrogateescape"))
+    data = load_data(str(tmp_path))
+    assert pairs(data.train) == {name: int(name.startswith("walk")) for name in STRANGE}
+    assert pairs(data.test) == {"walk/t.mp4": 1} and data.classes == ("run", "walk")
+    assert data.name == tmp_path.name and data.flip and not data.multilabel and data.split == 1
+    assert not data.notes and all(os.path.exists(data.train.path(i)) for i in range(len(data.train)))
+
+
+MATCHES = {  # files, lines of train.txt (class 0 is run, 1 is walk), and what is read of them
+    "frames": (["run/a/", "run/b 1/", "walk/c/"], ["run/a 163 0", "run/b 1,3,0", "walk/c 1"],
+               {"run/a": 0, "run/b 1": 0, "walk/c": 1}),
+    "shrunk frames": (["run/a.mp4", "run/b 1.mp4"], ["run/a 163 0", "run/b 1,3,0"],
+                      {"run/a.mp4": 0, "run/b 1.mp4": 0}),
+    "suffix, prefix, spelling": (["x/Run_/a.mp4", "x/Run_/b.x.webm", "x/walk/c/"],
+                                 ["/mnt/blob/run/a.avi 0", "RUN/b.x.mp4 0", "c 1"],
+                                 {"x/Run_/a.mp4": 0, "x/Run_/b.x.webm": 0, "x/walk/c": 1}),
+    "not of the same name": (["s1/1.mp4", "s1/2.mp4", "s1/3.mp4"],
+                             ["s1/1.mp4 0", "s1/2.mp4 0", "s2/1.mp4 1", "s1/3.mp4 0"],
+                             {"s1/1.mp4": 0, "s1/2.mp4": 0, "s1/3.mp4": 0}),
+    "elsewhere": (["../far/run/a.mp4", "../far/walk/b/"], ["../far/run/a.mp4 0", "../far/walk/b 1"],
+                  {"../far/run/a.mp4": 0, "../far/walk/b": 1}),
+    "whole path": (["train/run/1.mp4", "test/run/1.mp4"], ["{root}/train/run/1.mp4 0"],
+                   {"train/run/1.mp4": 0}),
+    "class folder": (["walk/a.mp4", "run/b.mp4"], ["walk/a.mp4", "run/b.mp4"],
+                     {"walk/a.mp4": 1, "run/b.mp4": 0}),
+    "repeated": (["run/a.mp4", "run/b.mp4"], ["run/a.mp4 0", "run/b.mp4 0", "run/a.mp4 0"],
+                 {"run/a.mp4": 0, "run/b.mp4": 0}),
+    "several labels": (["a.mp4", "b.mp4", "d/", "c.mp4"], ["a.mp4 0", "b.mp4 1 0", "d 99 1 0", "c.mp4 1 0"],
+                       {"a.mp4": (0,), "b.mp4": (0, 1), "d": (0, 1), "c.mp4": (0, 1)}),
+    "not all are segments": (["a/", "b/"], ["a 99 1 0", "b 99 0"], {"a": (0, 1), "b": (0,)}),
+    "a segment has frames": (["a/"], ["a 99 0 1"], {"a": (0, 1)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MATCHES)
+def test_videos_of_a_list_are_matched_with_those_on_disk(tmp_path, case):
+    files, lines, expected = MATCHES[case]
+    root = tmp_path / "set"
+    tree(root, *files, "walk/t.mp4")
+    lists(root, [line.format(root=root) for line in lines])
+    data = load_data(str(root))
+    assert pairs(data.train) == expected
+    assert all(os.path.exists(data.train.path(i)) for i in range(len(data.train)))
+    note = {"repeated": "1 repeated videos of", "not of the same name": "s2/1.mp4"}.get(case)
+    assert note in data.notes[0] if note else not data.notes
+
+
+SEGMENTS = [("long", 0, 10, 0), ("long", 10, 15, 1), ("long", 25, 15, 1)]
+
+
+def pictures(folder, make, n):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        Image.fromarray(make.picture(i)).save(folder / f"img_{i + 1:05d}.jpg", quality=95)
+
+
+@pytest.mark.parametrize("separator", [" ", ","])
+def test_lists_of_segments_of_frame_folders(tmp_path, make, separator):
+    """MMAction2's with_offset: folder, start, frames, label. The frames are those, also after shrink."""
+    root, out = tmp_path / "set", tmp_path / "out"
+    pictures(root / "long", make, 40)
+    pictures(root / "test", make, 3)
+    lists(root, [separator.join(map(str, line)) for line in SEGMENTS], ["test 0 3 1"])
+    data = load_data(str(root))
+    assert data.train.labels.tolist() == [0, 1, 1] and data.test.labels.tolist() == [1]
+    assert f"the lines of {root}/train.txt are read as folder, start, frames, label" in data.notes
+    assert shrink.main([str(root), "--out", str(out), "--workers", "0"]) == 0
+    for videos in (data.train, load_data(str(out)).train):
+        for i, (_, start, frames, _) in enumerate(SEGMENTS):
+            with Video(videos.path(i), videos.span(i)) as video:
+                numbers = [make.number(x) for x in video.get(range(len(video))).numpy()]
+            assert numbers == list(range(start, start + frames)), (videos.path(i), i)
+    few = text(tmp_path / "few.txt", *as_list(data.train.subset([2, 0])).splitlines())
+    assert few.read_text() == "long 25 15 1\nlong 0 10 0\n"
+    assert labelled_subset(data, listfile=few).tolist() == [0, 2]
+    text(few, "long 1")
+    assert labelled_subset(data, listfile=few).tolist() == [1, 2]  # without start: all that have the label
+    text(few, "long 25 15 1", "long 3 4 0")
+    with pytest.warns(UserWarning, match="1 of 2 videos .* are not training videos"):
+        assert labelled_subset(data, listfile=few).tolist() == [2]
+    unlabelled = load_data(str(root), labels=False).train
+    assert [unlabelled.span(i) for i in range(3)] == [data.train.span(i) for i in range(3)]
+
+
+def test_missing_videos_are_reported(tmp_path):
+    names = [f"run/{i}.mp4" for i in range(20)]
+    tree(tmp_path, *names[:13], "walk/t.mp4")
+    os.symlink("nowhere.mp4", tmp_path / "run" / "13.mp4")
+    os.mkdir(tmp_path / "run" / "14.mp4")
+    lists(tmp_path, [f"{name} 0" for name in names])
+    notes = load_data(str(tmp_path)).notes
+    assert len(notes) == 1 and "7 of 20 videos" in notes[0] and "train.txt" in notes[0]
+    assert "run/17.mp4, ..." in notes[0] and "run/18.mp4" not in notes[0]
+    for name in names[8:13]:
+        os.remove(tmp_path / name)
+    fails("12 of 20", "train.txt", "--root", name=str(tmp_path))
+
+
+FILES = ["a.mp4", "b.mp4", "c.mp4", "run/a.mp4", "run/b.mp4", "x1/same.mp4", "x2/same.mp4", "t.mp4", "a.txt"]
+ERRORS = {  # lines of train.txt, parts of the sentence, lines of other lists
+    "not an integer": (["run/a.mp4 0", "run/b.mp4 x"], ["train.txt:2", "run/b.mp4 x", "integer"], {}),
+    "no label": (["a.mp4"], ["train.txt:1", "'a.mp4' is not followed by an integer label", "run, walk"], {}),
+    "negative": (["a.mp4 0", "b.mp4 -1"], ["train.txt:2", "-1", "0 to 1"], {}),
+    "out of range": (["a.mp4 0", "", "b.mp4 7"], ["train.txt:3", "7", "0 to 1"], {}),
+    "1-based": (["a.mp4 1", "b.mp4 2"], ["train.txt:2", "labels count from 0"], {}),
+    "1-based in folders": (["run/a.mp4 1"], ["train.txt:1", "label 1 (walk)", "class 0 (run)"], {}),
+    "two labels": (["a.mp4 0", "c.mp4 0", "a.mp4 1"], ["train.txt:3", "train.txt:1", "a.mp4"], {}),
+    "also tested": (["a.mp4 0", "t.mp4 0"], ["train.txt:2", "test.txt:1", "t.mp4"], {}),
+    "also validated": (["a.mp4 0", "b.mp4 0"], ["train.txt:2", "val.txt:1", "b.mp4"], dict(val=["b.mp4 0"])),
+    "validated and tested": (["a.mp4 0"], ["val.txt:1", "test.txt:1"], dict(val=["t.mp4 1"])),
+    "unlabelled and tested": (["a.mp4 0"], ["unlabelled.txt:1", "test.txt:1"], dict(unlabelled=["t.mp4"])),
+    "ambiguous": (["a.mp4 0", "same.mp4 1"], ["train.txt:2", "several", "same"], {}),
+    "empty": ([], ["train.txt", "empty"], {}),
+    "nothing there": (["x.mp4 0", "y.mp4 0"], ["2 of 2", "x.mp4, y.mp4"], {}),
+    "an address": (["concat:a.mp4|b.mp4 0", "http://host/y.mp4 0", "a.mp4 0"],
+                   ["2 of 3", "concat:a.mp4|b.mp4"], {}),
+    "no class names": (["a.mp4 0", "b.mp4 3"], ["train.txt:2", "label 3", "no line has label 2", "classes."],
+                       dict(classes=None)),
+    "1-based without class names": (["a.mp4 1", "b.mp4 2"], ["train.txt:2", "no line has label 0"],
+                                    dict(classes=None)),
+    "numbers of frames": (["run/ 30 163", "a.mp4 180"], ["train.txt:2", "180", "folder frames label"],
+                          dict(classes=None)),
+    "a class twice": (["a.mp4 0"], ["classes.txt", "run is there twice"], dict(classes=["run", "run"])),
+    "several lists": (None, ["several lists of the train part", "x_train.txt, ", "y_train.csv"],
+                      {"x_train": ["a.mp4 0"], "y_train.csv": ["a.mp4 0"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_in_lists_name_file_and_line(tmp_path, case):
+    train, parts, others = ERRORS[case]
+    tree(tmp_path, *FILES)
+    lists(tmp_path, train, **{"test": ["t.mp4 1"]} | others)
+    if case == "several lists":
+        os.rename(tmp_path / "y_train.csv.txt", tmp_path / "y_train.csv")
+    fails(*parts, name=str(tmp_path))
+
+
+def test_class_names_may_be_numbered_or_missing(tmp_path):
+    tree(tmp_path, "a.mp4", "b.mp4", "t.mp4")
+    for names in (
+        ["1 x y", "2 z"],
+        ["0: x y", "1: z"],
+        ["0,x y", "1,z"],
+        ["x y\r", "z\r"],
+        ["\ufeffx y", "z"],
+    ):
+        lists(tmp_path, ["a.mp4 0"], ["t.mp4 1"], names)
+        assert load_data(str(tmp_path)).classes == ("x y", "z")
+    lists(tmp_path, ["a.mp4 0"], ["t.mp4 1"], ["3 point shot", "2 step"])
+    assert load_data(str(tmp_path)).classes == ("3 point shot", "2 step")
+    os.remove(tmp_path / "classes.txt")
+    lists(tmp_path, ["a.mp4 0", "b.mp4 2"], ["t.mp4 1"], None)
+    assert load_data(str(tmp_path)).classes == ("0", "1", "2")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize("file", ["train.txt", "classes.txt", "few.txt", "k400/annotations/train.csv"])
+def test_lists_in_utf_16_are_told(tmp_path, encoding, file):
+    tree(tmp_path, "a.mp4", "t.mp4")
+    lists(tmp_path, ["a.mp4 0"], ["t.mp4 1"], few=["a.mp4 0"])
+    tree(cvdf(tmp_path / "k400", TRAIN, VAL), "a.mp4")
+    path = tmp_path / file
+    path.write_bytes(path.read_text().encode(encoding))
+    options = dict(name="k400", root=str(tmp_path / "k400")) if "k400" in file else dict(name=str(tmp_path))
+    if file == "few.txt":
+        options = dict(call=labelled_subset, data=load_data(str(tmp_path)), listfile=path)
+    fails(path, "UTF-16", "save it as UTF-8", **options)
+
+
+@pytest.mark.parametrize("form, other", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_in_two_unicode_forms_are_the_same(tmp_path, form, other):
+    """Made on a Mac, which decomposes them, and listed elsewhere; or the other way."""
+    root = tmp_path / "set"
+    a, b = (lambda text, form=form: unicodedata.normalize(form, text) for form in (form, other))
+    tree(root, a("train/café/é.mp4"), a("train/run/b.mp4"), b("train/café/c.mp4"), b("test/café/d.mp4"))
+    data = load_data(str(root))
+    assert data.classes == (unicodedata.normalize("NFC", "café"), "run")
+    assert list(pairs(data.train).values()).count(0) == 2 and list(pairs(data.test).values()) == [0]
+    few = text(tmp_path / "few.txt", b("train/café/é.mp4"), a("train/café/c.mp4"))
+    assert [data.train.labels[i] for i in labelled_subset(data, listfile=few)] == [0, 0]
+    far = tmp_path / a("weit wég")
+    tree(far, a("é.mp4"))
+    lines = [f"{b(str(far / 'é.mp4'))} 0", f"{root}/{b('train/café/é.mp4')} 0", "train/run/b.mp4 1"]
+    lists(root, lines, [b("test/café/d.mp4") + " 0"], [b("café"), "run"])
+    data = load_data(str(root))
+    assert len(data.train) == 3 and not data.notes
+    assert all(os.path.exists(data.train.path(i)) for i in range(3))
+
+
+# ---- folders ---------------------------------------------------------------------------------------
+
+
+def test_a_val_part_is_for_validation_or_serves_as_test(tmp_path):
+    tree(tmp_path, "a.mp4", "v.mp4", "t.mp4")
+    text(tmp_path / "train.csv", "a.mp4,0")
+    text(tmp_path / "my_val_list_videos.txt", "v.mp4 1")
+    data = load_data(str(tmp_path))
+    assert pairs(data.test) == {"v.mp4": 1} and not len(data.val)
+    text(tmp_path / "test.txt", "t.mp4 1")
+    text(tmp_path / "train_log.txt", "not a list")
+    text(tmp_path / "train_1_percent_labeled_videos.txt", "v.mp4 1")
+    data = load_data(str(tmp_path))
+    assert [pairs(videos) for videos in (data.train, data.val, data.test)] == [
+        {"a.mp4": 0}, {"v.mp4": 1}, {"t.mp4": 1}]  # fmt: skip
+    assert set(data.lists()) == {"training videos", "test videos", "validation videos", "classes"}
+    assert data.paths() == [f"{tmp_path}/{name}.mp4" for name in "atv"]
+    assert data.with_flow("there").val.flow == "there"
+
+
+def test_class_folders(tmp_path):
+    names = ["train/walk/a.mp4", "train/run/b.avi", "train/run/c/", "val/run/d.mp4", "test/run/e.mp4"]
+    tree(tmp_path, *names, "train/run/notes.txt", "train/run/.hidden.mp4")
+    data = load_data(str(tmp_path))
+    assert data.classes == ("run", "walk") and not data.notes
+    assert pairs(data.test) == {"test/run/e.mp4": 0} and pairs(data.val) == {"val/run/d.mp4": 0}
+    assert pairs(data.train) == {"train/run/b.avi": 0, "train/run/c": 0, "train/walk/a.mp4": 1}
+    text(tmp_path / "classes.txt", "walk", "run")
+    assert pairs(load_data(str(tmp_path)).test) == {"test/run/e.mp4": 1}
+    tree(tmp_path, "val/swim/x.mp4")
+    fails(tmp_path / "val", "swim", name=str(tmp_path))
+
+
+UNLABELLED = {  # files, lines of train.txt and unlabelled.txt, and the unlabelled videos
+    "a folder": (["train/run/a.mp4", "unlabelled/b.mp4", "unlabelled/x/c.mp4"], {},
+                 ["unlabelled/b.mp4", "unlabelled/x/c.mp4"]),
+    "a list": (["a.mp4", "b.mp4", "c/"], dict(train=["a.mp4 0"], unlabelled=["b.mp4", "c", "a.mp4"]),
+               ["b.mp4", "c"]),
+    "lines without label": (["a.mp4", "b.mp4", "c.mp4"], dict(train=["b.mp4", "a.mp4 0", "c.mp4"]),
+                            ["b.mp4", "c.mp4"]),
+    "a label in the list": (["a.mp4", "b.mp4"], dict(train=["a.mp4 0"], unlabelled=["b.mp4 1"]), ["b.mp4"]),
+    "all of them": (["a.mp4", "b.mp4", "c.mp4", "unlabelled/d.mp4"], dict(train=["a.mp4 0", "b.mp4"]),
+                    ["b.mp4", "unlabelled/d.mp4"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNLABELLED)
+def test_videos_without_labels(tmp_path, case):
+    files, lines, expected = UNLABELLED[case]
+    tree(tmp_path, *files, "test/run/t.mp4")
+    for name, content in lines.items():
+        text(tmp_path / f"{name}.txt", *content)
+    text(tmp_path / "classes.txt", "run", "walk")
+    data = load_data(str(tmp_path))
+    assert pairs(data.unlabelled) == dict.fromkeys(expected, -1)
+    assert list(pairs(data.train).values()) == [0]
+    assert set(data.paths()) > {f"{tmp_path}/{name}" for name in expected}
+    assert len(data.lists()["unlabelled videos"]) == len(expected)
+
+
+def test_unlabelled_videos_of_several_labels_have_no_class(tmp_path):
+    tree(tmp_path, "a.mp4", "b.mp4", "t.mp4")
+    lists(tmp_path, ["a.mp4 0 1"], ["t.mp4"], unlabelled=["b.mp4"])
+    data = load_data(str(tmp_path))
+    assert pairs(data.unlabelled) == {"b.mp4": ()} and pairs(data.pool) == {"a.mp4": (0, 1), "b.mp4": ()}
+    assert pairs(data.test) == {"t.mp4": ()}
+
+
+WITHOUT_LABELS = {  # files, and the videos of a folder that needs no labels
+    "flat": (["b.mp4", "a.mp4", "c/"], ["a.mp4", "b.mp4", "c"]),
+    "nested": (["2019/x/a.mp4", "b.mp4", "deep/a.mp4"], ["2019/x/a.mp4", "b.mp4", "deep/a.mp4"]),
+    "train": (["train/b.mp4", "train/a.mp4", "test/c.mp4"], ["train/a.mp4", "train/b.mp4"]),
+    "classes": (["train/run/a.mp4", "val/run/c.mp4"], ["train/run/a.mp4"]),
+    "unlabelled": (["train/run/a.mp4", "unlabelled/b.mp4"], ["unlabelled/b.mp4"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WITHOUT_LABELS)
+def test_folders_that_need_no_labels(case, tmp_path):
+    files, expected = WITHOUT_LABELS[case]
+    tree(tmp_path, *files)
+    data = load_data(str(tmp_path), labels=False)
+    assert pairs(data.train) == dict.fromkeys(expected, -1)
+    assert (len(data.test), data.classes, data.multilabel) == (0, (), False)
+    chosen = text(tmp_path / "list.txt", f"{expected[-1]} 3")
+    assert labelled_subset(data, listfile=chosen).tolist() == [len(expected) - 1]
+
+
+def test_lists_that_need_no_labels(tmp_path):
+    """Only paths, or some labels, which are kept; unlabelled.txt goes first, and a list before a folder."""
+    tree(tmp_path, *(f"v/{k}.mp4" for k in range(5)), "train/x.mp4")
+    text(tmp_path / "train.txt", "v/0.mp4", "v/1.mp4 7", "v/2.avi 1 2", "v/9.mp4", "v/1.mp4 7")
+    data = load_data(str(tmp_path), labels=False)
+    assert pairs(data.train) == {"v/0.mp4": -1, "v/1.mp4": 7, "v/2.mp4": -1} and "v/9.mp4" in data.notes[0]
+    text(tmp_path / "unlabelled.txt", "v/4.mp4", "v/3.mp4")
+    assert pairs(load_data(str(tmp_path), labels=False).train) == {"v/4.mp4": -1, "v/3.mp4": -1}
+    text(tmp_path / "unlabelled.txt", "w/8.mp4", "w/9.mp4")
+    fails("2 of 2 videos", tmp_path / "unlabelled.txt", name=str(tmp_path), labels=False)
+    os.makedirs(tmp_path / "empty")
+    fails("no videos", "unlabelled.txt or train.txt", name=str(tmp_path / "empty"), labels=False)
+
+
+SUFFIXES = ".MTS .m2ts .m2v .mpe .vob .asf .3g2 .f4v .gif .y4m .h264 .mxf .ogm .divx .dv .ogv".split()
+
+
+def test_videos_of_all_suffixes_are_read_and_other_files_counted(tmp_path):
+    """What may be meant as a video and is none makes a note: other files, and folders too far down."""
+    tree(tmp_path, *(f"train/run/a{suffix}" for suffix in SUFFIXES), "test/run/t.mp4")
+    data = load_data(str(tmp_path))
+    assert set(pairs(data.train)) == {f"train/run/a{suffix}" for suffix in SUFFIXES} and not data.notes
+    tree(tmp_path, "train/run/x.xyz", "train/run/y.XYZ", "README", "train/run/.z.xyz")
+    deep = "train/run/1/2/3/4"
+    tree(tmp_path, f"{deep}/seen.mp4", "train/run/1/2/3/5/", f"{deep}/5/lost.mp4", f"{deep}/6/", "notes.txt")
+    data = load_data(str(tmp_path))
+    assert {f"{deep}/seen.mp4", "train/run/1/2/3/5"} < set(pairs(data.train))
+    assert len(data.train) == len(SUFFIXES) + 2 and len(data.notes) == 1
+    for part in ("2 .xyz", "1 README", f"2 folders more than 6 levels down in {deep}"):
+        assert part in data.notes[0]
+    tree(tmp_path / "other", "train/run/x.xyz")
+    fails("no videos", "1 .xyz", name=str(tmp_path / "other"))
+
+
+SERIES = {  # files in train/run, the videos among them, and how many pictures are left out of which folders
+    "loose pictures": (["s1/clip1/", "s1/clip2/", "s1/thumb_1.jpg", "s2/a.mp4", "s2/t_1.jpg", "s2/t_2.PNG"],
+                       ["s1/clip1", "s1/clip2", "s2/a.mp4"], {"s1": 1, "s2": 2}),
+    "another series": (["c/", "c/last_00004.jpg", "b.mp4"], ["b.mp4"], {"c": 4}),
+    "a cover": (["c/", "c/cover.jpg", "b.mp4"], ["b.mp4"], {"c": 4}),
+    "a file": (["c/", "c/x.wav", "b.mp4"], ["b.mp4"], {"c": 3}),
+    "a folder": (["c/", "c/sub/a.mp4"], ["c/sub/a.mp4"], {"c": 3}),
+    "hidden files": (["c/", "c/._img_00001.jpg", "c/.DS_Store", "c/Thumbs.db"], ["c"], {}),
+    "flow": (["c/", "c/flow_x_00001.jpg", "d/flow_x_1.jpg", "d/flow_y_1.jpg", "flower/flower_1.jpg"],
+             ["c", "d", "flower"], {}),
+    "another suffix": (["c/", "c/img_4.PNG"], ["c"], {}),
+    "several numbers": ([f"t/frame{i:04d}_t{i / 25:.2f}s_640x480.png" for i in range(30)], ["t"], {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SERIES)
+def test_a_video_of_pictures_is_one_series_alone(tmp_path, case):
+    files, expected, left_out = SERIES[case]
+    tree(tmp_path, *(f"train/run/{name}" for name in files), "test/run/t.mp4")
+    data = load_data(str(tmp_path))
+    assert set(pairs(data.train)) == {f"train/run/{name}" for name in expected}
+    for folder, count in left_out.items():
+        assert f"{count} pictures in train/run/{folder}, which is not one" in data.notes[0]
+    assert bool(data.notes) == bool(left_out)
+
+
+def test_a_folder_of_100_000_pictures_is_scanned_fast(monkeypatch):
+    """No picture is looked at: only the names are."""
+
+    class Entry:
+        def __init__(self, name):
+            self.name = name
+
+        def is_dir(self):
+            return self.name == "clip"
+
+    class Folder(list):
+        __enter__, __exit__ = list.__iter__, lambda *_: None
+
+    names = [f"img_{i:06d}.jpg" for i in np.random.default_rng(0).permutation(100_000)]
+    folders = {"root": Folder([Entry("clip")]), "root/clip": Folder(map(Entry, names))}
+    monkeypatch.setattr(os, "scandir", lambda path: folders[os.path.normpath(path)])
+    started = time.process_time()
+    assert scan_videos("root") == ["clip"]
+    assert time.process_time() - started < 1
+
+
+FOLDERS = {  # files, and parts of the sentence
+    "nothing": ([], ["no videos", "train.txt"]),
+    "no parts": (["a.mp4"], ["neither a list nor class folders of the train part", "train/<class>/"]),
+    "no class folder": (["train/a.mp4", "test/run/t.mp4"], ["no class folder", "/train has", "train/a.mp4"]),
+    "no test": (["train/run/a.mp4"], ["neither a list nor class folders of the test part"]),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_folders_without_data(tmp_path, case):
+    files, parts = FOLDERS[case]
+    fails(*parts, tmp_path, name=str(tree(tmp_path, *files)))
+
+
+def test_what_is_no_data_set(tmp_path):
+    fails("no/such", "ucf101", name="no/such")
+    fails("--split 2", "only split 1", name=str(tmp_path), split=2)
+
+
+def test_unreadable_folder(tmp_path, monkeypatch):
+    tree(tmp_path, "train/run/a.mp4")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("run"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    fails("train/run", "Permission denied", name=str(tmp_path))
+
+
+# ---- Kinetics-400 ----------------------------------------------------------------------------------
+
+SKI = "skiing (not slalom or crosscountry)"
+KINETICS = ["abseiling", "massaging person's head", SKI, "skiing crosscountry", "zumba"]
+LABELS = [0, 196, 308, 309, 399]
+SPELLINGS = {
+    "blanks": lambda name: name,
+    "underscores": lambda name: name.replace(" ", "_"),
+    "stripped": lambda name: name.replace(" ", "_").replace("'", "").replace("(", "").replace(")", ""),
+    "squeezed": lambda name: name.replace(" ", "").replace('"', ""),
+}
+
+
+@pytest.mark.parametrize(
+    "spelling, folders", zip(SPELLINGS, ["{}", "videos_{}", "videos/{}", "rawframes_{}"], strict=True)
+)
+def test_k400_class_folders_in_all_spellings(tmp_path, spelling, folders):
+    for part in ("train", "val"):
+        for k, name in enumerate(KINETICS):
+            folder = f"{folders.format(part)}/{SPELLINGS[spelling](name)}"
+            tree(tmp_path, f"{folder}/{part[0]}-2_4567890{k}_000010_000020.mp4")
+    data = load_data("k400", str(tmp_path))
+    assert len(data.classes) == 400 and [data.classes[k] for k in LABELS] == KINETICS
+    assert sorted(data.train.labels) == sorted(data.test.labels) == LABELS
+    for videos in (data.train, data.test):
+        for name, k in pairs(videos).items():
+            assert SPELLINGS[spelling](data.classes[k]) == name.split("/")[-2]
+
+
+def test_k400_links_as_arrange_by_classes_makes_them(tmp_path):
+    tree(tmp_path, "flat/abcdefghijk_000001_000011.mp4", "videos/val/zumba/abcdefghij2_000001_000011.mp4")
+    os.makedirs(tmp_path / "videos/train/zumba")
+    os.symlink(
+        tmp_path / "flat/abcdefghijk_000001_000011.mp4", tmp_path / "videos/train/zumba/abcdefghijk.mp4"
+    )
+    os.symlink(tmp_path / "gone.mp4", tmp_path / "videos/train/zumba/gone.mp4")
+    assert pairs(load_data("k400", str(tmp_path)).train) == {"videos/train/zumba/abcdefghijk.mp4": 399}
+
+
+def cvdf(root, train, val, split_name="{}"):
+    for part, rows in (("train", train), ("val", val)):
+        path = root / "annotations" / f"{split_name.format(part)}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow("label youtube_id time_start time_end split is_cc".split())
+            writer.writerows([*row, part, 0] for row in rows)
+    return root
+
+
+TRAIN = [
+    (SKI, "-_3456789ab", 1989, 1999),
+    ("abseiling", "-_3456789ac", "1.0", "11.0"),
+    ("zumba", "xxxxxxxxxx1", 0, 10),
+]
+VAL = [("massaging person's head", "xxxxxxxxxx2", 5, 15)]
+
+
+@pytest.mark.parametrize("lists_called", ["{}", "kinetics_{}", "kinetics-400_{}"])
+def test_k400_flat_with_csv(tmp_path, lists_called):
+    cvdf(tmp_path, TRAIN, VAL, lists_called)
+    tree(
+        tmp_path,
+        "train/-_3456789ab_001989_001999.mp4",
+        "train/-_3456789ac_000001_000011.mp4",
+        "train/xxxxxxxxxx1.mp4",
+        "val/xxxxxxxxxx2_000005_000015.mp4",
+        "val/not_in_the_csv.mp4",
+    )
+    data = load_data("k400", str(tmp_path))
+    assert pairs(data.train) == {
+        "train/-_3456789ab_001989_001999.mp4": 308,
+        "train/-_3456789ac_000001_000011.mp4": 0,
+        "train/xxxxxxxxxx1.mp4": 399,
+    }
+    assert pairs(data.test) == {"val/xxxxxxxxxx2_000005_000015.mp4": 196} and not data.notes
+    os.remove(tmp_path / "train/xxxxxxxxxx1.mp4")
+    tree(tmp_path, "train/xxxxxxxxxx1_000010_000020.mp4")  # another part of the same video
+    data = load_data("k400", str(tmp_path))
+    assert len(data.train) == 2 and "1 of 3" in data.notes[0] and "xxxxxxxxxx1_000000_000010" in data.notes[0]
+
+
+def test_k400_csv_without_rows(tmp_path):
+    tree(cvdf(tmp_path, TRAIN, []), "train/xxxxxxxxxx1.mp4")
+    fails("no videos are listed for the test part", "annotations/train.csv", name="k400", root=str(tmp_path))
+
+
+def test_k400_replacements_go_first(tmp_path):
+    cvdf(tmp_path, TRAIN, VAL)
+    better = "replacement/replacement_for_corrupted_k400/-_3456789ac_000001_000011.mp4"
+    tree(
+        tmp_path,
+        "train/-_3456789ab_001989_001999.mp4",
+        "train/-_3456789ac_000001_000011.mp4",
+        "train/xxxxxxxxxx1.mp4",
+        "val/xxxxxxxxxx2_000005_000015.mp4",
+        better,
+    )
+    assert pairs(load_data("k400", str(tmp_path)).train)[better] == 0
+
+
+def test_k400_csv_over_class_folders_of_the_wrong_class(tmp_path):
+    cvdf(tmp_path, TRAIN[:1], VAL)
+    tree(
+        tmp_path,
+        "train/skiing_crosscountry/-_3456789ab_001989_001999.mp4",
+        "val/xxxxxxxxxx2_000005_000015.mp4",
+    )
+    fails("train.csv:2", "308", "309 (skiing crosscountry)", name="k400", root=str(tmp_path))
+
+
+def test_k400_lists_of_mmaction_with_frames_beside_videos(tmp_path):
+    tree(tmp_path, "videos_train/zumba/a.mp4", "rawframes_train/zumba/a/", "videos_val/abseiling/b.mp4")
+    text(tmp_path / "kinetics400_train_list_videos.txt", "zumba/a.mp4 399")
+    text(tmp_path / "kinetics400_train_list_rawframes.txt", "zumba/a 300 399")
+    text(tmp_path / "kinetics400_val_list_videos.txt", "abseiling/b.mp4 0")
+    data = load_data("k400", str(tmp_path))
+    assert pairs(data.train) == {"videos_train/zumba/a.mp4": 399} and len(data.test) == 1
+    text(tmp_path / "kinetics400_train_list_videos.txt", "zumba/a.mp4 398")
+    fails("list_videos.txt:1", "398", "399 (zumba)", name="k400", root=str(tmp_path))
+
+
+def test_k400_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails(
+        "data/k400",
+        "--root",
+        "annotations/train.csv",
+        "videos_train/",
+        "kinetics400_train_list_videos.txt",
+        name="k400",
+    )
+    fails("no videos", "videos_train/", name="k400", root=str(tmp_path))
+    tree(tmp_path, "train/a.mp4", "val/b.mp4")
+    fails("class folder", "annotations/train.csv", name="k400", root=str(tmp_path))
+    tree(tmp_path / "b", "train/dancing on the moon/a.mp4", "val/zumba/b.mp4")
+    fails("dancing on the moon", "abseiling", name="k400", root=str(tmp_path / "b"))
+    fails("--split 2", "only split 1", name="k400", root=str(tmp_path), split=2)
+
+
+# ---- UCF-101, HMDB-51 ------------------------------------------------------------------------------
+
+
+def ucf101(
+    root, train, test, classes=("Hammering", "HammerThrow", "HandstandPushups"), lists="ucfTrainTestlist"
+):
+    text(root / lists / "classInd.txt", *(f"{k} {name}\r" for k, name in enumerate(classes, 1)))
+    for split in (1, 2, 3):
+        text(root / lists / f"trainlist0{split}.txt", *train)
+        text(root / lists / f"testlist0{split}.txt", *test)
+    return root
+
+
+UCF_TRAIN = [
+    "Hammering/v_Hammering_g08_c01.avi 1",
+    "HammerThrow/v_HammerThrow_g25_c02.avi 2",
+    "HandstandPushups/v_HandStandPushups_g09_c03.avi 3",
+]
+UCF_TEST = ["Hammering/v_Hammering_g01_c01.avi", "HandstandPushups/v_HandStandPushups_g01_c03.avi"]
+UCF = [line.split()[0] for line in UCF_TRAIN + UCF_TEST]
+
+
+@pytest.mark.parametrize("lists", ["ucfTrainTestlist", "annotations", ""])
+@pytest.mark.parametrize("form", ["UCF-101/{}.avi", "videos/{}.mp4", "rawframes/{}/", "{}.avi"])
+def test_ucf101(tmp_path, lists, form):
+    tree(tmp_path, *(form.format(name[:-4]) for name in UCF))
+    data = load_data("ucf101", str(ucf101(tmp_path, UCF_TRAIN, UCF_TEST, lists=lists)), split=2)
+    assert data.classes == ("Hammering", "HammerThrow", "HandstandPushups")
+    assert data.train.labels.tolist() == [0, 1, 2] and data.test.labels.tolist() == [0, 2]
+    assert data.train.groups.tolist() == [8, 125, 209] and data.split == 2 and not data.notes
+    assert data.train.name(0).startswith("Hammering/v_Hammering_g08_c01")
+    assert all(os.path.exists(data.train.path(i)) for i in range(3))
+
+
+def test_ucf101_errors(tmp_path):
+    ucf101(tmp_path, UCF_TRAIN, UCF_TEST)
+    fails("no videos", "UCF-101/<class>/", name="ucf101", root=str(tmp_path))
+    tree(tmp_path, *(f"UCF-101/{name}" for name in UCF))
+    fails("--split 4", "1, 2 and 3", name="ucf101", root=str(tmp_path), split=4)
+    ucf101(tmp_path, [UCF_TRAIN[0], UCF_TRAIN[1][:-1] + "1", UCF_TRAIN[2]], UCF_TEST)
+    fails("trainlist01.txt:2", "HammerThrow", name="ucf101", root=str(tmp_path))
+    ucf101(tmp_path, UCF_TRAIN, [*UCF_TEST, UCF[0]])
+    fails("trainlist01.txt:1", "testlist01.txt:3", name="ucf101", root=str(tmp_path))
+    os.remove(tmp_path / "ucfTrainTestlist/classInd.txt")
+    fails("no classInd.txt", tmp_path, "ucfTrainTestlist/", name="ucf101", root=str(tmp_path))
+
+
+def test_ucf101_lists_of_mmaction(tmp_path):
+    tree(tmp_path, *(f"videos/{name}" for name in UCF))
+    text(tmp_path / "annotations/classInd.txt", "1 Hammering", "2 HammerThrow", "3 HandstandPushups")
+    text(
+        tmp_path / "annotations/ucf101_train_split_1_videos.txt",
+        *(f"{name} {k}" for k, name in enumerate(UCF[:3])),
+    )
+    text(tmp_path / "annotations/ucf101_val_split_1_videos.txt", f"{UCF[3]} 0", f"{UCF[4]} 2")
+    data = load_data("ucf101", str(tmp_path))
+    assert data.train.labels.tolist() == [0, 1, 2] and data.test.labels.tolist() == [0, 2]
+
+
+def hmdb51(root, split=1):
+    files = {
+        "chew": ["#2_Gum_chew_h_nm_0.avi 1 ", "x[1](2)&;+~@!.avi 0 ", "c.avi 2 "],
+        "swing_baseball": ["c.avi 1", "d.avi 2"],
+    }
+    for name, lines in files.items():
+        text(root / "testTrainMulti_7030_splits" / f"{name}_test_split{split}.txt", *lines)
+        tree(root, *(f"hmdb51_org/{name}/{line.split()[0]}" for line in lines))
+    return root
+
+
+def test_hmdb51(tmp_path):
+    root = str(hmdb51(hmdb51(tmp_path), split=3))
+    data = load_data("hmdb51", root, split=3)
+    assert data.classes == ("chew", "swing_baseball") and "2 classes, not of 51" in data.notes[0]
+    assert pairs(data.train) == {"chew/#2_Gum_chew_h_nm_0.avi": 0, "swing_baseball/c.avi": 1}
+    assert pairs(data.test) == {"chew/c.avi": 0, "swing_baseball/d.avi": 1}
+    assert "chew/x[1](2)&;+~@!.avi" in pairs(load_data("hmdb51:all", root).train)
+    fails("_test_split2.txt", "testTrainMulti_7030_splits", name="hmdb51", root=root, split=2)
+    text(tmp_path / "testTrainMulti_7030_splits/chew_test_split1.txt", "c.avi 1", "d.avi 3")
+    fails("chew_test_split1.txt:2", "0, 1 or 2", name="hmdb51", root=root)
+
+
+# ---- Something-Something, Charades, ActivityNet ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["labels/{}.json", "something-something-v2-{}.json", "annotations/something-something-v2-{}.json"],
+)
+@pytest.mark.parametrize("form", ["20bn-something-something-v2/{}.webm", "videos/{}.mp4", "rawframes/{}/"])
+def test_ssv2(tmp_path, names, form):
+    labels = {"Putting something": "1", "Approaching something": "0", "Moving number of things": "10"}
+    labels |= {f"z{k}": str(k) for k in range(2, 10)}
+    items = [
+        ("78687", "Putting [something]"),
+        ("7", "Moving [number of] things"),
+        ("9", "Approaching [something]"),
+    ]
+    items = [dict(id=i, label="..", template=template, placeholders=[]) for i, template in items]
+    for part, content in (("labels", labels), ("train", items[:2]), ("validation", items[2:])):
+        text(tmp_path / names.format(part), json.dumps(content))
+    tree(tmp_path, *(form.format(i) for i in ("78687", "7", "9")))
+    data = load_data("ssv2", str(tmp_path))
+    assert data.classes[0] == "Approaching something" and data.classes[10] == "Moving number of things"
+    assert sorted(data.train.labels) == [1, 10] and data.test.labels.tolist() == [0] and not data.flip
+    items[0]["template"] = "Eating [something]"
+    text(tmp_path / names.format("train"), json.dumps(items[:2]))
+    fails("train.json", "78687", "Eating something", name="ssv2", root=str(tmp_path))
+    text(tmp_path / names.format("train"), '[{"id": "7"')
+    fails("annotations", tmp_path, name="ssv2", root=str(tmp_path))
+
+
+@pytest.mark.parametrize("form", ["Charades_v1_480/{}.mp4", "Charades_v1/{}.mp4", "Charades_v1_rgb/{}/"])
+def test_charades(tmp_path, form):
+    head = "id,subject,scene,quality,relevance,verified,script,objects,descriptions,actions,length"
+    row = '{},S,Kitchen,6,7,Yes,"A person, ""says""\nhello.",a;b,"x, y",{},24.83'
+    text(
+        tmp_path / "Charades_v1_train.csv",
+        head,
+        row.format("AAAA1", "c156 11.90 21.20;c147 0.00 12.60;c147 20.0 99.9"),
+        row.format("BBBB2", ""),
+    )
+    text(tmp_path / "Charades_v1_test.csv", head, row.format("CCCC3", "c000 0.0 1.0"))
+    text(tmp_path / "Charades_v1_classes.txt", *(f"c{k:03d} Doing thing {k}" for k in range(157)))
+    tree(tmp_path, *(form.format(i) for i in ("AAAA1", "BBBB2", "CCCC3")))
+    data = load_data("charades", str(tmp_path))
+    assert data.multilabel and data.train.labels.shape == (2, 157) and data.classes[147] == "Doing thing 147"
+    assert sorted(pairs(data.train).values()) == [(), (147, 156)] and list(pairs(data.test).values()) == [
+        (0,)
+    ]
+    text(tmp_path / "Charades_v1_test.csv", head, row.format("CCCC3", "opening a door"))
+    fails("Charades_v1_test.csv:3", "opening a door", name="charades", root=str(tmp_path))
+    text(tmp_path / "Charades_v1_test.csv", "id,label", "CCCC3,5")
+    fails("Charades_v1_test.csv:2", "actions", name="charades", root=str(tmp_path))
+
+
+def activitynet(root):
+    def video(subset, duration, *actions):
+        return dict(
+            subset=subset, duration=duration, annotations=[dict(segment=s, label=y) for s, y in actions]
+        )
+
+    database = {
+        "abc-_345678": video(
+            "training",
+            100.0,
+            ([10.5, 20], "Making a sandwich"),
+            ([90, 120.0], "Arm wrestling"),
+            ([30, 30.01], "Arm wrestling"),
+            ([101, 102], "Arm wrestling"),
+            ([10.5, 20], "Arm wrestling"),
+        ),
+        "v_defghijkl": video("training", 50.0, ([-1, 5], "Applying sunscreen")),
+        "00000000001": video("validation", 10.0, ([0, 10], "Arm wrestling")),
+        "00000000002": video("testing", 10.0),
+    }
+    text(
+        root / "activity_net.v1-3.min.json",
+        json.dumps(dict(version="VERSION 1.3", taxonomy=[], database=database)),
+    )
+    return tree(root, "videos/v_abc-_345678.mp4", "videos/v_defghijkl.mkv", "videos/v_00000000001.webm")
+
+
+def test_activitynet(tmp_path):
+    root = str(activitynet(tmp_path))
+    data = load_data("activitynet", root)
+    assert (
+        data.classes == ("Applying sunscreen", "Arm wrestling", "Making a sandwich") and not data.multilabel
+    )
+    rows = {
+        (data.train.name(i), data.train.span(i), int(data.train.labels[i])) for i in range(len(data.train))
+    }
+    assert rows == {
+        ("v_abc-_345678.mp4", (10.5, 20.0), 2),
+        ("v_abc-_345678.mp4", (90.0, 100.0), 1),
+        ("v_defghijkl.mkv", (0.0, 5.0), 0),
+    }
+    assert "2 empty segments" in data.notes[0] and data.test.span(0) == (0.0, 10.0)
+    whole = load_data("activitynet:whole", root)
+    assert (
+        pairs(whole.train) == {"v_abc-_345678.mp4": 2, "v_defghijkl.mkv": 0} and whole.train.span(0) is None
+    )
+    text(tmp_path / "few.txt", "v_abc-_345678")
+    assert len(labelled_subset(data, listfile=tmp_path / "few.txt")) == 2
+    text(tmp_path / "few.txt", "v_abc-_345678.avi 1")
+    assert data.train.labels[labelled_subset(data, listfile=tmp_path / "few.txt")].tolist() == [1]
+
+
+def test_toy_is_made_and_read(tmp_path, monkeypatch):
+    from common.io import toy
+
+    def make(root, variant):
+        assert (root, variant) == (os.path.join("data", "toy_b"), "b")
+        tree(root, "train/a.mp4", "test/b.mp4")
+        lists(Path(root), ["train/a.mp4 0"], ["test/b.mp4 1"], ["left", "right"])
+
+    monkeypatch.setattr(toy, "make", make)
+    monkeypatch.chdir(tmp_path)
+    data = load_data("toy:b")
+    assert data.name == "toy:b" and data.classes == ("left", "right") and not data.flip
+    assert data.train.path(0) == os.path.join("data", "toy_b", "train/a.mp4")
+
+
+# ---- the real lists --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real_ucf101(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ucf101")
+    os.symlink(LISTS / "ucfTrainTestlist", root / "ucfTrainTestlist")
+    for part in ("train", "test"):
+        names = [line.split()[0] for line in open(LISTS / f"ucfTrainTestlist/{part}list01.txt")]
+        tree(root / "UCF-101", *names)
+    return str(root)
+
+
+@shared
+@pytest.mark.parametrize("split, train", [(1, 9537), (2, 9586), (3, 9624)])
+def test_real_ucf101(real_ucf101, split, train):
+    data = load_data("ucf101", real_ucf101, split)
+    assert len(data.train) == train and len(data.test) == 13320 - train and not data.notes
+    assert data.classes[34:36] == ("Hammering", "HammerThrow") and data.classes[46:48] == (
+        "JumpingJack",
+        "JumpRope",
+    )
+    assert data.classes == tuple((LISTS / "label_maps/ucf101/label_map.txt").read_text().split())
+    for videos in (data.train, data.test):
+        assert all(name.split("/")[0] == data.classes[k] for name, k in pairs(videos).items())
+    assert not set(data.train.groups) & set(data.test.groups)
+    assert len(np.unique(np.concatenate([data.train.groups, data.test.groups]))) == 101 * 25
+    assert len(labelled_subset(data, 0.01)) == 101 and len(labelled_subset(data, 0.1)) == 1010
+
+
+@shared
+@pytest.mark.parametrize("percent, number", [(5, 476), (10, 953), (20, 1907), (50, 4768)])
+def test_videossl_ucf101(real_ucf101, percent, number):
+    data = load_data("ucf101", real_ucf101)
+    path = (
+        LISTS
+        / f"videossl/ucf101/videossl_splits/ucf101_train_{percent}_percent_labeled_split_1_rawframes.txt"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        few = labelled_subset(data, listfile=path)
+    assert len(few) == number and (counts(data, few)[21] == 0) == (percent == 5)
+
+
+@shared
+def test_lists_in_alphabetical_order_are_told(real_ucf101, tmp_path):
+    data = load_data("ucf101", real_ucf101)
+    swapped = {"Hammering": 35, "HammerThrow": 34}
+    names = [data.train.name(i) for i in np.flatnonzero(np.isin(data.train.labels, (33, 34, 35)))]
+    lines = [f"{name} {swapped.get(name.split('/')[0], 33)}" for name in names]
+    fails("label 35", "has 34", call=labelled_subset, data=data, listfile=text(tmp_path / "few.txt", *lines))
+
+
+@shared
+def test_real_hmdb51(tmp_path):
+    os.symlink(LISTS / "hmdb51_testTrainMulti_7030_splits", tmp_path / "testTrainMulti_7030_splits")
+    for path in (tmp_path / "testTrainMulti_7030_splits").glob("*_split1.txt"):
+        folder = path.name.removesuffix("_test_split1.txt")
+        tree(tmp_path, *(f"hmdb51_org/{folder}/{line.split()[0]}" for line in open(path)))
+    root = str(tmp_path)
+    for split in (1, 2, 3):
+        data = load_data("hmdb51", root, split)
+        assert (len(data.train), len(data.test), len(data.classes)) == (3570, 1530, 51) and not data.notes
+        assert counts(data, range(3570)) == [70] * 51
+    assert data.classes == tuple((LISTS / "label_maps/hmdb51/label_map.txt").read_text().split())
+    data = load_data("hmdb51:all", root)
+    assert len(data.train) == 5236
+    for percent, number, differ in ((40, 2094, 54), (50, 2618, 73), (60, 3141, 65), (100, 5236, 132)):
+        name = f"videossl/hmdb51/videossl_splits/hmdb51_train_{percent}_percent_labeled_split_1_rawframes.txt"
+        with pytest.warns(
+            UserWarning, match=f" {differ} of {number} lines differ, the labels of hmdb51:all count"
+        ):
+            assert len(labelled_subset(data, listfile=LISTS / name)) == number
+    with pytest.warns(UserWarning, match="of 2094 videos"):
+        few = labelled_subset(load_data("hmdb51", root), listfile=LISTS / name.replace("100", "40"))
+    assert 1300 < len(few) < 1550
+
+
+@shared
+def test_real_k400_lists(tmp_path):
+    folder = LISTS / "videossl/kinetics400/videossl_splits"
+    lines = (folder / "kinetics400_train_10_percent_labeled_videos.txt").read_text().splitlines()
+    text(tmp_path / "kinetics400_train_list_videos.txt", *lines)
+    tree(tmp_path, *(f"videos_train/{line.rsplit(' ', 1)[0]}" for line in lines))
+    rows = list(csv.DictReader(open(LISTS / "kinetics400/kinetics-400_val.csv")))
+    os.makedirs(tmp_path / "annotations")
+    os.symlink(LISTS / "kinetics400/kinetics-400_val.csv", tmp_path / "annotations/kinetics-400_val.csv")
+    tree(
+        tmp_path,
+        *(
+            f"val/{r['youtube_id']}_{int(r['time_start']):06d}_{int(r['time_end']):06d}.mp4"
+            for r in rows[25:]
+        ),
+    )
+    started = time.process_time()
+    data = load_data("k400", str(tmp_path))
+    assert time.process_time() - started < 10
+    assert len(data.train) == 24000 and len(data.test) == len(rows) - 25 and len(data.notes) == 1
+    names = [line.rstrip("\n") for line in open(LISTS / "label_maps/kinetics/label_map_k400.txt")]
+    assert list(data.classes) == names
+    assert (
+        counts(data, labelled_subset(data, 0.01)) == [6] * 400
+        and counts(data, labelled_subset(data, 0.1)) == [60] * 400
+    )
+    assert (
+        len(labelled_subset(data, listfile=folder / "kinetics400_train_10_percent_labeled_rawframes.txt"))
+        == 24000
+    )
+    labels = {(r["youtube_id"], int(r["time_start"])): names.index(r["label"]) for r in rows}
+    for name, k in pairs(data.test).items():
+        assert labels[name[4:15], int(name[16:22])] == k
+
+
+@shared
+def test_real_weizmann():
+    data = load_data(str(SHARED / "weizmann"))
+    assert (data.name, len(data.train), len(data.test), len(data.classes)) == ("weizmann", 60, 30, 10)
+    assert counts(data, labelled_subset(data, per_class=2)) == [2] * 10 and not data.notes
+
+
+@shared
+def test_unfitting_root_of_ucf101():
+    fails("classInd.txt", "ucfTrainTestlist/", name="ucf101", root=str(SHARED / "ucf101"))
