@@ -89,7 +89,6 @@ def videos(tmp_path, make):
     make.write(root / "test/run/a.b.mp4", frames=12)
     os.mkdir(root / "test/run/frames")
     for i in range(9):
-
         Image.fromarray(make.picture(i)).save(root / f"test/run/frames/img_{i:05d}.png")
     (root / "train/run/broken.mp4").write_bytes(b"<html>404</html>")
     text(root / "classes.txt", "walk", "run")

@@ -11,7 +11,7 @@ import pytest
 from trees import counts, fails, pairs, text, tree
 
 from common.data import Data, Videos, digest_of_videos, labelled_subset, load_data, semi_supervised
-from common.io.readers import stem_of
+from common.io.readers import READERS, stem_of
 
 # ---- Videos ----------------------------------------------------------------------------------------
 

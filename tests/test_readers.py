@@ -450,7 +450,7 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize(
-    "spelling, folders", zip(SPELLINGS, ["{}", "videos_{}", "videos/{}", "rawframes_{}"], strict=True)
+    "spelling, folders", list(zip(SPELLINGS, ["{}", "videos_{}", "videos/{}", "rawframes_{}"], strict=True))
 )
 def test_k400_class_folders_in_all_spellings(tmp_path, spelling, folders):
     for part in ("train", "val"):
