@@ -20,7 +20,7 @@ from common.data import Videos
 from common.errors import printable, status_of
 from common.evaluate import VIEWS_PER_BATCH, average_views, what_is_averaged
 from common.io.models import load_model
-from common.io.readers import _scan
+from common.io.readers import scan_videos
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def paths_of(words):
     paths = []
     for word in words:
         for path in [word] if os.path.lexists(word) else sorted(glob.glob(word, recursive=True)) or [word]:
-            names = _scan(path) if os.path.isdir(path) else []
+            names = scan_videos(path) if os.path.isdir(path) else []
             paths += [os.path.join(path, name) for name in names] or [path]
     return paths
 
