@@ -235,6 +235,12 @@ def pseudo_label_report(labels, y_true):
     return shares
 
 
+def test_report(scores, y_true, tau):
+    """The same of the test videos, if they had pseudo-labels; scores {net: evaluate.Scores}."""
+    labels = {net: pseudo_label(torch.from_numpy(of_net.probs), tau) for net, of_net in scores.items()}
+    return {f"test_{key}": value for key, value in pseudo_label_report(labels, y_true).items()}
+
+
 # -------------------------------------------------------------------------------- networks
 
 
@@ -320,7 +326,7 @@ def train(args, run):
     if args.eval:
         net, recipe = load_for(args.eval, data, run.device, clips=args.clips, crops=args.crops)
         recipe = Thinned(**vars(recipe), keep_every=args.keep_every)
-        evaluate.report(net, data, recipe, run, args.workers, **wanted(args, also=TEST))
+        evaluate.report({"pri": (net, recipe)}, data, run, args.workers, **wanted(args, also=TEST))
         return
 
     # 1. Data: labelled videos, unlabelled videos (D3), and how many steps an epoch has.
@@ -340,16 +346,21 @@ def train(args, run):
     epoch = math.ceil(len(videos_u) / (args.batch * args.mu * run.world))  # D1
     total, every = (optim.steps_of(epochs, epoch) for epochs in (args.epochs, args.eval_every))
 
+    identity = dict(labelled=digest_of_videos(videos_l), unlabelled=digest_of_videos(videos_u),
+                    classes=len(data.classes), net=f"{args.net} x{args.width}", aux=args.aux)  # fmt: skip
+    if run.finished(identity):
+        return
+
     # 2. Networks and optimiser.
     torch.manual_seed(args.seed)
     nets, builds = build_networks(args, len(data.classes), run)
     recipes = recipes_of(args)
+    tested = {net: (module.module, recipes[net]) for net, module in nets.items()}
+    test_shares = partial(test_report, y_true=torch.from_numpy(data.test.labels), tau=args.tau)
     parameters = [p for net in builds for p in nets[net].parameters()]
     lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, args.lr_batch, "labelled clips")  # D2
     optimizer = optim.build(args.optimizer, parameters, lr, args.weight_decay)
     parts = {net: nets[net].module for net in builds} | {"optimizer": optimizer}
-    identity = dict(labelled=digest_of_videos(videos_l), unlabelled=digest_of_videos(videos_u),
-                    classes=len(data.classes), net=f"{args.net} x{args.width}", aux=args.aux)  # fmt: skip
 
     # 3. Steps.
     start = run.resume(identity, **parts)
@@ -357,8 +368,11 @@ def train(args, run):
     clips = " + ".join(f"{batch * run.world}" for _, batch in sources)
     run.say(f"{total} steps, {epoch} an epoch, of {clips} clips; {rule}; {run.device.type}")
     loader = train_loader(sources, start, total, run.rank, run.world, args.workers)
-    lists, test = [clips.videos for clips, _ in sources], partial(quick_test, args, run, data, nets)
-    for step, batches in run.steps(loader, start, total, args.seed, lists, epoch, test, every):
+    lists = [clips.videos for clips, _ in sources]
+    for step, batches in run.steps(loader, start, total, args.seed, lists, every):
+        if batches is None:  # between two steps
+            evaluate.quick_test(tested, data.test, run, args.workers, step, test_shares)
+            continue
         x = {net: {view: recipes[net].to_input(clips, run.device)
                    for batch in batches for view, clips in batch["views"][net].items()}
              for net in nets}  # fmt: skip
@@ -371,6 +385,8 @@ def train(args, run):
         if labels:
             terms |= pseudo_label_report(labels, batches[1]["label"].to(run.device))
         run.track(step, optimizer.param_groups[0]["lr"], loss=loss, **terms)
+        if run.due(step + 1, epoch):
+            run.save(step + 1, identity, **parts)
     if run.stopped:
         return
 
@@ -379,34 +395,15 @@ def train(args, run):
         for net, file in (("pri", "model.pt"), ("aux", "model_aux.pt")):
             if net in builds:
                 save_model(run.out / file, nets[net].module, builds[net], data.classes, recipes[net])
-    if every:
-        test(total)
     recipe = Thinned(**vars(recipes["pri"]), keep_every=args.keep_every)
-    evaluate.report(nets["pri"].module, data, recipe, run, args.workers, **wanted(args))
-
-
-def quick_test(args, run, data, nets, step):
-    """One view per test video for F and A into the log: accuracies, and what their pseudo-labels would be."""
-    row, labels = {"step": step, "eval": "quick"}, {}
-    for net, module in nets.items():
-        recipe = replace(recipes_of(args)[net], clips=1, crops=1)
-        scores = evaluate.score(module.module, data.test, recipe, run, args.workers)
-        if scores is None:
-            return
-        metrics = evaluate.metrics(scores)
-        row |= {f"{net}_{key}": round(metrics[key], 4) for key in ("top1", "top5", "mean_class")}
-        labels[net] = pseudo_label(torch.from_numpy(scores.probs), args.tau)
-    shares = pseudo_label_report(labels, torch.from_numpy(data.test.labels))
-    run.log(row | {f"test_{key}": round(value.item(), 4) for key, value in shares.items()})
+    evaluate.report({"pri": (nets["pri"].module, recipe)}, data, run, args.workers, **wanted(args))
 
 
 @record
 def main():
     args = parse_args()
-    often = args.log_every, args.max_bad, args.save_minutes
-    with Run("cmpl", args.out, vars(args), free_flags(args, TEST), *often) as run:
-        if args.eval or not run.finished():
-            train(args, run)
+    with Run("cmpl", args.out, vars(args), free_flags(args, TEST)) as run:
+        train(args, run)
 
 
 if __name__ == "__main__":

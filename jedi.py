@@ -421,7 +421,7 @@ def embed(args, run, parts, experts):
     for expert, own in zip(experts, parts, strict=False):
         D = expert.net.fc.in_features
         run.say(f"expert of {own.data.name}: {expert.path}, {expert.net.name}, {D} wide")
-        net, identity = run.place(expert.net, args.channels_last), {"expert": digest_of_model(expert.net)}
+        net, identity = run.to_device(expert.net, args.channels_last), {"expert": digest_of_model(expert.net)}
         identity |= {f"network.{key}": value for key, value in expert.build.items()}
         for part in parts:
             videos = getattr(part.data, part.name)  # the whole list, so that runs can share the cache
@@ -452,7 +452,7 @@ def train(args, run):
         data = agreed(load_data, args.data, args.root, args.split)
         views = {name: getattr(args, name) for name in VIEWS if getattr(args, name) is not None}
         net, recipe = load_for(args.eval, data, run.device, **views)
-        evaluate.report(net, data, recipe, run, args.workers, **wanted(args))
+        evaluate.report({"net": (net, recipe)}, data, run, args.workers, **wanted(args))
         return
 
     # 1. Data sets and experts.
@@ -491,18 +491,24 @@ def train(args, run):
     total, every = (optim.steps_of(epochs, epoch) for epochs in (args.epochs, args.eval_every))
     lr, rule = optim.scaled_lr(args.lr, B * run.world, args.lr_batch, "videos")  # D1
     optimizer = optim.build("adamw", joint.parameters(), lr, args.weight_decay, fused=True)
-    start = run.resume(identity, joint=joint, optimizer=optimizer)
+    parts = {"joint": joint, "optimizer": optimizer}
+    start = run.resume(identity, **parts)
     for part in learned[:n]:
         run.on_main(files.make_folder, run.out / slug(part.data.name))
         run.write(f"{slug(part.data.name)}/labelled.txt", part.labelled_list)
     run.say(f"{total} steps, {epoch} an epoch, of {B * run.world} videos; {rule}; {run.device.type}")
 
     # 4. Each step takes the next B videos of a shuffled pass over all data sets.
-    passes, test = Order(len(rows), args.seed), partial(quick_test, run, joint, experts, tests)
+    passes = Order(len(rows), args.seed)
     paths = [Videos.make("", map(part.videos.path, range(len(part.y))), part.y) for part in learned]
     reports = itertools.chain([[{"bad": part.bad.items()} for part in learned]],
                               itertools.repeat([{"bad": ()}] * len(learned)))  # fmt: skip
-    for step, _ in run.steps(reports, start, total, args.seed, paths, every or total or 1, test, every, 0):
+    if every and total and not start:  # Fig. 3 begins with the experts
+        quick_test(run, joint, experts, tests, 0)
+    for step, batches in run.steps(reports, start, total, args.seed, paths, every):
+        if batches is None:  # between two steps
+            quick_test(run, joint, experts, tests, step)
+            continue
         at = torch.from_numpy(np.sort(rows[passes.take(B * (step * run.world + run.rank), B)]))
         own = [(labelled_as[at] == i).nonzero()[:, 0].to(run.device) for i in range(n)]
         at = at.to(run.device)
@@ -512,12 +518,15 @@ def train(args, run):
         loss.backward()
         optimizer.step()
         run.track(step, lr, loss=loss, **terms)
-    if not run.stopped:
-        if every:
-            test(total)
-        row = run.on_main(write_results, args, run, joint, experts, tests)
-        known = {"held_out_known_to": ",".join(knowing)} if knowing else {}
-        run.result({"script": run.script, **row, **known, "seconds": round(run.seconds)})
+        if run.due(step + 1, total):  # an epoch is short
+            run.save(step + 1, identity, **parts)
+    if run.stopped:
+        return
+
+    # 5. Models and the final test.
+    row = run.on_main(write_results, args, run, joint, experts, tests)
+    known = {"held_out_known_to": ",".join(knowing)} if knowing else {}
+    run.result({"script": run.script, **row, **known, "seconds": round(run.seconds)})
 
 
 # -------------------------------------------------------------------------------- results
@@ -544,11 +553,9 @@ def score(joint, experts, tests):
 def quick_test(run, joint, experts, tests, step):
     """Table 2 after some steps, with mAP (D9), into the log (Fig. 3)."""
     if run.main:
-        row = {"step": step, "eval": "quick"}
-        for part, scores in zip(tests, score(joint, experts, tests), strict=True):
-            for who, metrics in ((who, evaluate.metrics(one)) for who, one in scores.items()):
-                row |= {f"{part.data.name}_{who}_{key}": round(metrics[key], 4) for key in FIGURES}
-        run.log(row)
+        rows = zip(tests, score(joint, experts, tests), strict=True)
+        named = {f"{part.data.name}_{who}": scores for part, row in rows for who, scores in row.items()}
+        evaluate.log_scores(named, run, step)
 
 
 def write_results(args, run, joint, experts, tests):
@@ -590,8 +597,7 @@ def check_inputs(args):
 def main():
     args = parse_args()
     free = {*free_flags(args), "cache", "names", "recipe", "stop_after"}
-    often, places = (args.log_every, args.max_bad, args.save_minutes), (*PLACES, "extra")
-    begin = partial(Run, "jedi", args.out, vars(args), free, *often, places)
+    begin = partial(Run, "jedi", args.out, vars(args), free, (*PLACES, "extra"))
     if not args.eval:
         with begin():
             check_inputs(args)

@@ -113,7 +113,6 @@ RECIPES["toy:multi"] = RECIPES["toy"] | dict(per_class=None, ratio=0.1, lam=LAM)
 RECIPES["weizmann"] = RECIPES["toy"] | dict(per_class=6, size=64, test_size=64, epochs=60, eval_every=30)
 KINDS = ("rgb", "flow", "diff")  # of the modalities those of the paper
 SECOND_SEED = 1000  # what --pipeline adds to --seed for the second network of its first step
-LOGGED = ("top1", "top5", "mean_class", "mAP")  # of a quick test
 TEST = "uniform", "test_crop", "average"  # flags of --eval that make it another test
 
 
@@ -350,7 +349,7 @@ def load_teacher(args, data, run):
     kind = MODALITIES[recipe.modality]
     if (tuple(recipe.mean), tuple(recipe.std)) != (kind.mean, kind.std):
         raise UserError(f"{args.teacher} has its input normalised in another way than this script does")
-    run.place(net, args.channels_last)
+    run.to_device(net, args.channels_last)
     return recipe, Network(net).requires_grad_(False).eval()
 
 
@@ -391,6 +390,12 @@ def recipe_of(kind, args, scale, multilabel):
     )  # fmt: skip
 
 
+def ablation_recipe(recipe, args):
+    """That of the ablations (Sec. 3.1.1), here of quick tests: one uniform clip, the training crop."""
+    clip = dict(clips=1, uniform=0) if args.sampling == "dense" else dict(clips=0, uniform=1)
+    return replace(recipe, **clip, size=min(args.size, recipe.size))
+
+
 # -------------------------------------------------------------------------------- training
 
 
@@ -417,6 +422,11 @@ def train(args, run):
     epoch = ceil(len(videos) / (args.batch * run.world))
     total, every = (optim.steps_of(epochs, epoch) for epochs in (args.epochs, args.eval_every))
 
+    identity = dict(labelled=digest_of_videos(videos), classes=len(data.classes),
+                    net=f"{args.net} x{args.width}", nets=args.nets, flow=str(scale))  # fmt: skip
+    if run.finished(identity):
+        return
+
     torch.manual_seed(args.seed)
     nets, builds, groups = build_networks(args, len(data.classes), run)
     if teacher:
@@ -425,18 +435,20 @@ def train(args, run):
     lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, args.lr_batch)  # D2
     optimizer = optim.build(args.optimizer, groups, lr, args.weight_decay)
     parts = {name: net.module for name, net in nets.items()} | {"optimizer": optimizer}
-    identity = dict(labelled=digest_of_videos(videos), classes=len(data.classes),
-                    net=f"{args.net} x{args.width}", nets=args.nets, flow=str(scale))  # fmt: skip
+    tested = {name: (net.module.backbone, recipes[modality_of(name)]) for name, net in nets.items()}
+    quick = {name: (net, ablation_recipe(recipe, args)) for name, (net, recipe) in tested.items()}
 
     start = run.resume(identity, **parts)
     run.write("labelled.txt", as_list(videos))
     run.say(f"{total} steps, {epoch} an epoch, of {args.batch * run.world} clips; {rule}; {run.device.type}")
     loader = train_loader([(clips, args.batch)], start, total, run.rank, run.world, args.workers)
-    test = partial(quick_test, args, run, data, nets, recipes)
-    for step, (batch,) in run.steps(loader, start, total, args.seed, [videos], epoch, test, every):
+    for step, batches in run.steps(loader, start, total, args.seed, [videos], every):
+        if batches is None:  # between two steps
+            evaluate.quick_test(quick, data.test, run, args.workers, step)
+            continue
         x = {kind: recipes[kind].to_input(views, run.device)
-             for kind, views in zip(kinds, batch["views"], strict=True)}  # D7  # fmt: skip
-        y = batch["label"].to(run.device)  # D14
+             for kind, views in zip(kinds, batches[0]["views"], strict=True)}  # D7  # fmt: skip
+        y = batches[0]["label"].to(run.device)  # D14
         with run.autocast():
             loss, terms, logits = train_step(nets, x, y, args, teacher)
         optim.set_lr(optimizer, lr * optim.schedule(step, total, epoch, args.lr_steps, args.warmup))
@@ -449,52 +461,24 @@ def train(args, run):
         if len(nets) > 1:
             terms["agree"] = agreement(logits)
         run.track(step, optimizer.param_groups[0]["lr"], loss=loss, **terms)
+        if run.due(step + 1, epoch):
+            run.save(step + 1, identity, **parts)
     if run.stopped:
         return
-    if every:
-        test(total)
-    final_test(args, run, data, nets, builds, recipes)
+
+    # 4. Models and the final test of all. The first is model.pt, the others have files of their names.
+    if run.main:
+        for net, (backbone, recipe) in tested.items():
+            path = run.out / ("model.pt" if net == next(iter(nets)) else f"{net}.pt")
+            save_model(path, backbone, builds[net], data.classes, recipe)  # D12
+    words = wanted(args) | ({} if args.label_seed == args.seed else {"label_seed": args.label_seed})
+    evaluate.report(tested, data, run, args.workers, **words)
 
 
 def agreement(logits):
     """Share of the clips for which all networks have the same first class; for the log."""
     first = torch.stack([x.argmax(1) for x in logits.values()])  # (M, B)
     return (first == first[0]).all(0).float().mean()
-
-
-def quick_test(args, run, data, nets, recipes, step):
-    """The ablations' test (Sec. 3.1.1) of each network into the log: one uniform clip, the training crop."""
-    row = {"step": step, "eval": "quick"}
-    for name, net in nets.items():
-        recipe = recipes[modality_of(name)]
-        clip = dict(clips=1, uniform=0) if args.sampling == "dense" else dict(clips=0, uniform=1)
-        recipe = replace(recipe, **clip, crops=1, size=min(args.size, recipe.size))
-        scores = evaluate.score(net.module.backbone, data.test, recipe, run, args.workers)
-        if scores is None:
-            return
-        metrics = evaluate.metrics(scores)
-        row |= {f"{name}_{key}": round(metrics[key], 4) for key in LOGGED if key in metrics}
-    run.log(row)
-
-
-def final_test(args, run, data, nets, builds, recipes):
-    """All views of every test video. The first network is model.pt, the others have files of their names."""
-    words = wanted(args) | ({} if args.label_seed == args.seed else {"label_seed": args.label_seed})
-    recipes = {net: recipes[modality_of(net)] for net in nets}
-    for k, (name, net) in enumerate(nets.items()):
-        backbone = net.module.backbone
-        if run.main:
-            path = run.out / f"{name if k else 'model'}.pt"
-            save_model(path, backbone, builds[name], data.classes, recipes[name])  # D12
-        if k:
-            scores = evaluate.score(backbone, data.test, recipes[name], run, args.workers, bar=True)
-            if scores is None:
-                run.say("stopped by a signal during the test; the same command tests again")
-                return
-            key, value = next(iter(evaluate.metrics(scores).items()))  # top1 or mAP
-            words[f"{name}_{key}"] = value
-    first = next(iter(nets))
-    evaluate.report(nets[first].module.backbone, data, recipes[first], run, args.workers, **words)
 
 
 # -------------------------------------------------------------------------------- after training
@@ -508,7 +492,7 @@ def test_only(args, data, run):
     net, recipe = load_for(args.eval, data, run.device, **changes)
     kinds, models = [recipe.modality], {args.eval: recipe}
     data, _ = modality.with_flow(data, args.data, args.root, args.flow, run, kinds, models)
-    evaluate.report(net, data, recipe, run, args.workers, **wanted(args, also=TEST))
+    evaluate.report({"net": (net, recipe)}, data, run, args.workers, **wanted(args, also=TEST))
 
 
 # -------------------------------------------------------------------------------- runs
@@ -536,10 +520,9 @@ def pipeline(args):
 def one_run(args, free=()):
     """Train, or test, in the folder args.out; whether there is a result, and no signal to stop after it."""
     free = {*free_flags(args, TEST), *([] if args.eval else ["flow", *free])}
-    with Run("mml", args.out, vars(args), free, args.log_every, args.max_bad, args.save_minutes) as run:
-        if args.eval or not run.finished():
-            train(args, run)
-        return run.ended and not run.told_to_stop()
+    with Run("mml", args.out, vars(args), free) as run:
+        train(args, run)
+        return run.ended and not run.should_stop()
 
 
 @record

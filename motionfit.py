@@ -424,21 +424,23 @@ def pseudo(args, run):
     """Stage 2 (Sec. 3.2): features of the dense clips of the source, their clusters, pseudo-labels."""
     net, recipe, learned = load_generator(args, args.generator, run)
     data, videos, _ = source_videos(args, run, (recipe.modality,), {args.generator: recipe})
-    run.resume(source := {"unlabelled": digest_of_videos(videos)})  # refuses a result of other videos
+    identity = {"unlabelled": digest_of_videos(videos)}
+    if run.finished(identity):
+        return
     # `clips` only decides how many videos go through the network together: one where flow is computed.
     clips = 64 if recipe.modality == "field" and videos.flow is None else 8
     dense = vars(recipe) | dict(clips=clips, crops=1, hop=args.hop or recipe.frames * recipe.stride)
-    folder, identity = Path(args.features or run.out / "features"), {"generator": digest_of_model(net)}
-    what = features.Extraction(net, net.embed, videos, DenseClips(**dense), identity)
+    folder, generator = Path(args.features or run.out / "features"), {"generator": digest_of_model(net)}
+    what = features.Extraction(net, net.embed, videos, DenseClips(**dense), generator)
     found = features.extract(folder, what, run, args.workers)
     if found is None:
         return
     if len(found.bad) > args.max_bad * len(videos):
         raise UserError(f"{len(found.bad)} of {len(videos)} videos have no features, more than --max_bad "
                         f"{args.max_bad}; when they are mended, delete {folder}")  # fmt: skip
-    about = {"clusters": args.clusters, "granularity": args.granularity, "learned": learned, **source}
+    about = {"clusters": args.clusters, "granularity": args.granularity, "learned": learned, **identity}
     row = run.on_main(write_pseudo, args, run, found, videos.labels, about)
-    run.save(1, source)
+    run.save(1, identity)
     run.result(
         {
             "script": run.script,
@@ -493,7 +495,7 @@ def load_pseudo(args, videos):
 def load_generator(args, path, run):
     """(network in eval mode, without gradients; its Recipe; {data set: splits} that it has learned)."""
     net, _, _, recipe = load_model(path)
-    return run.place(net, args.channels_last).requires_grad_(False), recipe, learned_by(args, path)
+    return run.to_device(net, args.channels_last).requires_grad_(False), recipe, learned_by(args, path)
 
 
 def learned_by(args, path, learned=None):
@@ -539,11 +541,10 @@ def train(stage, args, run):
         classes = [f"cluster {k}" for k in range(1 if mers else labels.clusters)]
     else:
         data, videos, scale = labelled_videos(args, run, kinds, models)
-        run.write("labelled.txt", as_list(videos))
         name = Path(args.data).name.partition(":")[0]
         learned = learned | {name: sorted({*learned.get(name, []), args.split})}
         classes = data.classes
-    run.say("\n".join([f"{data.name}: {len(videos)} videos, {len(classes)} classes", *data.notes]))
+    labelled, counts = as_list(videos), f"{len(videos)} videos, {len(classes)} classes"
     is_held_out = hold_out(videos, getattr(args, "holdout", 0), args.seed)  # D9
     held_out = videos.subset([] if mers else np.flatnonzero(is_held_out))
     videos = videos.subset(np.flatnonzero(~is_held_out))
@@ -557,6 +558,11 @@ def train(stage, args, run):
         modality=kind, bound=scale[0], flow_side=scale[1], average="logits", mean=MODALITIES[kind].mean,
         std=MODALITIES[kind].std,
     )  # fmt: skip
+    identity = {"classes": len(classes), "net": args.net, "flow": str(scale)}
+    identity["unlabelled" if stage == "selftrain" else "labelled"] = digest_of_videos(videos)
+    if run.finished(identity):
+        return
+    run.say("\n".join([f"{data.name}: {counts}", *data.notes]))
 
     # 3. Network and optimiser.
     build = dict(name=args.net, classes=len(classes), in_channels=MODALITIES[kind].channels, width=args.width)
@@ -581,17 +587,20 @@ def train(stage, args, run):
     # 4. Steps.
     epoch = ceil(len(videos) / (args.batch * run.world))
     total, every = (optim.steps_of(epochs, epoch) for epochs in (args.epochs, args.eval_every))
-    identity = {"classes": len(classes), "net": args.net, "flow": str(scale)}
-    identity["unlabelled" if stage == "selftrain" else "labelled"] = digest_of_videos(videos)
-    start = run.resume(identity, net=net.module, optimizer=optimizer)
+    parts = {"net": net.module, "optimizer": optimizer}
+    start = run.resume(identity, **parts)
+    if stage != "selftrain":
+        run.write("labelled.txt", labelled)
     run.say(f"{total} steps, {epoch} an epoch, of {args.batch * run.world} x {args.multi_clips} clips; "
             f"{rule}; {run.device.type}")  # fmt: skip
     loader = train_loader([(clips, args.batch)], start, total, run.rank, run.world, args.workers)
-    quick_test = partial(validate, args, run, backbone, held_out, recipe)
-    for step, (batch,) in run.steps(loader, start, total, args.seed, [videos], epoch, quick_test, every):
-        views = zip((recipe, *models.values()), batch["views"], strict=True)
+    for step, batches in run.steps(loader, start, total, args.seed, [videos], len(held_out) and every):
+        if batches is None:  # between two steps
+            evaluate.quick_test({"val": (backbone, recipe)}, held_out, run, args.workers, step)  # D9
+            continue
+        views = zip((recipe, *models.values()), batches[0]["views"], strict=True)
         x, *x_teacher = (its_recipe.to_input(view.flatten(0, 1), run.device) for its_recipe, view in views)
-        y = batch["label"].to(run.device)
+        y = batches[0]["label"].to(run.device)
         if y.ndim == 1:  # of a video
             y = y[:, None, None].expand(-1, args.multi_clips, 1)
         with run.autocast():
@@ -604,10 +613,10 @@ def train(stage, args, run):
         loss.backward()
         optimizer.step()
         run.track(step, optimizer.param_groups[0]["lr"], loss=loss, **terms)
+        if run.due(step + 1, epoch):
+            run.save(step + 1, identity, **parts)
     if run.stopped:
         return
-    if every:
-        quick_test(total)
 
     # 5. model.pt and the test.
     if run.main:
@@ -617,15 +626,7 @@ def train(stage, args, run):
         run.result({"script": run.script, "data": Path(args.data).name, **words, "source": data.name,
                     "videos": len(videos), "seconds": round(run.seconds)})  # fmt: skip
     else:
-        evaluate.report(backbone, data, recipe, run, args.workers, **words, **wanted(args))
-
-
-def validate(args, run, net, held_out, recipe, step):
-    """Log the accuracy on the central clips of the held-out videos (D9)."""
-    if len(held_out):
-        scores = evaluate.score(net, held_out, replace(recipe, clips=1, crops=1), run, args.workers)
-        if scores is not None:
-            run.log({"step": step, "eval": "quick", "val_top1": round(evaluate.metrics(scores)["top1"], 4)})
+        evaluate.report({"net": (backbone, recipe)}, data, run, args.workers, **words, **wanted(args))
 
 
 def test(args, run):
@@ -635,7 +636,7 @@ def test(args, run):
     net, recipe = load_for(args.eval, data, run.device, clips=args.clips, crops=args.crops)
     kinds, models = (recipe.modality,), {args.eval: recipe}
     data, _ = modality.with_flow(data, args.data, args.root, args.flow, run, kinds, models)
-    evaluate.report(net, data, recipe, run, args.workers, **wanted(args))
+    evaluate.report({"net": (net, recipe)}, data, run, args.workers, **wanted(args))
 
 
 # -------------------------------------------------------------------------------- runs
@@ -649,8 +650,7 @@ def one_run(stage, args, runs):
     config = vars(args) | {flag: files.digest(path) for flag, path in starts.items() if os.path.isfile(path)}
     free = {*free_flags(args), *(() if args.eval else ("flow", "source_flow", "features", "allow_leak"))}
     places = (*PLACES, "source", "source_root", "source_list")
-    often = args.log_every, args.max_bad, args.save_minutes
-    with Run("motionfit", out, config, free, *often, places) as run:
+    with Run("motionfit", out, config, free, places) as run:
         for path in starts.values():
             if not os.path.isfile(path):
                 raise UserError(f"{path} is not there: an earlier stage makes it ({', '.join(STAGES)})")
@@ -658,9 +658,11 @@ def one_run(stage, args, runs):
             source_videos(runs["pseudo"], run, (args.modality,), {})
         if stage == "eval":
             test(args, run)
-        elif not run.finished():
-            pseudo(args, run) if stage == "pseudo" else train(stage, args, run)
-        return run.ended and not run.told_to_stop()
+        elif stage == "pseudo":
+            pseudo(args, run)
+        else:
+            train(stage, args, run)
+        return run.ended and not run.should_stop()
 
 
 @record

@@ -433,6 +433,10 @@ def train(args, run):
                (Clips(videos_u, sample, view_u, 2 * args.seed + 1), args.batch * args.mu)]  # fmt: skip
     epoch = math.ceil(len(videos_u) / (args.batch * args.mu * run.world))  # D1
     total, every = (optim.steps_of(epochs, epoch) for epochs in (args.epochs, args.eval_every))
+    identity = dict(labelled=digest_of_videos(videos_l), unlabelled=digest_of_videos(videos_u),
+                    classes=len(data.classes), net=f"{args.net} x{args.width}", nets=args.nets)  # fmt: skip
+    if run.finished(identity):
+        return
 
     # 2. Networks and optimiser.
     torch.manual_seed(args.seed)
@@ -442,8 +446,6 @@ def train(args, run):
     lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, args.lr_batch, "labelled clips")  # D2
     optimizer = optim.build(args.optimizer, parameters, lr, args.weight_decay)
     parts = {net: nets[net].module for net in nets} | {"optimizer": optimizer}
-    identity = dict(labelled=digest_of_videos(videos_l), unlabelled=digest_of_videos(videos_u),
-                    classes=len(data.classes), net=f"{args.net} x{args.width}", nets=args.nets)  # fmt: skip
 
     # 3. Steps.
     start = run.resume(identity, **parts)
@@ -451,8 +453,12 @@ def train(args, run):
     clips = " + ".join(f"{batch * run.world}" for _, batch in sources)
     run.say(f"{total} steps, {epoch} an epoch, of {clips} clips; {rule}; {run.device.type}")
     loader = train_loader(sources, start, total, run.rank, run.world, args.workers)
-    lists, test = [clips.videos for clips, _ in sources], partial(quick_test, args, run, data, nets, build)
-    for step, batches in run.steps(loader, start, total, args.seed, lists, epoch, test, every):
+    lists = [clips.videos for clips, _ in sources]
+    for step, batches in run.steps(loader, start, total, args.seed, lists, every):
+        if batches is None:  # between two steps
+            tested = for_test(args, nets, build, data, recipes, run)
+            evaluate.quick_test(tested, data.test, run, args.workers, step)
+            continue
         x = {net: {view: recipes["rgb"].to_input(clips, run.device)  # of TG, too: the loader has computed it
                    for batch in batches for view, clips in batch["views"][net].items()}
              for net in nets}  # fmt: skip
@@ -468,55 +474,37 @@ def train(args, run):
         optimizer.step()
         terms |= pseudo_label_report(labels, y_w, y_u)
         run.track(step, optimizer.param_groups[0]["lr"], loss=loss, **terms)
+        if run.due(step + 1, epoch):
+            run.save(step + 1, identity, **parts)
     if run.stopped:
         return
 
     # 4. Models and the final test of the student, or of the only network.
-    tested = test(total)
-    if tested is None:
-        run.say("stopped by a signal before the test; run the same command again to test")
-        return
+    if not every:
+        tested = for_test(args, nets, build, data, recipes, run)
+        if run.should_stop():  # perhaps before their statistics were complete
+            return
     kept = next(iter(nets))
     if run.main:
-        for net, copy in tested.items():
+        for net, (copy, recipe) in tested.items():
             file = run.out / ("model.pt" if net == kept else "teacher.pt")
-            save_model(file, copy, build, data.classes, recipes[net])
-    final_test(args, run, data, tested[kept], recipes[kept], videos_l)
+            save_model(file, copy, build, data.classes, recipe)
+    final_test(args, run, data, *tested[kept], videos_l)
 
 
-def for_test(net, build, args, data, recipe, run):
-    """A copy of the backbone of `net` with exact batch-norm statistics (D12); training never sees it."""
-    copy = backbones.build(**build)
-    copy.load_state_dict(net.module.backbone.state_dict())
-    run.place(copy, args.channels_last)
-    if args.precise_bn:
-        chosen = np.random.default_rng(args.seed).permutation(len(data.train))[: args.precise_bn]
-        centre = replace(recipe, clips=1, crops=1, size=args.size)
-        evaluate.precise_bn(copy, data.train.subset(np.sort(chosen)), centre, run, args.workers)
-    return copy
-
-
-def quick_test(args, run, data, nets, build, step):
-    """One view per test video for each network into the log, unless --eval_every is 0.
-
-    Returns {net: the backbone that was tested}, or None if a signal has stopped a rank.
-    """
-    row, tested = {"step": step, "eval": "quick"}, {}
-    for net, recipe in recipes_of(args).items():
-        if net in nets:
-            tested[net] = for_test(nets[net], build, args, data, recipe, run)
-            if args.eval_every:
-                one_view = replace(recipe, clips=1, crops=1)
-                scores = evaluate.score(tested[net], data.test, one_view, run, args.workers)
-                if scores is None:
-                    return None
-                metrics = evaluate.metrics(scores)
-                row |= {f"{net}_{key}": round(metrics[key], 4) for key in ("top1", "top5", "mean_class")}
-    if run.told_to_stop():  # perhaps before the statistics of the copies were complete
-        return None
-    if args.eval_every:
-        run.log(row)
-    return tested
+def for_test(args, nets, build, data, recipes, run):
+    """{net: (copy of its backbone with exact batch-norm statistics (D12), recipe)}, for tests alone."""
+    copies = {}
+    for net, module in nets.items():
+        copy = backbones.build(**build)
+        copy.load_state_dict(module.module.backbone.state_dict())
+        run.to_device(copy, args.channels_last)
+        if args.precise_bn:
+            chosen = np.random.default_rng(args.seed).permutation(len(data.train))[: args.precise_bn]
+            centre = replace(recipes[net], clips=1, crops=1, size=args.size)
+            evaluate.precise_bn(copy, data.train.subset(np.sort(chosen)), centre, run, args.workers)
+        copies[net] = copy, recipes[net]
+    return copies
 
 
 def final_test(args, run, data, net, recipe, videos_l):
@@ -525,16 +513,14 @@ def final_test(args, run, data, net, recipe, videos_l):
     if args.train_accuracy:
         scores = evaluate.score(net, videos_l, recipe, run, args.workers, bar=True)
         words |= {} if scores is None else {"train_top1": evaluate.metrics(scores)["top1"]}
-    evaluate.report(net, data, recipe, run, args.workers, **words)
+    evaluate.report({"net": (net, recipe)}, data, run, args.workers, **words)
 
 
 @record
 def main():
     args = parse_args()
-    often = args.log_every, args.max_bad, args.save_minutes
-    with Run("tg_distill", args.out, vars(args), free_flags(args, TEST), *often) as run:
-        if args.eval or not run.finished():
-            train(args, run)
+    with Run("tg_distill", args.out, vars(args), free_flags(args, TEST)) as run:
+        train(args, run)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import csv
 import io
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -28,6 +28,7 @@ from common.io.workers import watched
 from common.run import gather
 
 VIEWS_PER_BATCH = 64  # how many views go through the network at once, about
+LOGGED = ("top1", "top5", "mean_class", "mAP")  # metrics of a quick test
 
 
 @dataclass(frozen=True)
@@ -272,16 +273,45 @@ def write_csv(path, header, rows):
     files.write(path, text.getvalue())
 
 
-def report(net, data, recipe, run, workers, **words):
-    """The last test of a run: all views of every test video.
+def quick_test(tested, videos, run, workers, step, more=None):
+    """The test between two steps: one view of each video, into the log, unless a signal has stopped a rank.
 
-    Writes predictions.csv, per_class.csv and result.json, prints RESULT with `words` in front.
+    tested: {name: (network, recipe)}; more: a function of {name: Scores} that returns further {name: number}.
     """
-    scores = score(net, data.test, recipe, run, workers, bar=True)
-    if scores is None:
-        run.say("stopped by a signal during the test; the same command tests again")
-        return
+    scores = {}
+    for name, (net, recipe) in tested.items():
+        one_view = replace(recipe, clips=min(1, recipe.clips), uniform=int(not recipe.clips), crops=1)
+        scores[name] = score(net, videos, one_view, run, workers)
+        if scores[name] is None:
+            return
+    log_scores(scores, run, step, **(more(scores) if more else {}))
+
+
+def log_scores(scores, run, step, **more):
+    """Log the accuracies of {name: Scores} after `step` steps as one row, and the numbers `more`."""
+    row = {f"{name}_{key}": value for name, of_net in scores.items() for key, value in metrics(of_net).items()
+           if key in LOGGED}  # fmt: skip
+    row = {key: round(float(value), 4) for key, value in (row | more).items()}
+    run.log({"step": step, "eval": "quick", **row})
+
+
+def report(tested, data, run, workers, **words):
+    """The last test of a run: all views of every test video, for each of {name: (network, recipe)}.
+
+    Of the first network all metrics are in result.json and in the RESULT line, which begin with `words`, and
+    predictions.csv and per_class.csv are written; of the others, top1 or mAP is among the words.
+    """
+    scores = {}
+    for name, (net, recipe) in tested.items():
+        scores[name] = score(net, data.test, recipe, run, workers, bar=True)
+        if scores[name] is None:
+            run.say("stopped by a signal during the test; the same command tests again")
+            return
+    first, *others = scores
+    for name in others:
+        key, value = next(iter(metrics(scores[name]).items()))
+        words[f"{name}_{key}"] = value
     if run.main:
-        write_files(run.out, scores, data.test, data.classes)
-    run.result({"script": run.script, "data": data.name, **words, **metrics(scores),
+        write_files(run.out, scores[first], data.test, data.classes)
+    run.result({"script": run.script, "data": data.name, **words, **metrics(scores[first]),
                 "seconds": round(run.seconds)})  # fmt: skip

@@ -2,9 +2,11 @@
 
     with Run("cmpl", out, vars(args)) as run:
         start = run.resume(identity, net=net, optimizer=optimizer)
-        for step, batch in run.steps(loader, start, total, seed, [videos], epoch):
+        for step, (batch,) in run.steps(loader, start, total, seed, [videos]):
             ...
             run.track(step, lr, loss=loss)
+            if run.due(step + 1, epoch):
+                run.save(step + 1, identity, net=net, optimizer=optimizer)
 
 The run folder (all of it readable without this package):
 
@@ -27,6 +29,7 @@ import time
 import warnings
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -35,20 +38,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common.errors import FULL, UserError, explain, first_line, leave, survive_output
+from common.errors import UserError, explain, first_line, leave, survive_output
 from common.io import files
 from common.io.workers import SIGNALS, watched
 
-# Flags that say where something is, when what is there counts.
-PLACES = "data", "root", "labelled_list"
-
-
+PLACES = "data", "root", "labelled_list"  # flags of data, which may be elsewhere in a resumption
 RUNS = itertools.count()  # of this process
-
-
-PATIENCE = timedelta(days=30)  # of ranks that wait for work of rank 0 alone
-
-
+PATIENCE = timedelta(days=30)  # how long ranks wait for work of rank 0 alone
 PARENT = os.getppid()  # torchrun, while it lives
 
 
@@ -59,35 +55,36 @@ class Run:
         script: name of the method; a run folder and a checkpoint belong to one.
         out: the run folder, made if missing.
         config: every argument by name (JSON values). A folder of another configuration is refused.
+            The run's own, with their defaults: `log_every` (10), the steps between two rows of log.jsonl;
+            `save_minutes` (15), the minutes between two checkpoints, at most; `max_bad` (0.05), the share of
+            the training videos that may be unreadable before the run stops.
         free: names in `config` that may change between a run and its resumption.
-        log_every: steps between two rows of log.jsonl.
-        max_bad: share of the training videos that may be unreadable before the run stops.
-        save_minutes: minutes between two checkpoints, at most.
         places: names in `config` of data, which a checkpoint knows by what they are: a list or a data set may
-            be elsewhere, under the same name, and a "..root" anywhere.
+            be elsewhere under the same name, and a "..root" anywhere.
 
     Inside the block a UserError becomes one sentence and exit status 2, the death of a rank or of a
     loader worker one sentence and status 1. SIGTERM, SIGINT, SIGUSR1 and SIGHUP end `steps` after the
     current step on all ranks (a second SIGINT ends the process at once).
     """
 
-    def __init__(self, script, out, config, free=(), log_every=10, max_bad=0.05, save_minutes=15,
-                 places=PLACES):  # fmt: skip
-        self.script, self.out, self.config, self.free = script, Path(out), dict(config), set(free)
-        self.log_every, self.max_bad, self.save_minutes = log_every, max_bad, save_minutes
-        self.places, self.moved = set(places), False  # what one of `places` names is elsewhere than it was
+    def __init__(self, script, out, config, free=(), places=PLACES):
+        self.script, self.out, self.config = script, Path(out), dict(config)
+        self.free, self.places = set(free), set(places)
+        own = {"log_every": 10, "save_minutes": 15, "max_bad": 0.05} | self.config
+        self.log_every, self.save_minutes = own["log_every"], own["save_minutes"]
+        self.max_bad = own["max_bad"]
         self.rank, self.world, self.main = 0, 1, os.environ.get("RANK", "0") == "0"
-        self.stop = False  # this rank has got a signal
-        self.stopped = False  # all ranks have agreed to stop
-        self.late = False  # more than `save_minutes` since the last checkpoint
-        self.sums, self.count, self.wait, self.elapsed, self.mark = {}, 0, 0.0, 0.0, 0.0
-        self.bad, self.new_bad, self.videos, self.total = set(), {}, 0, None
+        self.stop = False  # a signal has reached this rank
+        self.stopped = False  # a signal has reached a rank, and all ranks have agreed to stop
         self.ended = False  # there is a result
-        self.kept = {}, {}  # what checkpoints are of: identity, parts
-        self.unwritten = {}  # file of the run folder -> lines that the disk has not taken yet
-        self.save_failed = None
-        self.lr_flag = "--lr"  # of what is trained
-        self.began, self.seconds_before, self.saved = time.monotonic(), 0.0, time.monotonic()
+        self.total = self.test_every = self.videos = 0  # see `steps`
+        # Since the last row of log.jsonl: sums of terms, steps, seconds of waiting and of all.
+        self.sums, self.count, self.wait, self.elapsed, self.mark = {}, 0, 0.0, 0.0, 0.0
+        self.bad, self.new_bad = set(), {}  # names of unreadable videos; {name: reason} of new ones
+        self.unwritten = {}  # file of the run folder -> text that the disk has not taken yet
+        self.save_failed = None  # a sentence, if the last checkpoint could not be written
+        self.began = self.saved = time.monotonic()
+        self.seconds_before = 0.0  # of the time before a resumption
         self.lock = self.bar = None
 
     # ---------------------------------------------------------------------------- begin and end
@@ -110,22 +107,18 @@ class Run:
         return self
 
     def _join_group(self):
-        group = os.environ if "RANK" in os.environ else {}
-        local = int(group.get("LOCAL_RANK", 0))
         cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
-        if cuda and int(group.get("LOCAL_WORLD_SIZE", 1)) > gpus:
+        if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
             raise UserError(f"there are more processes than GPUs on this node: use --nproc_per_node {gpus}")
+        local = int(os.environ.get("LOCAL_RANK", 0)) if "RANK" in os.environ else 0
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
-        if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-            raise UserError("SLURM_NTASKS is above 1, but its tasks do not know each other: start torchrun "
-                            "on each node (srun --ntasks-per-node 1 torchrun --nproc_per_node GPUS ...), or "
-                            "set SLURM_NTASKS=1 for one process")  # fmt: skip
         if self._orphaned():  # between two runs: nobody would answer
-            raise UserError("torchrun has ended; the same command goes on where it was")
-        if group:
+            raise UserError("torchrun has exited; run the same command again to resume")
+        store = dist.HashStore()
+        if "RANK" in os.environ:
             try:
                 store, self.rank, self.world = next(dist.rendezvous("env://", timeout=timedelta(minutes=15)))
             except (ValueError, dist.DistError) as error:
@@ -135,10 +128,6 @@ class Run:
             # before left in the store.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
             store = dist.PrefixStore(f"attempt{attempt}/{next(RUNS)}", store)
-        else:
-            store = dist.HashStore()
-            if os.environ.get("WORLD_SIZE", "1") != "1":
-                self.say("WORLD_SIZE is set without RANK: one process trains alone; torchrun starts several")
         # Small CPU tensors (stop flags, names of bad videos) go over gloo and never wait for the GPU.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=self.rank, world_size=self.world,
@@ -160,38 +149,34 @@ class Run:
         for stale in self.out.glob("*.tmp"):
             stale.unlink()
         self._check_config()
-        bad = self.out / "bad_videos.txt"
-        lines = bad.read_text(errors="surrogateescape").splitlines(keepends=True) if bad.exists() else []
-        whole = [line for line in lines if "\t" in line and line.endswith("\n")]
-        if whole != lines:  # cut short by a full disk
-            files.write(bad, "".join(whole))
-        return {line.split("\t")[0] for line in whole}
+        path = self.out / "bad_videos.txt"
+        lines = path.read_text(errors="surrogateescape").splitlines() if path.exists() else []
+        lines = [line for line in lines if "\t" in line]  # a full disk may have cut one short
+        if lines:
+            files.write(path, "".join(f"{line}\n" for line in lines))
+        return {line.split("\t")[0] for line in lines}
 
     def _check_config(self):
         path = self.out / "config.json"
         args = json.loads(json.dumps(self.config))  # as a reader of the file will see them
-        last = any((self.out / name).exists() for name in ("last.pt", "last.prev.pt"))
-        if (last or (self.out / "result.json").exists()) and path.exists():
+        has_checkpoint = any((self.out / name).exists() for name in ("last.pt", "last.prev.pt"))
+        if (has_checkpoint or (self.out / "result.json").exists()) and path.exists():
             try:
                 old = json.loads(path.read_text())
-                old_args = old["args"]
+                script, old_args = old["script"], old["args"]
             except (ValueError, KeyError):
                 raise UserError(f"{path} is damaged: delete it or choose another --out") from None
-            if old.get("script") != self.script:
-                raise UserError(f"--out {self.out} holds a run of {old.get('script')}, not {self.script}")
+            if script != self.script:
+                raise UserError(f"--out {self.out} holds a run of {script}, not {self.script}")
             for key in sorted((args.keys() | old_args.keys()) - self.free):
-                before, now, folder = old_args.get(key), args.get(key), old.get("folder", "")
-                if before == now or _files(before, folder) == _files(now):
-                    continue
-                self.moved |= last and key in self.places
-                alike = key.endswith("root") or _names(before) == _names(now)
-                if not (last and key in self.places and alike):
+                before, now = old_args.get(key), args.get(key)
+                is_same_name = key.endswith("root") or _names(before) == _names(now)
+                if before != now and not (has_checkpoint and key in self.places and is_same_name):
                     raise UserError(f"{self.out} holds a run with --{key} {before}, not {now}: choose "
                                     "another --out")  # fmt: skip
         config = {"script": self.script, "args": args, "world": self.world, "device": str(self.device),
-                  "versions": versions(), "command": " ".join(sys.argv), "folder": os.getcwd()}  # fmt: skip
-        if not self.moved:  # until it is known to be the same, the place of the first time is kept
-            files.write(path, json.dumps(config, indent=1))
+                  "versions": versions(), "command": " ".join(sys.argv)}  # fmt: skip
+        files.write(path, json.dumps(config, indent=1))
 
     def _on_signal(self, number, frame):
         if self.stop and number == signal.SIGINT:
@@ -205,20 +190,18 @@ class Run:
         if message is not None:
             leave(self.script, message, status)
         if error is None:
-            # A gloo group that still knows a DDP module can abort the interpreter at its exit.
-            self.kept = {}, {}
-            gc.collect()
+            gc.collect()  # a gloo group that still knows a DDP module can abort the interpreter at its exit
             dist.destroy_process_group()
             if self.lock:
                 self.lock.close()
             for name in list(self.unwritten):
-                self._append(name)
-            failed = [f"{self.out / name} could not be written" for name in self.unwritten]
-            for sentence in filter(None, (self.save_failed, *failed)):
+                self._append(name, "")
+            failures = [f"{self.out / name} could not be written" for name in self.unwritten]
+            failures += [self.save_failed] if self.save_failed else []
+            for sentence in failures:
                 print(f"{self.script}: {sentence}", file=sys.stderr)
-                status = 1
-            if status:
-                sys.exit(status)
+            if failures:
+                sys.exit(1)
         return False
 
     # ---------------------------------------------------------------------------- words and ranks
@@ -253,7 +236,7 @@ class Run:
 
     # ---------------------------------------------------------------------------- networks
 
-    def place(self, net, channels_last=False):
+    def to_device(self, net, channels_last=False):
         """The network on this rank's device, in the memory format asked for."""
         formats = {4: torch.channels_last, 5: torch.channels_last_3d} if channels_last else {}
         for p in net.to(self.device).parameters():  # .to takes one format for all, 2D and 3D kernels alike
@@ -262,7 +245,7 @@ class Run:
 
     def distribute(self, net, channels_last=False, compile=False):
         """The network on this rank's device under DistributedDataParallel."""
-        self.place(net, channels_last)
+        self.to_device(net, channels_last)
         # A kernel of 1 x 1 has both layouts at once, and its gradient the other: a copy, no error.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         if compile:
@@ -279,55 +262,59 @@ class Run:
 
     # ---------------------------------------------------------------------------- steps and log
 
-    def steps(self, loader, start, total, seed, videos, save_every=None, test=None, test_every=0, first=1):
-        """Yield (step, batch) for the steps start..total-1; a batch has one dict per list in `videos`.
+    def steps(self, loader, start, total, seed, lists, test_every=0):
+        """Yield (step, batches) for the steps start..total-1, batches with one dict for each of `lists`.
 
-        Before each step torch's generators are seeded from (seed, step, rank); after it the ranks
-        agree whether a signal has come, and the loop ends if so (`stopped` is then True). What `resume` was
-        given is saved every `save_every` steps (None: never), every `save_minutes`, after the last and when
-        the loop is stopped. Waiting for the loader and computing are timed apart. Unreadable videos, (index,
-        reason) in the "bad" of each dict, are named in bad_videos.txt at the next logged step.
+        Before each step torch's generators are seeded from (seed, step, rank). (step, None) comes where a
+        quick test is due: after each `test_every` steps (0: never) and after the last one. The time and the
+        randomness of a test are its own. The loop ends early, with `stopped` True, after a step or a test
+        in which a signal has reached any rank; a resumption makes such a test again.
 
-        test(n) is called after n steps, n a multiple of `test_every` (0: never), not below `first` and not
-        `total`. A signal during a test ends the loop there, and a resumption tests again.
+        Waiting for the loader and computing are timed apart. Unreadable videos, (index, reason) in the "bad"
+        of each dict, are named in bad_videos.txt at the next logged step.
         """
-        self.total = total
-        self.videos = len({source.name(i) for source in videos for i in range(len(source))})
+        self.total, self.test_every = total, test_every
+        self.videos = len({videos.name(i) for videos in lists for i in range(len(videos))})
         self.bar = tqdm(total=total, initial=start, dynamic_ncols=True, smoothing=0.05,
                         disable=not (self.main and sys.stderr.isatty()))  # fmt: skip
         self.mark, self.saved = time.perf_counter() - self.elapsed, time.monotonic()
         batches = watched(loader)
-        for step in range(start, total):
-            if test_every and step % test_every == 0 and step >= first:
+        step = start
+        while not self.stopped:
+            if self._tests(step):
                 with self.untimed():
-                    test(step)
-                if self._ends(step, save_every, False):
-                    break
+                    yield step, None
+                self.stopped = self.should_stop()
+            if step == total or self.stopped:
+                break
             asked = time.perf_counter()
             batch = next(batches)
             self.wait += time.perf_counter() - asked
-            for part, source in zip(batch, videos, strict=True):
-                self.new_bad.update((source.name(i), reason) for i, reason in part["bad"])
+            for views, videos in zip(batch, lists, strict=True):
+                self.new_bad.update((videos.name(i), reason) for i, reason in views["bad"])
             torch.manual_seed(step_seed(seed, step, self.rank))
             yield step, batch
             self.bar.update()
-            due = save_every and ((step + 1) % save_every == 0 or step + 1 == total)
-            if self._ends(step + 1, save_every, due):
-                break
-        if save_every and total == 0:  # nothing is trained, and the start is kept
-            self.save(0, self.kept[0], **self.kept[1])
+            step += 1
+        if self.stopped:
+            self.say(f"stopped by a signal after step {step}")
         self._gather_bad()
         self.bar.close()
         self.bar = None
 
-    def _ends(self, step, save_every, due):
-        """Whether a signal has reached any rank; what `resume` was given is then saved, as when it is due."""
-        self.stopped = self.told_to_stop()
-        if due or save_every and (self.stopped or self.late):
-            self.save(step, self.kept[0], **self.kept[1])
-        if self.stopped:
-            self.say(f"stopped by a signal after step {step}")
-        return self.stopped
+    def _tests(self, step):
+        """Whether a quick test is due after `step` steps."""
+        return self.test_every and (step == self.total or step > 0 and step % self.test_every == 0)
+
+    def due(self, step, every):
+        """Whether a checkpoint is due after `step` steps; all ranks must ask, in each step.
+
+        It is at multiples of `every`, after the last step, before a quick test, `save_minutes` after the last
+        checkpoint, and where a signal has reached any rank, which also ends `steps`.
+        """
+        self.stopped, is_late = self._signals()
+        at_once = self.stopped or is_late or step == self.total
+        return at_once or step % every == 0 or self._tests(step)
 
     @contextmanager
     def untimed(self):
@@ -337,16 +324,19 @@ class Run:
             yield
         self.mark += time.perf_counter() - began
 
-    def told_to_stop(self):
-        """Whether a signal has reached any rank; all ranks must ask. `late` is then by rank 0's clock."""
-        late = self.main and time.monotonic() - self.saved >= 60 * self.save_minutes
-        flags = torch.tensor([self.stop or self._orphaned(), late], dtype=torch.int32)
+    def should_stop(self):
+        """Whether a signal has reached any rank; all ranks must ask."""
+        return self._signals()[0]
+
+    def _signals(self):
+        """(a signal has reached any rank, `save_minutes` have passed since the last checkpoint of rank 0)."""
+        is_late = self.main and time.monotonic() - self.saved >= 60 * self.save_minutes
+        flags = torch.tensor([self.stop or self._orphaned(), is_late], dtype=torch.int32)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-        stop, self.late = flags.bool().tolist()
-        return stop
+        return flags.bool().tolist()
 
     def _orphaned(self):
-        """Whether torchrun is gone: some signals end it and leave its processes alone."""
+        """Whether torchrun has exited, which some signals cause without stopping its workers."""
         return "RANK" in os.environ and os.getppid() != PARENT
 
     def track(self, step, lr, **terms):
@@ -390,23 +380,22 @@ class Run:
             self.bar.set_postfix_str(shown[:160], refresh=False)
 
     def _diverged(self, what):
-        return UserError(f"{what}; start again with a lower {self.lr_flag} in another --out, or here after "
+        return UserError(f"{what}; start again with a lower --lr in another --out, or here after "
                          f"deleting {self.out}/last*.pt")  # fmt: skip
 
-    def _append(self, name, *lines):
-        """Add lines to a file of the run folder. What the disk does not take goes with the next ones."""
-        late, path, end = self.unwritten.pop(name, []), self.out / name, None
+    def _append(self, name, text):
+        """Add text to a file of the run folder. What the disk does not take is tried again with the next."""
+        path, is_first = self.out / name, name not in self.unwritten
+        text, size = self.unwritten.pop(name, "") + text, path.stat().st_size if path.exists() else 0
         try:
             with open(path, "a", encoding="utf-8", errors="surrogateescape") as file:
-                end = file.tell()
-                file.writelines([*late, *lines])
+                file.write(text)
         except OSError as error:
-            self.unwritten[name] = [*late, *lines]
-            if not late:
+            self.unwritten[name] = text
+            if is_first:
                 self.say(f"{path} cannot be written: {error.strerror}; training goes on")
-            if end is not None:
-                with suppress(OSError):
-                    os.truncate(path, end)  # no half a line
+            with suppress(OSError):
+                os.truncate(path, size)  # no half a line
 
     def _gather_bad(self):
         """Let all ranks know all unreadable videos; rank 0 names each once in bad_videos.txt.
@@ -433,9 +422,9 @@ class Run:
         """Write last.pt: `step` finished steps, the state_dict of every part, and `identity`.
 
         `identity` is a flat dict of what a resumption must share (labelled list, classes, networks).
-        The file is complete or absent, and the one before is kept, but on a full disk, where it makes room.
-        A disk that cannot take it is reported; training goes on, and the run ends with status 1. Raises
-        UserError on every rank when the weights are not finite.
+        The file is complete or absent, and the one before is kept. A disk that cannot take it is reported;
+        training goes on, and the run ends with status 1. Raises UserError on every rank when the weights are
+        not finite.
         """
         nets = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
         if not all(torch.isfinite(p).all() for net in nets for p in net.parameters()):  # equal on all ranks
@@ -448,36 +437,24 @@ class Run:
         state = {"script": self.script, "identity": identity, "step": step, "world": self.world,
                  "parts": {name: part.state_dict() for name, part in parts.items()},
                  "seconds": self.seconds, "since_row": since}  # fmt: skip
-        last, previous = self.out / "last.pt", self.out / "last.prev.pt"
         try:
-            if step == self.total:
-                self.out.mkdir(exist_ok=True)  # a folder that is gone: the last chance to keep the weights
-            try:
-                files.save(state, last, keep=previous)
-            except OSError as error:
-                if error.errno not in FULL or not previous.exists():
-                    raise
-                previous.unlink()  # a full disk has room for the new one without the oldest
-                files.save(state, last)
+            files.save(state, self.out / "last.pt", keep=self.out / "last.prev.pt")
             self.save_failed = None
         except OSError as error:
-            self.save_failed = f"the checkpoint of step {step} is not in {last}: {error.strerror}"
+            self.save_failed = f"the checkpoint of step {step} is not in {self.out}/last.pt: {error.strerror}"
             self.say(self.save_failed + "; training goes on, the older one is kept")
         self.saved = time.monotonic()
 
-    def resume(self, identity, samples=True, **parts):
+    def resume(self, identity, **parts):
         """Load last.pt into `parts` if it is there; returns the number of finished steps, else 0.
 
         Only rank 0 reads the file. A damaged one falls back to last.prev.pt with a warning. A run
         that goes on with another number of ranks has steps of another size: their number is
         converted, so that it has seen as many samples. Raises UserError for another script, another
-        identity, or files that are all damaged. `steps` saves the same parts. samples: False where steps are
-        the same for any number of ranks.
+        identity, or files that are all damaged.
         """
-        self.kept = identity, parts
         state = self.on_main(self._read_checkpoint, identity)
         self.on_main(self._truncate_log, state["step"] if state else 0)
-        self.on_main(self._check_space, parts)
         if state is None:
             return 0
         try:
@@ -491,8 +468,8 @@ class Run:
             sums, self.count, self.wait, self.elapsed = state["since_row"][self.rank]
             self.sums = {name: torch.tensor(value, device=self.device) for name, value in sums.items()}
         self.say(f"resumed from {state['path']} after step {state['step']}")
-        step = state["step"] * state["world"] // self.world if samples else state["step"]
-        if samples and state["world"] != self.world:
+        step = state["step"] * state["world"] // self.world
+        if state["world"] != self.world:
             self.say(f"that was with {state['world']} ranks; with {self.world} it is step {step}, and the "
                      "batch of a step, and a learning rate that follows it, are others")  # fmt: skip
         return step
@@ -524,35 +501,19 @@ class Run:
 
     def _truncate_log(self, step):
         """Drop the rows of log.jsonl that the run will write again, and damaged lines."""
-        path, rows, damaged = self.out / "log.jsonl", [], 0
-        data = path.read_bytes() if path.exists() else b""
-        lines = data.splitlines()
+        path, rows, n_damaged = self.out / "log.jsonl", [], 0
+        lines = path.read_bytes().splitlines() if path.exists() else []
         for line in lines:
             try:
                 row = json.loads(line.decode())
                 # A row about step n was written after n steps; an evaluation there is done again.
-                rows += [line + b"\n"] * (row["step"] < step + ("eval" not in row))
+                rows += [line.decode() + "\n"] * (row["step"] < step + ("eval" not in row))
             except (ValueError, KeyError, TypeError):
-                damaged += 1
-        if damaged:
-            self.say(f"{path}: {damaged} of {len(lines)} lines are damaged and were dropped")
-        if b"".join(rows) != data:
-            files.write(path, b"".join(rows).decode())
-
-    def _check_space(self, parts):
-        """Raise UserError where what the run is going to keep does not fit on the disk."""
-        nets = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
-        need = model = files.size([net.state_dict() for net in nets])
-        for part in parts.values():
-            if isinstance(part, torch.optim.Optimizer):  # Adam's two moments or SGD's momentum
-                moments = 2 if "betas" in part.defaults else 1
-                need += moments * files.size([group["params"] for group in part.param_groups])
-        # last.pt, last.prev.pt, and a new one while it is written.
-        need *= 3 - sum((self.out / name).exists() for name in ("last.pt", "last.prev.pt"))
-        free = files.free_bytes(self.out)
-        if free < need + model:
-            raise UserError(f"--out {self.out} is on a disk with {free / 1e6:.1f} MB free; last.pt, "
-                            f"last.prev.pt and model.pt need {(need + model) / 1e6:.1f} MB")  # fmt: skip
+                n_damaged += 1
+        if n_damaged:
+            self.say(f"{path}: {n_damaged} of {len(lines)} lines are damaged and were dropped")
+        if lines:
+            files.write(path, "".join(rows))
 
     # ---------------------------------------------------------------------------- results
 
@@ -561,36 +522,33 @@ class Run:
         if self.main:
             files.write(self.out / name, text)
 
-    def finished(self, identity=None):
+    def finished(self, identity):
         """Whether a run has already ended here; its RESULT line is then printed again.
 
-        Not if the data are elsewhere than they were: `resume` then checks that they are the same.
-        identity: as `save` has it; a result that was made from another one is refused, a UserError.
+        Raises UserError if the result is one of another `identity`, see `save`.
         """
-        row = self.on_main(self._read_result)
+        row = self.on_main(self._read_result, identity)
         if row:
-            if identity is not None:
-                self.on_main(self._read_checkpoint, identity)
-            self.show_result(row)
+            self._show_result(row)
         return self.ended
 
-    def _read_result(self):
+    def _read_result(self, identity):
         path = self.out / "result.json"
-        if self.moved:
-            return None
         try:
-            return json.loads(path.read_text()) if path.exists() else None
+            row = json.loads(path.read_text()) if path.exists() else None
         except ValueError:
             self.say(f"{path} is damaged: the test is made again")
             return None
+        if row:
+            self._read_checkpoint(identity)
+        return row
 
     def result(self, row):
-        """Write result.json and print the final RESULT line (rank 0)."""
+        """Write result.json and print the final RESULT line, `RESULT name=value ...` (rank 0)."""
         self.write("result.json", json.dumps(row, indent=1))
-        self.show_result(row)
+        self._show_result(row)
 
-    def show_result(self, row):
-        """Print `RESULT name=value ...`, one line that can be searched for (rank 0)."""
+    def _show_result(self, row):
         self.ended = True
         words = (f"{k}={v:.2f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
         self.say(" ".join(["RESULT", *words]))
@@ -599,17 +557,8 @@ class Run:
 # -------------------------------------------------------------------------------- functions
 
 
-def _files(value, folder=""):
-    """The files that a value of a flag, "a,b" or a list, may name; relative ones are in `folder`."""
-    if isinstance(value, list):
-        return [_files(part, folder) for part in value]
-    if not isinstance(value, str):
-        return value
-    return [os.path.realpath(os.path.join(folder, part)) for part in value.split(",")]
-
-
 def _names(value):
-    """The same without the folders; other values as they are."""
+    """The files that a value of a flag, "a,b", may name, without their folders; other values as they are."""
     if not isinstance(value, str):
         return value
     return ",".join(os.path.basename(os.path.abspath(part)) for part in value.split(","))
@@ -673,14 +622,10 @@ def step_seed(seed, step, rank):
 
 def versions():
     """Versions of what the numbers of a run depend on, and the commit if there is one."""
-    import av
-    import torchvision
-
-    here = Path(__file__).parent
+    here, packages = Path(__file__).parent, ("torch", "torchvision", "av", "numpy")
     try:
         git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     except OSError:
         git = ""
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "av": av.__version__,
-            "torchvision": torchvision.__version__, "numpy": np.__version__,
-            "commit": git.strip() or None}  # fmt: skip
+    numbers = {name: metadata.version(name) for name in packages}
+    return {"python": sys.version.split()[0], **numbers, "commit": git.strip() or None}

@@ -76,7 +76,7 @@ def train(args, run):
     data = agreed(load_data, args.data, args.root, args.split)
     if args.eval:
         net, recipe = load_for(args.eval, data, run.device, clips=args.clips, crops=args.crops)
-        evaluate.report(net, data, recipe, run, args.workers, **wanted(args))
+        evaluate.report({"net": (net, recipe)}, data, run, args.workers, **wanted(args))
         return
     labels = args.ratio, args.per_class, args.seed, args.labelled_list
     held_out = hold_out(data.train, args.holdout, args.seed)
@@ -105,40 +105,38 @@ def train(args, run):
     net = run.distribute(backbones.build(**build, weights=args.init), args.channels_last, args.compile)
     lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, 8)
     optimizer = optim.build(args.optimizer, net.parameters(), lr, args.weight_decay)
-    start = run.resume(identity, net=net.module, optimizer=optimizer)
+    parts, tested = {"net": net.module, "optimizer": optimizer}, {"net": (net.module, recipe)}
+    start = run.resume(identity, **parts)
     run.write("labelled.txt", as_list(videos))
     run.say(f"{total} steps, {epoch} an epoch, of {args.batch * run.world} clips; {rule}; {run.device.type}")
     loader = train_loader([(clips, args.batch)], start, total, run.rank, run.world, args.workers)
-    test = partial(quick_test, args, run, data, net.module, recipe)
-    for step, (batch,) in run.steps(loader, start, total, args.seed, [videos], epoch, test, every):
+    for step, batches in run.steps(loader, start, total, args.seed, [videos], every):
+        if batches is None:  # between two steps
+            evaluate.quick_test(tested, data.test, run, args.workers, step)
+            continue
         with run.autocast():
-            logits = net(recipe.to_input(batch["views"][0], run.device))
-            loss = F.cross_entropy(logits, batch["label"].to(run.device))
+            logits = net(recipe.to_input(batches[0]["views"][0], run.device))
+            loss = F.cross_entropy(logits, batches[0]["label"].to(run.device))
         optim.set_lr(optimizer, lr * optim.warmup_cosine(step, total))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         run.track(step, optimizer.param_groups[0]["lr"], loss=loss)
-    if not run.stopped:
-        if run.main:
-            save_model(run.out / "model.pt", net.module, build, data.classes, recipe)
-        evaluate.report(net.module, data, recipe, run, args.workers, **wanted(args))
-
-
-def quick_test(args, run, data, net, recipe, step):
-    """Accuracy on one view of each test video, into the log."""
-    scores = evaluate.score(net, data.test, replace(recipe, clips=1, crops=1), run, args.workers)
-    if scores is not None:
-        run.log({"step": step, "eval": "quick", "top1": round(evaluate.metrics(scores)["top1"], 4)})
+        if run.due(step + 1, epoch):
+            run.save(step + 1, identity, **parts)
+    if run.stopped:
+        return
+    if run.main:
+        save_model(run.out / "model.pt", net.module, build, data.classes, recipe)
+    evaluate.report(tested, data, run, args.workers, **wanted(args))
 
 
 def main(argv=None):
     """Train a network, or find it trained; False if a signal has stopped it."""
     args = parse_args(argv)
-    often = args.log_every, args.max_bad, args.save_minutes
-    with Run("supervised", args.out, vars(args), free_flags(args), *often) as run:
+    with Run("supervised", args.out, vars(args), free_flags(args)) as run:
         train(args, run)
-        return run.ended and not run.told_to_stop()
+        return run.ended and not run.should_stop()
 
 
 if __name__ == "__main__":

@@ -356,7 +356,7 @@ def test_every_parameter_is_in_one_group_with_its_decay(name):
 
 @pytest.fixture
 def run(tmp_path):
-    with Run("mml", tmp_path / "out", {}, log_every=1) as run:
+    with Run("mml", tmp_path / "out", {"log_every": 1}) as run:
         yield run
 
 

@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.usefixtures("leave", "group"),
 
 @pytest.fixture
 def run(tmp_path):
-    with Run("motionfit", tmp_path / "out", {}, log_every=1) as run:
+    with Run("motionfit", tmp_path / "out", {"log_every": 1}) as run:
         yield run
 
 
@@ -1088,7 +1088,7 @@ def test_stages_run_in_turn_until_one_is_stopped(stop, monkeypatch):
 
 
 def test_a_stopped_stage_leaves_no_model(sets, tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "told_to_stop", lambda run: True)
+    monkeypatch.setattr(Run, "should_stop", lambda run: True)
     args = args_of("generator", line_of(sets, tmp_path))
     assert not motionfit.one_run("generator", args, {})
     folder = tmp_path / "generator"

@@ -16,7 +16,6 @@ import time
 import zipfile
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import forks
 import numpy as np
@@ -216,18 +215,6 @@ def test_disk_that_cannot_take_a_checkpoint(tmp_path):
     assert resumed(tmp_path) == (1, 1.0) and not list(tmp_path.glob("*.tmp"))
 
 
-def test_on_a_full_disk_the_oldest_checkpoint_makes_room(tmp_path, monkeypatch):
-    saved(tmp_path, 1.0, 2.0)
-    with Run("cmpl", tmp_path, {}) as run, monkeypatch.context() as patch:
-
-        def full(path, mode):
-            return (FullDisk if (tmp_path / "last.prev.pt").exists() else io.FileIO)(path, mode)
-
-        patch.setattr(files, "open", full, raising=False)
-        run.save(3, IDENTITY, net=small_net(3.0))
-    assert resumed(tmp_path) == (3, 3.0) and not (tmp_path / "last.prev.pt").exists()
-
-
 def test_model_on_a_full_disk(tmp_path, monkeypatch):
     """torch.save hides what the disk says; the sentence names the file and the space needed."""
     monkeypatch.setattr(files, "open", FullDisk, raising=False)
@@ -241,23 +228,11 @@ def test_model_on_a_full_disk(tmp_path, monkeypatch):
     assert str(tmp_path / "result.json") in explain(failed.value)[0]
 
 
-@pytest.mark.parametrize("free, fits", [(190e3, False), (200e3, True)])
-def test_space_is_checked_before_training(tmp_path, monkeypatch, free, fits):
-    """For three checkpoints with Adam's two moments, and for model.pt: 10 times 20 kB of weights."""
-    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_blocks=9, f_bavail=free, f_frsize=1))
-    net = torch.nn.Linear(1000, 5, bias=False)
-    optimizer = torch.optim.AdamW(net.parameters())
-    with Run("cmpl", tmp_path, {}) as run:
-        with nullcontext() if fits else pytest.raises(UserError, match=r"0.2 MB free.* need 0.2 MB"):
-            run.resume(IDENTITY, net=net, optimizer=optimizer)
-
-
 def test_a_run_folder_that_disappears(tmp_path, capsys):
     """Training goes on; what was not written is, once the folder is back."""
     out, away = tmp_path / "out", tmp_path / "away"
-    with Run("cmpl", out, {}, log_every=1) as run:
-        run.resume(IDENTITY, net=small_net(1.0))
-        for step, _ in run.steps(loader(8, [(0, "x")]), 0, 8, 0, [videos(100)], 2):
+    with Run("cmpl", out, {"log_every": 1}) as run:
+        for step in saving(run, 8, 2, bad=[(0, "x")]):
             run.track(step, 0.1, loss=0.0)
             if step in (0, 5):
                 out.rename(away) if step == 0 else away.rename(out)
@@ -265,15 +240,6 @@ def test_a_run_folder_that_disappears(tmp_path, capsys):
     assert (out / "bad_videos.txt").exists() and files.load(out / "last.pt")["step"] == 8
     said = capsys.readouterr().out
     assert said.count("log.jsonl cannot be written") == 1 and "step 4 is not in" in said
-
-
-def test_weights_of_a_run_folder_that_is_gone(tmp_path):
-    with Run("cmpl", tmp_path / "out", {}) as run:
-        run.resume(IDENTITY, net=small_net(1.0))
-        for step, _ in run.steps(loader(4), 0, 4, 0, [videos(1)], 4):
-            if step == 1:
-                shutil.rmtree(run.out)
-    assert resumed(tmp_path / "out") == (4, 1.0)
 
 
 @pytest.mark.parametrize("number, tolerated", [(errno.EINVAL, True), (errno.EIO, False)])
@@ -309,25 +275,18 @@ def begun(out, args, name="last.pt"):
 
 
 @pytest.mark.parametrize("flag, before, now", [
-    ("data", "w/tiny", "w/tiny/"), ("data", "w/tiny", "HERE/w/tiny"),
-    ("data", "/scratch/1/tiny", "/scratch/2/tiny"), ("data", "a/one,b/two", "c/one,c/two"),
-    ("root", None, "/scratch/1"), ("root", "/scratch/1", "/scratch/2"),
-    ("labelled_list", "a/few.txt", "/b/few.txt"), ("init", "a/model.pt", "./a/../a/model.pt"),
-    ("init", "a/model.pt", "HERE/a/model.pt"), ("teachers", ["a/b.pt", "c"], ["HERE/a/b.pt", "./c"]),
+    ("data", "w/tiny", "w/tiny/"), ("data", "a/one,b/two", "c/one,c/two"), ("root", None, "/scratch/1"),
+    ("labelled_list", "a/few.txt", "/b/few.txt"),
 ])  # fmt: skip
-def test_what_is_elsewhere_can_be_the_same(tmp_path, monkeypatch, flag, before, now):
-    """So a run can be resumed; but a result is not taken for that of data that may be others."""
-    monkeypatch.chdir(tmp_path)
-    now = json.loads(json.dumps(now).replace("HERE", str(tmp_path)))
-    begun(tmp_path / "out", {flag: before})
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere" if isinstance(now, str) and os.path.isabs(now) else tmp_path)
-    moved = before is None or str(before).startswith("/") or flag == "labelled_list" or "," in before
-    for _ in range(2):  # however often
-        with Run("cmpl", tmp_path / "out", {flag: now}) as run:
-            assert run.resume(IDENTITY, net=small_net()) == 1
-            run.write("result.json", "{}")
-            assert run._read_result() == (None if moved else {})
+def test_data_that_are_elsewhere_can_be_the_same(tmp_path, flag, before, now):
+    """Their identity decides, of a checkpoint and of a result."""
+    begun(tmp_path, {flag: before})
+    with Run("cmpl", tmp_path, {flag: now}) as run:
+        assert run.resume(IDENTITY, net=small_net()) == 1
+        run.write("result.json", '{"top1": 1.0}')
+        assert run.finished(IDENTITY)
+        with pytest.raises(UserError, match="classes 3, not 5"):
+            run.finished(IDENTITY | {"classes": 5})
 
 
 @pytest.mark.parametrize("flag, before, now", [
@@ -345,18 +304,9 @@ def test_what_is_something_else_is_refused(tmp_path, flag, before, now):
 
 def test_a_result_without_a_checkpoint_does_not_know_what_data_are(tmp_path):
     begun(tmp_path, {"data": "a/tiny"}, "result.json")
-    with Run("cmpl", tmp_path, {"data": "./a/tiny"}) as run, pytest.raises(UserError, match="not b/tiny"):
+    with Run("cmpl", tmp_path, {"data": "a/tiny"}) as run, pytest.raises(UserError, match="not b/tiny"):
         run.config = {"data": "b/tiny"}
         run._check_config()
-
-
-def test_slurm_tasks_that_do_not_know_of_each_other(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    with pytest.raises(UserError, match="torchrun --nproc_per_node GPUS"):
-        Run("cmpl", tmp_path, {})._join_group()
-    monkeypatch.setenv("SLURM_NTASKS", "1")
-    with Run("cmpl", tmp_path, {}):
-        pass
 
 
 def test_a_mistake_before_the_first_checkpoint_can_be_mended(tmp_path):
@@ -434,8 +384,16 @@ def videos(n):
     return Videos.make("/nowhere", [f"v{i}.mp4" for i in range(n)], np.zeros(n))
 
 
+def saving(run, total, every, start=0, bad=()):
+    """The steps of a loop that saves as the scripts do."""
+    for step, _ in run.steps(loader(total - start, bad), start, total, 0, [videos(100)]):
+        yield step
+        if run.due(step + 1, every):
+            run.save(step + 1, IDENTITY, net=small_net(1.0))
+
+
 def test_log_means_and_timing(tmp_path):
-    with Run("cmpl", tmp_path, {}, log_every=2) as run:
+    with Run("cmpl", tmp_path, {"log_every": 2}) as run:
         for step, _ in run.steps(loader(4), 0, 4, 0, [videos(100)]):
             run.track(step, 0.1, loss=torch.tensor(float(step)))
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -458,9 +416,9 @@ def test_a_resumed_run_logs_the_same_rows(tmp_path, stop):
     losses = np.random.default_rng(0).normal(size=7)
     for out, stops in (("whole", []), ("cut", [stop])):
         for until in (*stops, 7):
-            with Run("cmpl", tmp_path / out, {}, log_every=3) as run:
+            with Run("cmpl", tmp_path / out, {"log_every": 3}) as run:
                 start = run.resume(IDENTITY, net=small_net(1.0))
-                for step, _ in run.steps(loader(7 - start), start, 7, 0, [videos(9)], 100):
+                for step in saving(run, 7, 100, start):
                     run.track(step, 0.1, loss=losses[step], top1=step)
                     run.stop = step + 1 == until < 7
     logs = [rows(tmp_path / out) for out in ("whole", "cut")]
@@ -495,13 +453,13 @@ def test_log_whose_last_line_has_no_end(tmp_path):
 def test_damaged_result(tmp_path, capsys, text):
     (tmp_path / "result.json").write_bytes(text)
     with Run("cmpl", tmp_path, {}) as run:
-        assert not run.finished()
+        assert not run.finished(IDENTITY)
     assert "result.json is damaged" in capsys.readouterr().out
 
 
 def test_damaged_list_of_bad_videos(tmp_path):
     (tmp_path / "bad_videos.txt").write_text("v1.mp4\tno frames\nv3.m")
-    with Run("cmpl", tmp_path, {}, log_every=1) as run:
+    with Run("cmpl", tmp_path, {"log_every": 1}) as run:
         for step, _ in run.steps(loader(3, [(3, "x")]), 0, 3, 0, [videos(100)]):
             run.track(step, 0.1, loss=0.0)
     assert (tmp_path / "bad_videos.txt").read_text() == "v1.mp4\tno frames\nv3.mp4\tx\n"
@@ -510,10 +468,10 @@ def test_damaged_list_of_bad_videos(tmp_path):
 def test_loss_that_is_not_finite(tmp_path):
     """What the sentence says to do works, and nothing less."""
     begun(tmp_path, {"lr": 0.1})
-    with Run("cmpl", tmp_path, {"lr": 0.1}, log_every=1) as run:
+    with Run("cmpl", tmp_path, {"lr": 0.1, "log_every": 1}, ["log_every"]) as run:
         with pytest.raises(UserError, match="not finite at step 8: loss_u; .*lower --lr in") as found:
             run.track(7, 0.1, loss=torch.tensor(1.0), loss_u=torch.tensor(float("nan")))
-        run.config = {"lr": 0.01}
+        run.config["lr"] = 0.01
         with pytest.raises(UserError, match="another --out"):
             run._check_config()
     for path in tmp_path.parent.glob(str(found.value).split(f"{tmp_path.parent}/")[1]):
@@ -525,7 +483,7 @@ def test_loss_that_is_not_finite(tmp_path):
 def test_bad_videos_are_named_once_and_counted(tmp_path):
     found = [(3, "no frames\n of it"), (3, "no frames"), (4, "no such file")]
     for _ in range(2):  # the second time as a resumption
-        with Run("cmpl", tmp_path, {}, log_every=1) as run:
+        with Run("cmpl", tmp_path, {"log_every": 1}) as run:
             for step, _ in run.steps(loader(3, found), 0, 3, 0, [videos(100)]):
                 row = run.track(step, 0.1, loss=0.0)
         assert row["unreadable"] == 2
@@ -534,41 +492,44 @@ def test_bad_videos_are_named_once_and_counted(tmp_path):
 
 
 def test_too_many_bad_videos(tmp_path):
-    run = Run("cmpl", tmp_path, {}, log_every=1, max_bad=0.05)
+    run = Run("cmpl", tmp_path, {"log_every": 1, "max_bad": 0.05})
     with run, pytest.raises(UserError, match="2 of 20"):
         for step, _ in run.steps(loader(3, [(0, "x"), (1, "x")]), 0, 3, 0, [videos(20)]):
             run.track(step, 0.1, loss=0.0)
 
 
-@pytest.mark.parametrize("every, saved_after", [(2, [2, 4, 5]), (5, [5]), (9, [5]), (None, [])])
-def test_steps_save_what_resume_was_given(tmp_path, monkeypatch, every, saved_after):
-    found, net = [], small_net(1.0)
+@pytest.mark.parametrize("every, test_every, saved_after", [(2, 0, [2, 4, 5]), (9, 0, [5]), (9, 3, [3, 5])])
+def test_when_a_checkpoint_is_due(tmp_path, every, test_every, saved_after):
+    """At multiples of `every`, at the last step, and before a test."""
     with Run("cmpl", tmp_path, {}) as run:
-        monkeypatch.setattr(run, "save", lambda *args, **parts: found.append((*args, parts)))
-        run.resume(IDENTITY, net=net)
-        for _ in run.steps(loader(5), 0, 5, 0, [videos(1)], every):
-            pass
-    assert found == [(step, IDENTITY, {"net": net}) for step in saved_after]
+        steps = run.steps(loader(5), 0, 5, 0, [videos(1)], test_every)
+        assert [step + 1 for step, batch in steps if batch and run.due(step + 1, every)] == saved_after
 
 
-@pytest.mark.parametrize("samples, step", [(True, 6), (False, 3)])
-def test_steps_of_another_number_of_ranks(tmp_path, samples, step):
-    """Steps of samples are converted, iterations over everything are not."""
+@pytest.mark.parametrize(
+    "start, total, tested_after", [(0, 5, [2, 4, 5]), (4, 5, [4, 5]), (5, 5, [5]), (0, 0, [0])]
+)
+def test_when_a_quick_test_is_due(tmp_path, start, total, tested_after):
+    """Also at the step of a checkpoint, which a resumption begins with, and after the last."""
     with Run("cmpl", tmp_path, {}) as run:
-        run.world = 2  # as two ranks would have written
-        run.save(3, IDENTITY, net=small_net(1.0))
+        steps = [*run.steps(loader(total - start), start, total, 0, [videos(1)], 2)]
+    assert [step for step, batch in steps if batch is None] == tested_after
+    assert [step for step, batch in steps if batch is not None] == [*range(start, total)]
+
+
+def test_a_signal_during_a_quick_test_ends_the_loop_there(tmp_path):
     with Run("cmpl", tmp_path, {}) as run:
-        assert run.resume(IDENTITY, samples, net=small_net(2.0)) == step
+        for step, batch in run.steps(loader(9), 0, 9, 0, [videos(1)], 4):  # noqa: B007
+            run.stop = batch is None
+        assert step == 4 and run.stopped
 
 
 def test_a_stop_is_saved_once(tmp_path, monkeypatch):
     found = []
     with Run("cmpl", tmp_path, {}) as run:
         monkeypatch.setattr(run, "save", lambda step, *_, **__: found.append(step))
-        run.resume(IDENTITY, net=small_net(1.0))
-        for step, _ in run.steps(loader(9), 0, 9, 0, [videos(1)], 4):
-            if step == 5:
-                run.stop = True
+        for step in saving(run, 9, 4):
+            run.stop = step == 5
     assert found == [4, 6]
 
 
@@ -576,7 +537,7 @@ def test_a_stop_is_saved_once(tmp_path, monkeypatch):
 def test_signal_ends_after_the_step(tmp_path, number):
     before = signal.signal(number, signal.SIG_DFL)
     with Run("cmpl", tmp_path, {}) as run:
-        for step, _ in run.steps(loader(9), 0, 9, 0, [videos(1)]):
+        for step in saving(run, 9, 9):
             if step == 2:
                 os.kill(os.getpid(), number)
         assert run.stopped and step == 2
@@ -595,10 +556,9 @@ def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
     """Besides those of each epoch, one after the first step that ends so many minutes after the last."""
     saved_after, clock = [], [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    with Run("cmpl", tmp_path, {}, save_minutes=10) as run:
-        run.resume(IDENTITY, net=small_net(1.0))
+    with Run("cmpl", tmp_path, {"save_minutes": 10}) as run:
         monkeypatch.setattr(files, "save", lambda state, *_, **__: saved_after.append(state["step"]))
-        for _ in run.steps(loader(9), 0, 9, 0, [videos(1)], 7):
+        for _ in saving(run, 9, 7):
             clock[0] += 60 * 4
     assert saved_after == [3, 6, 7, 9]
 
@@ -608,10 +568,11 @@ import sys, torch
 from common.run import Run
 with Run("cmpl", sys.argv[1], {}) as run:
     run.save_minutes = run.rank * 1e9  # only the clock of rank 0 counts
-    run.resume({}, net=torch.nn.Linear(2, 2))
-    for step, _ in run.steps([[]] * 4, 0, 4, 0, [], 9):
+    for step, _ in run.steps([[]] * 4, 0, 4, 0, []):
         if run.main:
             print("saved", torch.load(run.out / "last.pt")["step"] if step else 0)
+        if run.due(step + 1, 9):
+            run.save(step + 1, {}, net=torch.nn.Linear(2, 2))
 """
 
 
@@ -647,7 +608,7 @@ if how != "closed":
 
 import warnings
 from common.run import Run
-with Run("cmpl", out, {}, log_every=1) as run:
+with Run("cmpl", out, {"log_every": 1}) as run:
     for step, _ in run.steps([[]] * 99, 0, 99, 0, []):
         run.track(step, 0.1, loss=0.0)
         print("x" * 99, file=sys.stderr)
@@ -675,7 +636,7 @@ with Run("cmpl", sys.argv[1], {}) as run:
 @pytest.mark.parametrize("left, status, words", [
     ({"RANK": "0"}, 2, "unset RANK"),
     ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, 2, "unset RANK"),
-    ({"WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, 0, "WORLD_SIZE is set without RANK"),
+    ({"WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, 0, "ranks 1"),
 ])  # fmt: skip
 def test_environment_of_ranks_without_the_ranks(tmp_path, monkeypatch, left, status, words):
     for name, value in left.items():
@@ -683,7 +644,6 @@ def test_environment_of_ranks_without_the_ranks(tmp_path, monkeypatch, left, sta
     process = start(tmp_path / "alone.py", ALONE, tmp_path / "out")
     printed, err = process.communicate(timeout=120)
     assert process.returncode == status and words in printed + err and "Traceback" not in err
-    assert status or "ranks 1" in printed
 
 
 COMPILES = """

@@ -368,15 +368,15 @@ def test_for_test_is_a_copy_with_exact_statistics(folder, run):
     args = arguments(channels_last=False, precise_bn=4, seed=3, workers=0)
     recipe = replace(SMALL, modality="tg", short_side=18)
     many = replace(recipe, clips=3, crops=3, size=20)  # the views of a test, not of PreciseBN
-    tested = tg_distill.for_test(net, BUILD, args, data, many, run)
+    tested, _ = tg_distill.for_test(args, {"tg": net}, BUILD, data, {"tg": many}, run)["tg"]
     expected, chosen = tiny_backbone(), sorted(np.random.default_rng(3).permutation(10)[:4].tolist())
     evaluate.precise_bn(expected, videos.subset(chosen), recipe, run)
     assert all(map(torch.equal, tested.state_dict().values(), expected.state_dict().values()))
     after = net.module.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)  # training never sees it
     args.precise_bn = 0
-    same = tg_distill.for_test(net, BUILD, args, data, many, run).state_dict()
-    assert all(torch.equal(value, before[f"backbone.{k}"]) for k, value in same.items())
+    same, _ = tg_distill.for_test(args, {"tg": net}, BUILD, data, {"tg": many}, run)["tg"]
+    assert all(torch.equal(value, before[f"backbone.{k}"]) for k, value in same.state_dict().items())
 
 
 # ---- a step ----------------------------------------------------------------------------------------
