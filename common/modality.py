@@ -89,15 +89,15 @@ class Streams:
         return min(self.lengths.values())
 
     def _flow(self):
-        from common.io import flow  # only where flow is asked for: it brings TV-L1
+        from common.io import flow  # as in with_flow
 
         path, span = self.videos.path(self.index), self.videos.span(self.index)
         if self.videos.flow is None:
             return flow.Computed(path, span, self.bound, self.flow_side)
-        found = flow.find_flow(self.videos.flow, self.videos.name(self.index))
-        if found is None:
+        extracted = flow.find_flow(self.videos.flow, self.videos.name(self.index))
+        if extracted is None:
             raise VideoError(f"no extracted flow of it in {self.videos.flow}")
-        return flow.Flow(found, span)
+        return flow.Flow(extracted, span)
 
     def _source(self, modality):
         return self._sources[MODALITIES[modality].source]
@@ -108,50 +108,48 @@ class Streams:
         Window k is of modality k; with one modality all are, and with several in turn.
         """
         kinds = [self.modalities[k % len(self.modalities)] for k in range(len(windows))]
-        found = [None] * len(windows)
+        clips = [None] * len(windows)
         for source in self._sources.values():
-            mine = [k for k, kind in enumerate(kinds) if self._source(kind) is source]
-            if mine:
-                pictures = [pictures_of(windows[k], kinds[k], len(source), self.interval) for k in mine]
-                for k, clip in zip(mine, read_windows(source, pictures, short_side), strict=True):
-                    found[k] = clip
-        return found
+            numbers = [k for k, kind in enumerate(kinds) if self._source(kind) is source]
+            if numbers:
+                pictures = [pictures_of(windows[k], kinds[k], len(source), self.interval) for k in numbers]
+                for k, clip in zip(numbers, read_windows(source, pictures, short_side), strict=True):
+                    clips[k] = clip
+        return clips
 
 
 def with_flow(data, name, root, folder, run, modalities, models):
-    """`data` with the folder of its flow if there is one, and the (bound, short side) of that flow.
+    """(`data` with the folder of its flow or None, (bound, short side) of the flow).
 
-    name, root: as load_data had them; folder: of the flow, <root>_flow if None, and then flow is made for
-    toy data and for others, without a folder, computed clip by clip. models: {path: Recipe} of models that
-    must know flow of that scale; flow that is computed has theirs. Nothing is done if `modalities` are
-    without flow. Raises UserError for a folder that is not there, or of another scale.
+    name, root: as of load_data. folder: of extracted flow; by default <root>_flow, where flow of toy data is
+    made first. Without a folder flow is computed clip by clip. models: {path: Recipe}; flow that is computed
+    has the scale of those that need flow. Nothing is done if no one of `modalities` is made of flow.
+    Raises UserError for a folder that is not there, and for models that need flow of another scale.
     """
-    usual = BOUND, FLOW_SIDE
+    scale = BOUND, FLOW_SIDE
     if not any(MODALITIES[m].source == "flow" for m in modalities):
-        return data, usual
-    from common.io import flow  # as above
+        return data, scale
+    from common.io import flow  # only where flow is asked for: it brings TV-L1
 
-    made = folder is None and name.split(":")[0] == "toy"
-    found = folder or f"{(root or default_root(name)).rstrip('/')}_flow"
-    command = f"python -m common.tools.flow {name} --out {found}"
-    if made:
-        videos = list(data.parts().values())
-        flow.extract_flow(videos, found, device=run.device, rank=run.rank, world=run.world, say=run.say)
+    out = folder or f"{(root or default_root(name)).rstrip('/')}_flow"
+    command = f"python -m common.tools.flow {name} --out {out}"
+    if folder is None and name.split(":")[0] == "toy":
+        flow.extract_flow(list(data.parts().values()), out, scale, run.device, (run.rank, run.world))
         dist.barrier()
-    elif not os.path.isdir(found) and folder:
+    elif not os.path.isdir(out) and folder:
         raise UserError(f"the folder of flow {folder} is not there: {command}")
-    elif not os.path.isdir(found):
-        run.say(f"no extracted optical flow in {found}: computing it for every clip, about 0.3 seconds of a "
+    elif not os.path.isdir(out):
+        run.say(f"no extracted optical flow in {out}: computing it for every clip, about 0.3 seconds of a "
                 f"CPU core for each field of 340 x 256 pixels; {command} does it once for all")  # fmt: skip
-        found = None
-    scales = {path: (r.bound, r.flow_side) for path, r in models.items()
-              if MODALITIES[r.modality].source == "flow"}  # fmt: skip
-    scale = flow.scale_of(found) if found else next(iter(scales.values()), usual)
-    agree({"optical flow": [f"{'extracted' if found else 'computed'}, bound and short side {scale}"]})
-    for path, wants in scales.items():
-        if wants != scale:
-            raise UserError(f"{path} wants flow of bound and short side {wants}, not of {scale}")
-    return data.with_flow(found), scale
+        out = None
+    needed = {path: (recipe.bound, recipe.flow_side) for path, recipe in models.items()
+              if MODALITIES[recipe.modality].source == "flow"}  # fmt: skip
+    scale = flow.scale_of(out, scale) if out else next(iter(needed.values()), scale)
+    agree({"optical flow": [f"{'extracted' if out else 'computed'}, bound and short side {scale}"]})
+    for path, scale_of_model in needed.items():
+        if scale_of_model != scale:
+            raise UserError(f"{path} wants flow of bound and short side {scale_of_model}, not of {scale}")
+    return data.with_flow(out), scale
 
 
 def pictures_of(window, modality, n, interval=1):

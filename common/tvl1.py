@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 SMALLEST = 16  # pixels; no level of the pyramid has a shorter side, as in OpenCV
 # Pixels of the pictures that are worked on together: on the CPU what fits its caches.
-TOGETHER = {"cpu": 2**16, "cuda": 2**24}
+PIXELS_AT_ONCE = {"cpu": 2**16, "cuda": 2**24}
 
 
 # ---- TV-L1 -----------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ def tvl1(frames, *, tau=0.25, lam=0.15, theta=0.3, nscales=5, zfactor=0.8, warps
         raise ValueError(f"frames are uint8, or floats from 0 to 1, not {frames.dtype}")
     first = torch.arange(n * t, device=frames.device).view(n, t)[:, :-1].flatten()
     scheme = dict(tau=tau, lam=lam, theta=theta, nscales=nscales, zfactor=zfactor, warps=warps)
-    flow = _flow(frames.flatten(0, 1), first, **scheme, iterations=iterations)
+    flow = flow_of_pairs(frames.flatten(0, 1), first, **scheme, iterations=iterations)
     return flow.unflatten(0, (n, t - 1))
 
 
@@ -53,7 +53,7 @@ SCHEME = {**tvl1.__kwdefaults__, "nscales": 8}
 
 
 @torch.no_grad()
-def _flow(frames, first, tau, lam, theta, nscales, zfactor, warps, iterations):
+def flow_of_pairs(frames, first, tau, lam, theta, nscales, zfactor, warps, iterations):
     """float32 (P, 2, H, W): from frames[i] to frames[i + 1] for each i of `first`, int64 (P,)."""
     if min(frames.shape[-2:]) < SMALLEST:
         height, width = frames.shape[-2:]
@@ -65,7 +65,7 @@ def _flow(frames, first, tau, lam, theta, nscales, zfactor, warps, iterations):
             flow = level.new_zeros(len(first), 2, *size)
         else:
             flow = F.interpolate(flow, size, mode="bilinear").div_(zfactor)
-        together = max(TOGETHER[level.device.type] // size.numel(), 1)
+        together = max(PIXELS_AT_ONCE[level.device.type] // size.numel(), 1)
         for u, i in zip(flow.split(together), first.split(together), strict=True):
             _refine(u, level[i], level[i + 1], tau, lam, theta, warps, iterations)
     return flow

@@ -22,16 +22,16 @@ from common.clips import Views
 from common.data import Data, Videos, labelled_subset
 from common.errors import UserError
 from common.io.decode import read_frames
-from common.io.flow import BOUND, SHORT_SIDE, write_flow
+from common.io.flow import write_flow
 from common.io.models import digest_of_model, load_model
-from common.modality import Recipe
+from common.modality import BOUND, FLOW_SIDE, Recipe
 from common.run import Run
 
 pytestmark = pytest.mark.usefixtures("leave", "group")
 
 MULTILABEL = pytest.mark.parametrize("multilabel", [False, True], ids=["single", "multilabel"])
 B, K = 6, 5
-SCALE = BOUND, SHORT_SIDE
+SCALE = BOUND, FLOW_SIDE
 
 
 def parsed(line=""):

@@ -14,8 +14,8 @@ from common.clips import Views
 from common.data import Data, Videos
 from common.errors import UserError, VideoError
 from common.io.decode import read_frames, read_windows
-from common.io.flow import BOUND, SHORT_SIDE, to_bytes, write_flow
-from common.modality import MODALITIES, Recipe, Streams, flip, stacked, temporal_gradient
+from common.io.flow import to_bytes, write_flow
+from common.modality import BOUND, FLOW_SIDE, MODALITIES, Recipe, Streams, flip, stacked, temporal_gradient
 from common.tvl1 import tvl1
 
 N, H, W = 12, 20, 24  # of the longest video
@@ -209,7 +209,7 @@ def test_flow_of_a_data_set(tmp_path, monkeypatch):
     messages, extracted = [], []
     run = SimpleNamespace(say=messages.append, device="cpu", rank=0, world=1)
     monkeypatch.setattr(
-        "common.io.flow.extract_flow", lambda videos, out, **_: extracted.append((len(videos), out))
+        "common.io.flow.extract_flow", lambda videos, out, *_: extracted.append((len(videos), out))
     )
     monkeypatch.setattr(modality.dist, "barrier", lambda: None)
     videos = Videos.make(tmp_path, ["a.mp4"], [0])
@@ -221,7 +221,7 @@ def test_flow_of_a_data_set(tmp_path, monkeypatch):
         assert with_flow.train.flow == with_flow.test.flow == with_flow.train.subset([0]).flow
         return with_flow.train.flow, *scale
 
-    usual = BOUND, SHORT_SIDE
+    usual = BOUND, FLOW_SIDE
     models = {"a": Recipe(2, 1, modality="flow", bound=8.0, flow_side=100), "b": Recipe(2, 1)}
     assert flow_of() == (None, *usual)
     assert f"python -m common.tools.flow ssv2 --out {tmp_path}/set_flow" in messages.pop()

@@ -38,7 +38,7 @@ PRESENT_ARROWS = {
     ("common/io/features.py", "common.evaluate"), ("common/io/features.py", "common.data.as_list"),
     ("common/io/features.py", "common.data.digest_of_videos"), ("common/io/models.py", "common.backbones"),
     ("common/io/models.py", "common.modality"), ("common/io/flow.py", "common.tvl1.SCHEME"),
-    ("common/io/flow.py", "common.tvl1.SMALLEST"), ("common/io/flow.py", "common.tvl1._flow"),
+    ("common/io/flow.py", "common.tvl1.SMALLEST"), ("common/io/flow.py", "common.tvl1.flow_of_pairs"),
 }  # fmt: skip
 
 

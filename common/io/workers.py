@@ -120,13 +120,16 @@ def in_parallel(job, items, workers, text):
     """Yield (item, job(item)) in order of completion, from a pool of processes with a progress bar.
 
     A job whose process dies (decoders crash on some files) has a sentence that says so for a result;
-    those that ran beside it are done again, one at a time. With 0 workers all run in this process.
+    those that ran beside it are done again, one at a time. With 0 workers all run in this process. Without a
+    text there is no bar.
     """
     from tqdm import tqdm
 
     every = 0.5 if sys.stderr.isatty() else 60
     todo, suspects = deque(items), deque()
-    with tqdm(total=len(items), desc=text, unit="video", mininterval=every, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=len(items), desc=text, unit="video", mininterval=every, dynamic_ncols=True, disable=not text
+    ) as bar:
         while todo and not workers:
             yield todo[0], job(todo.popleft())
             bar.update()
