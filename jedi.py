@@ -423,11 +423,13 @@ def embed(args, run, parts, experts):
         run.say(f"expert of {own.data.name}: {expert.path}, {expert.net.name}, {D} wide")
         net, identity = run.to_device(expert.net, args.channels_last), {"expert": digest_of_model(expert.net)}
         identity |= {f"network.{key}": value for key, value in expert.build.items()}
+        compute = partial(evaluate.blocks, net, net.embed, run=run, workers=args.workers, bar="features")
         for part in parts:
             videos = getattr(part.data, part.name)  # the whole list, so that runs can share the cache
-            what = features.Extraction(net, net.embed, videos, expert.recipe, identity, True, args.half)
+            blocks = partial(compute, videos, expert.recipe)
+            extraction = features.Extraction(videos, expert.recipe, blocks, identity, average=True)
             folder = Path(args.cache, slug(own.data.name), f"{slug(part.data.name)}_{part.name}")
-            cache = features.extract(folder, what, run, args.workers)
+            cache = features.extract(folder, extraction, run)
             if cache is None:
                 return None
             if part.name == "train" and len(cache.bad) > args.max_bad * len(videos):
@@ -436,7 +438,7 @@ def embed(args, run, parts, experts):
                                 f"{reason}; when they are mended, delete {folder}")  # fmt: skip
             good = np.flatnonzero(cache.counts[part.indices])
             rows = torch.from_numpy(cache.rows[cache.first[part.indices[good]]])
-            part.z[torch.from_numpy(good), first : first + D] = rows.to(run.device)
+            part.z[torch.from_numpy(good), first : first + D] = rows.to(z)
             part.bad |= {i: cache.bad[v] for i, v in enumerate(part.indices.tolist()) if v in cache.bad}
         first += D
         net.cpu()

@@ -226,12 +226,12 @@ def _train_batch(items):
 def eval_loader(views, block, rank=0, world=1, workers=0, done=()):
     """The test set in blocks of `block` consecutive videos; rank r takes blocks r, r + world, ...
 
-    So the same videos go through the network together for any number of ranks. done: numbers of blocks
-    that are left out, with what is left being shared out in the same way. Yields
+    So the same videos go through the network together for any number of ranks. done: first videos of the
+    blocks that are left out; the ranks share the other blocks in the same way. Yields
     dict(views=(sum of V, T, C, H, W) or None if none is readable, counts=(videos,) views of each,
     label, index, bad=[(index, reason), ...]).
     """
-    starts = [start for start in range(0, len(views), block) if start // block not in done]
+    starts = [start for start in range(0, len(views), block) if start not in done]
     blocks = [range(start, min(start + block, len(views))) for start in starts[rank::world]]
     return _loader(views, blocks, _test_batch, workers)
 

@@ -97,7 +97,7 @@ def blocks(net, call, videos, recipe, run, workers=0, bar=None, done=()):
 
     The second is None if no video of the block can be read. All ranks begin with the batch-norm statistics
     of rank 0. `net`, of which `call` is a part, is in eval mode until the end. A signal ends the loop after
-    the current block. bar: the name of a progress bar on rank 0. done: numbers of blocks to leave out.
+    the current block. bar: the name of a progress bar on rank 0. done: first videos of blocks to leave out.
     """
     for buffer in net.buffers():  # since the last step of DDP each rank has had its own
         dist.broadcast(buffer, 0)

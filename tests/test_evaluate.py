@@ -184,7 +184,7 @@ def test_blocks_of_videos(moving, tmp_path, monkeypatch, training):
         assert found[0][1] is None and [len(y) for _, y in found[1:]] == [2, 4]
         assert all(y.dtype == torch.float32 and not y.requires_grad and (y < 0).all() for _, y in found[1:])
         assert seen == [(2, False), (4, False)] and net.training == training
-        assert [batch["index"].tolist() for batch, _ in blocks(done={0, 2})] == [[2, 3]]
+        assert [batch["index"].tolist() for batch, _ in blocks(done={0, 4})] == [[2, 3]]
         for batch, _ in blocks():
             run.stop = batch["index"][0] == 2
         assert batch["index"].tolist() == [2, 3] and net.training == training

@@ -536,10 +536,10 @@ BAD = {("one", "train", 0): [4], ("one", "train", 1): [4, 6], ("two", "train", 1
        ("more", "train", 0): [0], ("one", "test", 0): [2], ("one", "test", 1): [0]}  # fmt: skip
 
 
-def features_of(n, D, without, dtype, seed):
+def features_of(n, D, without, seed):
     """The rows of n videos but for some."""
     good = [i for i in range(n) if i not in without]
-    rows = random(len(good), D, seed=seed).numpy().astype(dtype)
+    rows = random(len(good), D, seed=seed).numpy()
     return Features(rows, np.isin(np.arange(n), good).astype(np.int64), dict.fromkeys(without, f"bad {seed}"))
 
 
@@ -558,12 +558,11 @@ def disk(request, monkeypatch):
         for part in ("train", "test"):
             for k, D in enumerate((6, 5)):
                 without, n = BAD.get((name, part, k), []), len(getattr(one, part))
-                dtype = np.float16 if request.param else np.float32
-                there[name, part, k] = features_of(n, D, without, dtype, 100 * s + 10 * k + len(part))
+                there[name, part, k] = features_of(n, D, without, 100 * s + 10 * k + len(part))
 
-    def extract(folder, what, run, workers):
+    def extract(folder, extraction, run):
         expert, name, part = folder.parts[-2], *folder.name.split("_")
-        assert what.average and what.half == request.param and what.videos is getattr(data[name], part)
+        assert extraction.average and extraction.videos is getattr(data[name], part)
         asked.append(folder.name)
         return there[name, part, ["one", "two"].index(expert)]
 
@@ -595,7 +594,7 @@ def test_embeddings_of_all_experts_side_by_side(disk):
         for place, (i, row) in enumerate(zip(part.indices, part.z, strict=True)):
             expected = naive_row(disk, part, i)
             assert (place in part.bad) == (expected is None)
-            assert expected is None or np.array_equal(row, expected)
+            assert expected is None or np.array_equal(row, expected.astype(row.numpy().dtype))
     assert [sorted(part.bad) for part in parts] == [[4, 6], [2], [0], [0, 2], [2]]
     assert "two_test" not in disk.asked and "more_test" not in disk.asked
 
@@ -937,17 +936,15 @@ def changed(world, tmp_path, what):
         recipe = replace(recipe, crops=1) if what == "views" else recipe
         save_model(path, net, made, classes, recipe)
         return f"--expert {tmp_path}/experts", "two/one_train"
-    if what == "list":
-        shutil.copytree(world / "two", tmp_path / "two")
-        lines = (tmp_path / "two" / "test.txt").read_text().splitlines()
-        (tmp_path / "two" / "test.txt").write_text("\n".join(lines[::-1]) + "\n")
-        return f"--data {world}/one,{tmp_path}/two", "one/two_test"
-    return "--half", "one/one_train"
+    shutil.copytree(world / "two", tmp_path / "two")
+    lines = (tmp_path / "two" / "test.txt").read_text().splitlines()
+    (tmp_path / "two" / "test.txt").write_text("\n".join(lines[::-1]) + "\n")
+    return f"--data {world}/one,{tmp_path}/two", "one/two_test"
 
 
 @pytest.mark.parametrize("what, word", [("weights", "expert"), ("views", "recipe.crops 3, not 1"),
                                         ("network", "network.name tsm10-small, not tsn10-small"),
-                                        ("list", "videos"), ("half", "half False, not True")])  # fmt: skip
+                                        ("list", "videos")])  # fmt: skip
 def test_a_cache_of_something_else_is_refused(world, whole, tmp_path, what, word):
     more, folder = changed(world, tmp_path, what)
     said = refused(world, tmp_path / "out", f"--cache {whole}/cache {more}")

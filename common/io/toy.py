@@ -37,7 +37,7 @@ from common.errors import UserError
 from common.io import files
 
 VERSION = 2  # of the contents: a change that alters a video needs another number
-SIZE, FRAMES, FPS = 48, 48, 25
+SIZE, FPS = 48, 25
 SHAPES = 3
 DRIFT = 1 / 400  # cycles per frame, at most, by which anything strays besides its motion
 SWING = 0.2  # radius of circles and half the way of swings, as a share of the picture's side
@@ -95,6 +95,7 @@ class Look(NamedTuple):
     clutter: int = 0  # at most so many small shapes that stand still
     busy: bool = False  # a ground as bright and as sharply textured as the shapes, that stands still
     several: bool = False  # two shapes instead of SHAPES, each with a motion of its own
+    frames: int = 48  # of a video
 
 
 ALL = tuple(MOTIONS)
@@ -105,6 +106,7 @@ VARIANTS = {
     "c": Look(ALL[2:9], 40, textures=("checks",), outlines=("star",), clutter=4),
     "busy": Look((*ALL[:4], *ALL[6:]), 80, clutter=4, busy=True),
     "multi": Look((*ALL[:4], *ALL[6:]), 80, several=True),
+    "mini": Look(ALL[:4], 60, frames=32),
 }
 PARTS = ("train", "val", "test")
 
@@ -225,7 +227,7 @@ def render(variant, part, i, seed=0):
     motions *= 1 if look.several else SHAPES  # one for each shape
     draws = Draws((seed, list(VARIANTS).index(variant), PARTS.index(part), i))
     uniform = draws.uniform
-    t = np.arange(FRAMES)
+    t = np.arange(look.frames)
 
     def drifting():  # (4, T): x, y, angle, size
         return uniform(size=(4, 1)) + uniform(-DRIFT, DRIFT, (4, 1)) * t
@@ -234,13 +236,13 @@ def render(variant, part, i, seed=0):
     grid = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE
     if look.busy:  # at rest: one picture for all times
         ground = _texture(grid - x[:1], grid[:, None] - y[:1], draws, look, cycles=4, sharpness=3)
-        pictures = _between(uniform(0, 160, 3), uniform(120, 255, 3), ground).repeat(FRAMES, 1)
+        pictures = _between(uniform(0, 160, 3), uniform(120, 255, 3), ground).repeat(look.frames, 1)
     else:
         ground = _texture(grid - x, grid[:, None] - y, draws, look, cycles=2, sharpness=1)
         pictures = _between(uniform(0, 10, 3), uniform(10, 30, 3), ground)  # (3, T, H, W)
 
     for _ in range(draws.number(look.clutter + 1)):
-        still = np.broadcast_to(uniform(size=(4, 1)), (4, FRAMES))
+        still = np.broadcast_to(uniform(size=(4, 1)), (4, look.frames))
         _paint(pictures, *still, draws, look, scale=0.6)
     for motion in motions:
         state = dict(zip(("x", "y", "angle", "size"), drifting(), strict=True))

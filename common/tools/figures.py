@@ -12,6 +12,7 @@ The models are model.pt files of any script. The folder --out gets, of the test 
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -106,8 +107,9 @@ def embedding(args, run, data, models):
     """embedding.npz of the only model, from the features of all test videos in the folder `features`."""
     ((net, recipe),) = models.values()
     identity = {"weights": digest_of_model(net)}
-    extraction = features.Extraction(net, net.embed, data.test, recipe, identity, average=True)
-    cache = features.extract(run.out / "features", extraction, run, args.workers)
+    blocks = partial(evaluate.blocks, net, net.embed, data.test, recipe, run, args.workers, "features")
+    extraction = features.Extraction(data.test, recipe, blocks, identity, average=True)
+    cache = features.extract(run.out / "features", extraction, run)
     if cache is not None and run.main:
         readable = np.flatnonzero(cache.counts)
         names = np.array([data.test.name(i) for i in readable])

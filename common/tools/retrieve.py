@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common import evaluate
 from common.data import load_data
 from common.errors import UserError
 from common.flags import at_least
@@ -54,8 +55,10 @@ def retrieve(args, run):
     identity = {"weights": digest_of_model(net), "pooled": "max"}
     net, bank = net.to(run.device), {}
     for subset, videos in (("train", data.train), ("test", data.test)):
-        extraction = features.Extraction(net, partial(max_features, net), videos, recipe, identity)
-        bank[subset] = features.extract(run.out / subset, extraction, run, args.workers)
+        embed = partial(max_features, net)
+        blocks = partial(evaluate.blocks, net, embed, videos, recipe, run, args.workers, "features")
+        extraction = features.Extraction(videos, recipe, blocks, identity)
+        bank[subset] = features.extract(run.out / subset, extraction, run)
         if bank[subset] is None:  # a signal
             return
     counts = {"videos": len(data.test), "unreadable": len(bank["test"].bad), "seconds": round(run.seconds)}
