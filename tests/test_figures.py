@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent.parent
 
 def test_contact_sheet(tmp_path):
     rows = [pixels(3, 3, 8, 10), pixels(2, 3, 6, 20, seed=1)]  # 30 and 40 pixels wide
-    contact_sheet(tmp_path / "a.png", rows, ["row 1", "r\u00fcck"])
+    contact_sheet(tmp_path / "a.png", rows, ["row 1", "r\udcfcck"])
     sheet = np.asarray(Image.open(tmp_path / "a.png"))
     assert sheet.shape == (2 * LINE + 8 + 6, 40, 3) and sheet.dtype == np.uint8
     for top, row in ((LINE, rows[0]), (2 * LINE + 8, rows[1])):
@@ -191,7 +191,8 @@ def command(videos, tmp_path, leave, group):
 def test_cam_of_student_and_teacher(command):
     out = command("cam", "model", "teacher", flags=["--videos", "4", "--workers", "0"])
     assert sorted(path.name for path in out.glob("*.png")) == ["00000.png", "00002.png", "00003.png"]
-    assert Image.open(out / "00000.png").size == (2 * 12, 3 * (12 + LINE))
+    sheet = np.asarray(Image.open(out / "00000.png"))
+    assert sheet.shape == (3 * (12 + LINE), 2 * 12, 3) and sheet[-12:, 12:].any()  # two frames of TG, too
 
 
 @pytest.mark.parametrize("model", ["model", "teacher"])
