@@ -24,8 +24,8 @@ BUDGETS = {
 LINES_OF_CMPL = 4000  # of this project, in all that `import cmpl` loads
 # Today's lines, rounded up, of what is over its budget: limits to lower, until the dict is empty.
 PRESENT = {
-    "cmpl.py": 415, "tg_distill.py": 550, "mml.py": 560, "motionfit.py": 680, "jedi.py": 611,
-    "common/*.py": 3880, "common/**/*.py": 7580, "tests/*.py": 14980, "import cmpl": 6050,
+    "cmpl.py": 410, "tg_distill.py": 530, "mml.py": 540, "motionfit.py": 680, "jedi.py": 620,
+    "common/*.py": 3420, "common/**/*.py": 7170, "tests/*.py": 13500, "import cmpl": 5600,
 }  # fmt: skip
 
 # {room: the rooms that its files may import}, see `room_of`.
