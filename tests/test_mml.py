@@ -548,7 +548,7 @@ def test_a_run_follows_its_schedule_and_clips_gradients(folder, run, monkeypatch
     assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.1, 0.01, 0.01])  # epochs of 2 steps
     assert norms == pytest.approx([1e-3] * 8, rel=1e-3)
     quick = [("rgb", 0, 1, 1, 16), ("diff", 0, 1, 1, 16)]  # Sec. 3.1.1: one uniform clip, the training crop
-    assert recipes == quick + quick + [("diff", 1, 1, 3, 20), ("rgb", 1, 1, 3, 20)]
+    assert recipes == quick + quick + [("rgb", 1, 1, 3, 20), ("diff", 1, 1, 3, 20)]
 
 
 @pytest.mark.parametrize("mutual", ["mars", "d3d"])
