@@ -8,9 +8,9 @@ from torch.utils.data import Dataset, default_collate
 
 from common.errors import VideoError, reasons
 from common.io.decode import Video
-from common.io.workers import _loader
+from common.io.workers import loader
 
-STAND_INS = 10  # unreadable videos in a row after which training gives up
+MAX_UNREADABLE = 10  # videos in a row, after which training gives up
 
 
 # ---- which of n frames; what lies past the end starts again at the beginning ---------------------
@@ -104,13 +104,13 @@ class Clips(Dataset):
 
     sample(video, rng) -> list of index arrays, one per clip, which are decoded in one call; or a tuple of
     that list and a tensor, the label in place of the video's.
-    open(videos, index) -> what gives them, a context manager like Video, which it is by default.
+    open(videos, index) -> the source of the clips, a context manager like Video, which is the default.
     view(list of uint8 (T, C, H, W)) -> tensors in tuples or dicts, such as {net: {view: clip}}. Its
     randomness is torch's default generator, here a function of (seed, index, pass) and put back afterwards.
     clips[p] = dict(views=what view gives, label=int64 () or float32 (K,), index=int, bad=[(index, reason)]).
-    For an unreadable video the next position stands in, in another draw, lest a batch hold one clip
-    twice; STAND_INS in a row raise VideoError. A video is unreadable whatever opening or decoding it raises;
-    what `sample` and `view` raise is a bug and surfaces.
+    An unreadable video is replaced by the next position, with a new random draw, so that no clip repeats in
+    a batch; MAX_UNREADABLE in a row raise VideoError. A video is unreadable whatever opening or decoding it
+    raises; what `sample` and `view` raise is a bug and surfaces.
     """
 
     def __init__(self, videos, sample, view, seed, short_side=None, open=open_video):
@@ -122,7 +122,7 @@ class Clips(Dataset):
 
     def __getitem__(self, p):
         bad = []
-        for k in range(STAND_INS):
+        for k in range(MAX_UNREADABLE):
             index, draw = self.order[p + k]
             rng = np.random.default_rng((self.seed, index, draw, k))
             torch_seed = int(rng.integers(2**63))
@@ -137,7 +137,7 @@ class Clips(Dataset):
             label = _label_of(self.videos, index) if label is None else label
             return dict(views=views, label=label, index=index, bad=bad)
         path, reason = self.videos.path(bad[0][0]), bad[0][1]
-        raise VideoError(f"{path}: {reason} (and so for the {STAND_INS - 1} videos drawn after it)")
+        raise VideoError(f"{path}: {reason} (and so for the {MAX_UNREADABLE - 1} videos drawn after it)")
 
 
 class Views(Dataset):
@@ -181,46 +181,28 @@ def train_loader(sources, start, stop, rank=0, world=1, workers=0):
     before `start` is decoded. Yields a list with one dict per source: views, each (B, ...),
     label (B, ...), index (B,), bad=[(index, reason), ...].
     """
-    clips, sizes = zip(*sources, strict=True)
-    return _loader(_Joint(clips), _Steps(sizes, start, stop, rank, world), _joint_batch, workers)
+    return loader(_TrainBatches(sources, rank, world), range(start, stop), workers)
 
 
-class _Joint(Dataset):
-    """Several data sets as one: key (number of the data set, its own key)."""
+class _TrainBatches(Dataset):
+    """The batches of one rank by the number of their step."""
 
-    def __init__(self, parts):
-        self.parts = parts
+    def __init__(self, sources, rank, world):
+        self.sources, self.rank, self.world = sources, rank, world
 
-    def __getitem__(self, key):
-        return key[0], self.parts[key[0]][key[1]]
+    def __getitem__(self, step):
+        return [
+            self._batch(clips, size, (step * self.world + self.rank) * size) for clips, size in self.sources
+        ]
 
-
-class _Steps:
-    """The keys (source, position) of each of a rank's batches."""
-
-    def __init__(self, sizes, start, stop, rank, world):
-        self.sizes, self.steps, self.rank, self.world = sizes, range(start, stop), rank, world
-
-    def __len__(self):
-        return len(self.steps)
-
-    def __iter__(self):
-        for k in self.steps:
-            first = [(k * self.world + self.rank) * size for size in self.sizes]
-            yield [(s, first[s] + j) for s, size in enumerate(self.sizes) for j in range(size)]
+    def _batch(self, clips, size, first):
+        items = [clips[p] for p in range(first, first + size)]
+        bad = [fault for item in items for fault in item["bad"]]
+        return dict(_stack(items, "views", "label", "index"), bad=bad)
 
 
-def _joint_batch(items):
-    parts = {}
-    for s, item in items:
-        parts.setdefault(s, []).append(item)
-    return [_train_batch(parts[s]) for s in sorted(parts)]
-
-
-def _train_batch(items):
-    batch = {k: default_collate([item[k] for item in items]) for k in ("views", "label", "index")}
-    bad = [fault for item in items for fault in item["bad"]]
-    return dict(batch, bad=bad)
+def _stack(items, *keys):
+    return {key: default_collate([item[key] for item in items]) for key in keys}
 
 
 def eval_loader(views, block, rank=0, world=1, workers=0, done=()):
@@ -232,14 +214,19 @@ def eval_loader(views, block, rank=0, world=1, workers=0, done=()):
     label, index, bad=[(index, reason), ...]).
     """
     starts = [start for start in range(0, len(views), block) if start not in done]
-    blocks = [range(start, min(start + block, len(views))) for start in starts[rank::world]]
-    return _loader(views, blocks, _test_batch, workers)
+    return loader(_TestBlocks(views, block), starts[rank::world], workers)
 
 
-def _test_batch(items):
-    readable = [item["views"] for item in items if item["bad"] is None]
-    counts = [0 if item["bad"] else len(item["views"]) for item in items]
-    bad = [(item["index"], item["bad"]) for item in items if item["bad"] is not None]
-    batch = {k: default_collate([item[k] for item in items]) for k in ("label", "index")}
-    views = torch.cat(readable) if readable else None
-    return dict(batch, views=views, counts=torch.tensor(counts), bad=bad)
+class _TestBlocks(Dataset):
+    """The blocks of a test set by their first videos."""
+
+    def __init__(self, views, block):
+        self.views, self.block = views, block
+
+    def __getitem__(self, start):
+        items = [self.views[i] for i in range(start, min(start + self.block, len(self.views)))]
+        readable = [item["views"] for item in items if item["bad"] is None]
+        counts = torch.tensor([0 if item["bad"] else len(item["views"]) for item in items])
+        bad = [(item["index"], item["bad"]) for item in items if item["bad"] is not None]
+        views = torch.cat(readable) if readable else None
+        return dict(_stack(items, "label", "index"), views=views, counts=counts, bad=bad)

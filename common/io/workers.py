@@ -15,14 +15,16 @@ from multiprocessing import forkserver
 
 import torch
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # those that stop a run
 LONGEST_TMPDIR = 75  # bytes: multiprocessing adds 32 to name a socket, which may have 107
 TIMEOUT = 600  # seconds to wait for one batch: a hung disk ends the run with an error
 
 
-def _loader(dataset, batches, collate, workers):
-    options = dict(batch_sampler=batches, collate_fn=collate, pin_memory=torch.cuda.is_available())
+def loader(dataset, keys, workers):
+    """A DataLoader of dataset[key] for the keys, which are whole batches; `workers` processes make them."""
+    options = dict(sampler=keys, batch_size=None, collate_fn=_unchanged, pin_memory=torch.cuda.is_available())
     if workers:  # no plain fork: the main process has threads, and CUDA does not survive it
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torchvision.transforms.v2", "av"])  # once, not per worker
@@ -31,20 +33,24 @@ def _loader(dataset, batches, collate, workers):
     return DataLoader(dataset, worker_init_fn=_begin_worker, **options)
 
 
+def _unchanged(batch):
+    return batch
+
+
 class _Hung(BaseException):
     """Not an Exception: without workers it is raised while a video is decoded, and is no fault of that."""
 
 
-def watched(loader):
+def _raise_hung(*_):
+    raise _Hung
+
+
+def watched(batches):
     """The batches of a loader; RuntimeError when one takes more than TIMEOUT seconds (main thread only).
 
     The loader's own time-out would also hide for as long that a worker has died.
     """
-
-    def hung(*_):
-        raise _Hung
-
-    before, batches = signal.signal(signal.SIGALRM, hung), iter(loader)
+    handler, batches = signal.signal(signal.SIGALRM, _raise_hung), iter(batches)
     try:
         while True:
             signal.alarm(TIMEOUT)
@@ -62,7 +68,7 @@ def watched(loader):
                 signal.alarm(0)
             yield batch
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def _start_forkserver():
@@ -119,42 +125,35 @@ def end_with_parent():
 def in_parallel(job, items, workers, text):
     """Yield (item, job(item)) in order of completion, from a pool of processes with a progress bar.
 
-    A job whose process dies (decoders crash on some files) has a sentence that says so for a result;
-    those that ran beside it are done again, one at a time. With 0 workers all run in this process. Without a
-    text there is no bar.
+    The result of a job whose process dies (decoders crash on some files) is a sentence that says so.
+    With 0 workers all jobs run in this process. Without a text there is no bar.
     """
-    from tqdm import tqdm
+    results = _pool(job, items, workers) if workers else ((item, job(item)) for item in items)
+    interval = 0.5 if sys.stderr.isatty() else 60
+    bar = dict(unit="video", mininterval=interval, dynamic_ncols=True, disable=not text)
+    yield from tqdm(results, text, len(items), **bar)
 
-    every = 0.5 if sys.stderr.isatty() else 60
-    todo, suspects = deque(items), deque()
-    with tqdm(
-        total=len(items), desc=text, unit="video", mininterval=every, dynamic_ncols=True, disable=not text
-    ) as bar:
-        while todo and not workers:
-            yield todo[0], job(todo.popleft())
-            bar.update()
-        while todo or suspects:
-            queue, limit = (suspects, 1) if suspects else (todo, 2 * workers)
-            pool = ProcessPoolExecutor(
-                min(limit, workers), multiprocessing.get_context("spawn"), _begin_process
-            )
-            running = {}
-            try:
-                while queue or running:
-                    while queue and len(running) < limit:
-                        running[pool.submit(job, queue[0])] = queue[0]
-                        queue.popleft()
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        result = future.result()
-                        yield running.pop(future), result
-                        bar.update()
-            except BrokenProcessPool:
-                if queue is suspects and running:
-                    yield running.popitem()[1], "the process that decoded it died"
-                    bar.update()
-                suspects += running.values()
-            finally:
-                pool.shutdown(cancel_futures=True)
+
+def _pool(job, items, workers):
+    waiting = deque(items)
+    while waiting:
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_process)
+        running = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < 2 * workers:
+                    running[pool.submit(job, waiting[0])] = waiting[0]
+                    waiting.popleft()
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    result = future.result()
+                    yield running.pop(future), result
+        except BrokenProcessPool:  # one of the running jobs is the reason; alone, it shows which
+            if len(running) == 1:
+                yield running.popitem()[1], "the process that decoded it died"
+            for item in running.values():
+                yield from _pool(job, [item], 1)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _begin_process():
