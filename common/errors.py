@@ -1,4 +1,4 @@
-"""Errors in words: what a user can mend is one sentence, what torch raises becomes one."""
+"""Errors as sentences: those that a user can correct, and what errors of videos, torch and the disk mean."""
 
 import errno
 import io
@@ -14,32 +14,32 @@ from PIL import Image
 
 from common.io.workers import SIGNALS
 
-FULL = errno.ENOSPC, errno.EDQUOT  # errors of a full disk, and of a full share of it
+FULL = errno.ENOSPC, errno.EDQUOT  # the disk is full, or the user's quota of it
 
 
 class UserError(Exception):
-    """A mistake a user can mend: one sentence naming the file, line or flag, and what is right.
+    """A mistake that a user can correct: one sentence that names the file, line or flag, and what is right.
 
-    A script shows it without a traceback and leaves with exit status 2.
+    A script prints it without a traceback and exits with status 2.
     """
 
 
-# What av, PIL and the system raise for a bad file. Anything else is named with its type.
-FAULTS = (av.FFmpegError, OSError, IndexError, ValueError, EOFError, MemoryError)
+class VideoError(UserError):
+    """A file whose frames cannot be read; str() is the reason, in one line."""
+
+
+# What av, PIL and the system raise for a bad file. The type of any other exception is part of the reason.
+FAULTS = (VideoError, av.FFmpegError, OSError, IndexError, ValueError, EOFError, MemoryError)
 FAULTS += (Image.DecompressionBombError,)
 
 
-class VideoError(UserError):
-    """A file that cannot give its frames; str() is the reason, in one line."""
-
-
 class OutOfRange(IndexError):
-    """Frames were asked for that the video does not have: a bug of the caller, not a fault of the video."""
+    """The caller asked for frames that the video does not have: a bug in the program, not a bad video."""
 
 
 @contextmanager
 def reasons():
-    """Whatever reading a video raises inside becomes a VideoError, except OutOfRange."""
+    """A context in which every exception but OutOfRange becomes a VideoError."""
     try:
         yield
     except (VideoError, OutOfRange):
@@ -51,42 +51,36 @@ def reasons():
 def reason_of(fault):
     """An exception in one line; its type is named unless bad files are known to raise it."""
     text = getattr(fault, "strerror", None) or str(fault).partition("\n")[0]
-    if not isinstance(fault, (VideoError, *FAULTS)):
+    if not isinstance(fault, FAULTS):
         text = f"{type(fault).__name__}: {text}".removesuffix(": ")
     return text[:200] or type(fault).__name__
 
 
 def printable(name):
-    """A name fit to print, though it may hold bytes that are not UTF-8."""
+    """A name in which bytes that are not UTF-8 are escaped, to be printed."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-# What an error of torch means to the person who started the run: (text in the error, our sentence, status).
-TROUBLES = (
-    (("Expected more than 1 value per channel",),
-     "batch norm needs more than one value of each channel: raise --batch, --frames or --size", 2),
-    (
-        ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL error",
-         "Socket Timeout", "Timed out waiting", "remote process exited"),
-        "another rank has died; its own message says why. The same command resumes from last.pt", 1,
-    ),
-    (
-        ("DataLoader worker (pid", "DataLoader timed out", "shared memory", "unable to mmap",
-         "unable to write to file", "unable to resize file"),
-        "a loader worker died or hung (memory or /dev/shm full, stalled storage, or a file that crashes "
-        "the decoder, which python -m common.tools.check names): try fewer --workers. The same command "
-        "resumes from last.pt", 1,
-    ),
-    (("out of memory",), "the GPU is out of memory: lower --batch, --frames or --size, or use more GPUs", 1),
-)  # fmt: skip
+# What an error of torch means to the person who started the run: {pattern in it: (sentence, exit status)}.
+TROUBLES = {
+    "Expected more than 1 value per channel": (
+        "batch norm needs more than one value of each channel: raise --batch, --frames or --size", 2),
+    "Connection (closed|reset) by peer|Broken pipe|NCCL error|Socket Timeout|Timed out wait|process exited": (
+        "another rank has died; its own message says why. The same command resumes from last.pt", 1),
+    r"DataLoader (worker \(pid|timed out)|shared memory|unable to (mmap|write to file|resize file)": (
+        "a loader worker died or hung (memory or /dev/shm full, stalled storage, or a file that crashes the "
+        "decoder, which python -m common.tools.check names): try fewer --workers. The same command resumes "
+        "from last.pt", 1),
+    "out of memory": ("the GPU is out of memory: lower --batch, --frames or --size, or use more GPUs", 1),
+}  # fmt: skip
 
 
 def leave(script, message, status=2):
-    """End the process with one sentence, said by rank 0 alone if all ranks have it; `error` for a parser."""
+    """End the process with a sentence, which rank 0 alone prints if all ranks have it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)  # rank 0 says the same, and torchrun then ends this rank
+        time.sleep(5)  # rank 0 prints the same, and torchrun then ends this rank
     print(f"{script}: {message}", file=sys.stderr, flush=True)
     os._exit(status)  # peers may be gone: no collective clean-up can be trusted to end
 
@@ -101,8 +95,8 @@ def explain(error):
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}", 1
     if isinstance(error, RuntimeError | ValueError):
-        for texts, sentence, status in TROUBLES:
-            if any(text in str(error) for text in texts):
+        for pattern, (sentence, status) in TROUBLES.items():
+            if re.search(pattern, str(error)):
                 return f"{sentence} ({first_line(error)})", status
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             return f"--compile fails: install what is missing or leave it out ({first_line(error)})", 2
@@ -114,7 +108,7 @@ def first_line(error):
 
 
 class Output(io.FileIO):
-    """Standard output or error; drops what a closed pipe, a lost terminal or a full disk does not take."""
+    """Standard output or error that drops what a closed pipe, lost terminal or full disk does not accept."""
 
     def write(self, data):
         try:
@@ -124,13 +118,13 @@ class Output(io.FileIO):
 
 
 def survive_output():
-    """Let the process go on when nobody takes what it prints (`| head -1`, `>&-`, a full disk)."""
+    """Let the process continue when its output cannot be written (`| head -1`, `>&-`, a full disk)."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # in place of those that are closed
         pass
     os.close(descriptor)
     for number, name in enumerate(("stdout", "stderr"), 1):
         stream = getattr(sys, name)
-        if stream is getattr(sys, f"__{name}__"):  # None too; but not what a notebook or a test has put there
+        if stream is getattr(sys, f"__{name}__"):  # also None, but not the stream of a notebook or a test
             file = io.BufferedWriter(Output(number, "w", closefd=False))
             encoding = getattr(stream, "encoding", None)
             setattr(sys, name, io.TextIOWrapper(file, encoding, "backslashreplace", line_buffering=True))
@@ -142,11 +136,12 @@ def status_of(command, args, out):
     try:
         return command(args)
     except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+        sentence = str(error)
     except OSError as error:
-        print(f"{error.filename or out}: {error.strerror}; when that is mended, run the same command again",
-              file=sys.stderr)  # fmt: skip
-        return 2
+        sentence = (
+            f"{error.filename or out}: {error.strerror}; when that is mended, run the same command again"
+        )
     except KeyboardInterrupt:
         return 130
+    print(sentence, file=sys.stderr)
+    return 2

@@ -381,8 +381,8 @@ def _number_labels(row, name, classes, label_of, multilabel):
 def _build(disk, rows_of, classes, notes, multilabel=False):
     """(classes, {part: Part}), from {part: rows} and the videos on disk, each of which is kept once.
 
-    Unlabelled videos have label -1, or no class in a multi-label data set. Raises UserError where a label is
-    in doubt, and where a test or validation video is in another part too.
+    Unlabelled videos have label -1, or no class in a multi-label data set; those of other parts are dropped.
+    Raises UserError where a label is in doubt, and where a test or validation video is in another part too.
     """
     multilabel |= any(len(row.labels) > 1 for rows in rows_of.values() for row in rows)
     counts, parts, first_rows = Counter(map(_class_key, classes)), {}, {}
@@ -401,8 +401,7 @@ def _build(disk, rows_of, classes, notes, multilabel=False):
             if first is row:
                 labels_of[name, row.span] = row.labels
                 continue
-            is_same = (first_part, first.labels) == (part, row.labels)
-            if not is_same and (first_part, part) != ("train", "unlabelled"):
+            if part != "unlabelled" and (first_part, first.labels) != (part, row.labels):
                 labels = " ".join(map(str, first.labels)) or "none"
                 place = f"{printable(name)} is also at {first.place}, with label {labels}"
                 raise UserError(f"{row.place}: {place}; keep one of them")

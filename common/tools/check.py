@@ -30,11 +30,12 @@ def main(argv=None):
 
 
 def check(args):
+    """Decode every video and write bad_videos.txt; the exit status."""
     _, data = load_everything(args.data, args.root, args.split)
     if not os.access(args.out, os.W_OK):
         raise UserError(f"--out {args.out} is not a folder that can be written to")
-    job, paths = partial(_check_one, all_windows=args.all_windows), data.paths()
-    bad = [(path, reason) for path, reason in in_parallel(job, paths, args.workers, "check") if reason]
+    check_one, paths = partial(_check_one, all_windows=args.all_windows), data.paths()
+    bad = [(path, reason) for path, reason in in_parallel(check_one, paths, args.workers, "check") if reason]
     files.report_bad(args.out, bad, len(paths), "decode")
     return 1 if bad else 0
 
@@ -44,11 +45,11 @@ def _check_one(path, all_windows=False):
     torch.set_num_threads(1)
     try:
         with Video(path, min_share=1.0) as video:
-            pictures, n = {i: hash(picture.tobytes()) for i, picture in video.one_pass(16)}, len(video)
+            hashes, n = {i: hash(picture.tobytes()) for i, picture in video.one_pass(16)}, len(video)
             for start in range(0, n, 8) if all_windows else {0, n // 3, 2 * n // 3, max(n - 8, 0)}:
                 window = range(start, min(start + 8, n))
                 clip = video.get(window, 16).permute(0, 2, 3, 1).numpy()
-                if [hash(picture.tobytes()) for picture in clip] != [pictures[i] for i in window]:
+                if [hash(picture.tobytes()) for picture in clip] != [hashes[i] for i in window]:
                     return f"frames {start} to {window[-1]} after a seek differ from those of one pass"
     except Exception as error:
         return reason_of(error)

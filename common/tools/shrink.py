@@ -11,11 +11,11 @@ import torch
 
 from common.data import load_everything
 from common.errors import UserError, VideoError, printable, reason_of, reasons, status_of
-from common.flags import data_flags
+from common.flags import at_least, data_flags
 from common.io import files
 from common.io.decode import Video
 from common.io.encode import encode
-from common.io.readers import path_parts, scan_videos, stem_of
+from common.io.readers import LISTS, path_parts, scan_videos, stem_of
 from common.io.workers import in_parallel
 
 
@@ -27,42 +27,34 @@ def main(argv=None):
     )  # fmt: skip
     data_flags(parser)
     parser.add_argument("--out", required=True, help="folder for the new data set")
-    parser.add_argument("--short_side", type=int, default=256, help="pixels; smaller videos keep their size")
-    parser.add_argument("--gop", type=int, default=12, help="frames from one key frame to the next")
-    parser.add_argument("--crf", type=int, default=23, help="quality of H.264: lower is better and larger")
+    parser.add_argument(
+        "--short_side", type=at_least(16), default=256, help="pixels; smaller videos keep theirs"
+    )
+    parser.add_argument("--gop", type=at_least(1), default=12, help="frames from one key frame to the next")
+    parser.add_argument(
+        "--crf", type=at_least(0, 51), default=23, help="H.264 quality; lower: better, larger"
+    )
     args = parser.parse_args(argv)
     return status_of(shrink, args, args.out)
 
 
 def shrink(args):
     """Every video again, as <same name>.mp4 under args.out, and the annotations beside them."""
-    if args.short_side < 16 or args.gop < 1 or not 0 <= args.crf <= 51:
-        raise UserError("--short_side must be 16 or more, --gop 1 or more, --crf 0 to 51")
     root, data = load_everything(args.data, args.root, args.split)
-    paths = data.paths()
     if Path(args.out).resolve().is_relative_to(Path(root).resolve()):
         raise UserError(f"--out {args.out} lies in {root}: the new data set needs a folder of its own")
-    targets = {}
+    paths, targets = data.paths(), {}
     for path in paths:
         name = os.path.relpath(path, root)
-        name = name if not name.startswith("..") else os.path.join(*path_parts(path)[-2:])
+        name = os.path.join(*path_parts(path)[-2:]) if name.startswith("..") else name
         target = os.path.join(args.out, stem_of(name) + ".mp4")
-        if target in targets:
+        if targets.setdefault(target, path) != path:
             both = f"{printable(path)} and {printable(targets[target])}"
             raise UserError(f"{both} would both become {printable(target)}")
-        targets[target] = path
     settings = dict(short_side=args.short_side, gop=args.gop, crf=args.crf)
-    os.makedirs(args.out, exist_ok=True)
-    _same_settings(os.path.join(args.out, "shrink.json"), settings)
-    for temp in Path(args.out).rglob("*.mp4.*.tmp"):  # of a run that was killed
-        temp.unlink()
-    for file in _annotations(Path(root)):
-        copy = Path(args.out, file.relative_to(root))
-        copy.parent.mkdir(exist_ok=True)
-        with files.replacing(copy) as new:
-            new.write(file.read_bytes())
-    there = {os.path.join(args.out, name) for name in scan_videos(args.out)}
-    jobs = [(path, target, settings) for target, path in targets.items() if target not in there]
+    copy_annotations(Path(root), Path(args.out), settings)
+    finished = {os.path.join(args.out, name) for name in scan_videos(args.out)}
+    jobs = [(path, target, settings) for target, path in targets.items() if target not in finished]
     if len(jobs) < len(paths):
         print(f"{len(paths) - len(jobs)} of {len(paths)} videos are done already", flush=True)
     bad = []
@@ -75,26 +67,31 @@ def shrink(args):
     return 0
 
 
-def _annotations(root):
-    """Lists and tables in a data set's folder and the folders in it."""
-    for folder in (root, *(folder for folder in sorted(root.iterdir()) if folder.is_dir())):
-        for file in folder.iterdir():
-            of_shrink = file.name in ("shrink.json", "bad_videos.txt")
-            if file.suffix in (".txt", ".csv", ".json") and file.is_file() and not of_shrink:
-                yield file
+def copy_annotations(root, out, settings):
+    """Copy the lists and tables in root and in the folders in it, and remove what a killed run has left.
 
-
-def _same_settings(path, settings):
-    """Remember the settings in a file; raises UserError if it has others."""
-    if os.path.exists(path) and (old := json.loads(Path(path).read_text())) != settings:
-        raise UserError(f"{path} has other settings ({old}); use those, or another --out")
-    files.write(path, json.dumps(settings) + "\n")
+    Raises UserError if `out` was made with other settings, which are kept in shrink.json.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    stamp = out / "shrink.json"
+    if stamp.exists() and (previous := json.loads(stamp.read_text())) != settings:
+        raise UserError(f"{stamp} has other settings ({previous}); use those, or another --out")
+    files.write(stamp, json.dumps(settings) + "\n")
+    for path in out.rglob("*.mp4.*.tmp"):
+        path.unlink()
+    for path in (*root.glob("*"), *root.glob("*/*")):
+        is_list = path.suffix in LISTS and path.name not in ("shrink.json", "bad_videos.txt")
+        if is_list and path.is_file():
+            copy = out / path.relative_to(root)
+            copy.parent.mkdir(exist_ok=True)
+            with files.replacing(copy) as file:
+                file.write(path.read_bytes())
 
 
 def _shrink_one(job):
-    """Re-encode one video, every frame at its time.
+    """Re-encode one video (path, target, settings), every frame at its time.
 
-    Returns why that failed, else for how many frames others stand in, None if for none.
+    Returns the reason if that failed, else how many frames are replaced by a neighbour, None for none.
     """
     torch.set_num_threads(1)
     path, target, settings = job
@@ -102,21 +99,19 @@ def _shrink_one(job):
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with Video(path) as video, files.replacing(target) as file:
             options = {"preset": "fast", "crf": str(settings["crf"])}
-            pictures = _small(video, settings["short_side"])
-            times = encode(file.name, pictures, video.fps, video.times, options, gop=settings["gop"])
+            frames = _small_frames(video, settings["short_side"])
+            times = encode(file.name, frames, video.fps, video.times, options, gop=settings["gop"])
             with Video(file.name) as copy:
                 if len(copy) != len(video) or np.abs(copy.times - times).max() > 1e-3:
                     raise VideoError(f"{len(copy)} of {len(video)} frames arrived, or at other times")
             return len(video.stand_ins) or None
-    except OSError as error:  # of the disk: what the video raises is a VideoError
-        if error.errno in files.NAME_ERRORS:
-            return reason_of(error)
-        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno not in files.NAME_ERRORS:
+            raise  # of the disk: what the video raises is a VideoError
         return reason_of(error)
 
 
-def _small(video, short_side):
+def _small_frames(video, short_side):
     """Yield the frames of a Video, uint8 (H, W, 3) of even sizes, the short side at most short_side."""
     with reasons():
         sides = video.height, video.width
