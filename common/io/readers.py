@@ -407,8 +407,8 @@ def _build(disk, rows_of, classes, notes, multilabel=False):
                 raise UserError(f"{row.place}: {place}; keep one of them")
             repeated.append(row.name)
         if repeated:
-            counts = f"{len(repeated)} repeated videos of {rows[0].source}"
-            notes.append(f"{counts} are dropped: {join_names(repeated)}")
+            repetition = f"{len(repeated)} repeated videos of {rows[0].source}"
+            notes.append(f"{repetition} are dropped: {join_names(repeated)}")
         labels = [labels[0] if labels else -1 for labels in labels_of.values()]
         if multilabel:
             labels = [[k in labels for k in range(len(classes))] for labels in labels_of.values()]
