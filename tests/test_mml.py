@@ -689,18 +689,3 @@ def test_step_1_is_two_independent_trainings_that_resume(folder, tmp_path, monke
     for file in ("1_ce/model.pt", "1_ce2/model.pt", "2_ml/rgb2.pt", "3_mml/model.pt", "3_mml/diff.pt"):
         nets = [load_model(tmp_path / out / file)[0] for out in "ab"]
         assert digest_of_model(nets[0]) == digest_of_model(nets[1])
-
-
-def test_one_run_trains_once_and_tests_always(tmp_path, monkeypatch):
-    calls = []
-
-    def train(args, run):
-        calls.append(run.out)
-        if len(calls) > 1:  # a signal stops the first
-            run.result({"script": "mml", "top1": 50.0})
-
-    monkeypatch.setattr(mml, "train", train)
-    args = parsed(f"--out {tmp_path}/a")
-    assert [mml.one_run(args) for _ in range(3)] == [False, True, True] and len(calls) == 2
-    args = parsed(f"--out {tmp_path}/b --eval a.pt")
-    assert mml.one_run(args) and mml.one_run(args) and len(calls) == 4
