@@ -57,9 +57,9 @@ SLACK = 2  # fields more or less than a video's frames have; more would pair oth
 class Streams:
     """The frames and the flow of video `index` of a list, for clips of `modalities`; a context manager.
 
-    Flow is that of the folder `videos.flow`, or without one computed here, as `common.tools.flow` would have
-    extracted it with this bound and short side. lengths: {modality: how many input frames there are}; a video
-    of fewer pictures repeats its last. Raises VideoError on entering and reading.
+    Flow is read from the folder `videos.flow`, or computed if that is None, with the same values as
+    `common.tools.flow` writes for this bound and short side. lengths: {modality: number of input frames}; a
+    video with too few pictures for one repeats the last. Raises VideoError on entering and reading.
     """
 
     def __init__(self, videos, index, modalities, bound=BOUND, flow_side=FLOW_SIDE, interval=1):
@@ -203,15 +203,17 @@ def flip(clip, modality):
 class Recipe:
     """How a network wants to see a video: what a test does, and what model.pt remembers.
 
-    frames x stride is a clip; `clips` of them, evenly spread, times `crops` (1 centre, or 3 along
-    the long side) of `size` pixels are the views, after the short side became `short_side`.
-    `uniform` more clips have a frame of each of `frames` equal segments, as 2D networks see a video.
-    spread: `clips` from the "first" to the last frame, or at equal "parts" (clips.dense_parts).
-    stretch: (height, width) that pictures of any shape become, in place of short_side; 3 crops are then along
-    the width.
-    modality: what an input frame is, see common/modality.py; `interval` frames are between the two of a tg;
-    of the optical flow, `bound` and `flow_side` are the pixels of its largest motion and of the short side of
-    its pictures.
+    A view is a clip of `frames` frames, `stride` apart, cut to `size` pixels after the short side became
+    `short_side`. There are `clips` clips, evenly spread, and `crops` crops of each: 1 in the centre, or 3
+    along the long side.
+    uniform: further clips of a frame from each of `frames` equal segments, as 2D networks see a video.
+    spread: clips from the "first" to the last frame, or at equal "parts" (clips.dense_parts).
+    stretch: (height, width) of the pictures, whatever their shape, instead of short_side; 3 crops are then
+    along the width.
+    modality: what an input frame is, see the top of this file. interval: frames from the first to the second
+    of a tg. bound, flow_side: pixels of the largest motion and of the short side of optical flow.
+    average: what the mean over the views is taken of, "softmax", "logits" or "embeddings".
+    mean, std: of the channels, or one number for all, as of values from 0 to 1.
     """
 
     frames: int
@@ -221,14 +223,14 @@ class Recipe:
     short_side: int = 256
     size: int = 256
     uniform: int = 0
-    spread: str = "first"  # or "parts"
+    spread: str = "first"
     stretch: tuple = ()
     modality: str = "rgb"
     interval: int = 1
     bound: float = BOUND
     flow_side: int = FLOW_SIDE
     multilabel: bool = False
-    average: str = "softmax"  # or "logits", or "embeddings"
+    average: str = "softmax"
     mean: tuple = (0.45,)
     std: tuple = (0.225,)
 
@@ -238,11 +240,11 @@ class Recipe:
 
     @property
     def pictures(self):
-        """Of how many pictures an input frame is made."""
+        """Number of pictures that an input frame is made of."""
         return MODALITIES[self.modality].pictures
 
     def open(self, videos, index):
-        """What gives the clips of a video, to be opened by `with`."""
+        """The context manager that gives the clips of a video."""
         if self.modality == "rgb":
             return open_video(videos, index)
         return Streams(videos, index, (self.modality,), self.bound, self.flow_side, self.interval)

@@ -9,13 +9,23 @@ import pytest
 import torch
 from tensors import picture_folder, pixels
 
-from common import modality
+from common import augment, modality
 from common.clips import Views
 from common.data import Data, Videos
 from common.errors import UserError, VideoError
 from common.io.decode import read_frames, read_windows
 from common.io.flow import to_bytes, write_flow
-from common.modality import BOUND, FLOW_SIDE, MODALITIES, Recipe, Streams, flip, stacked, temporal_gradient
+from common.modality import (
+    BOUND,
+    FLOW_SIDE,
+    MODALITIES,
+    Recipe,
+    Streams,
+    flip,
+    pictures_of,
+    stacked,
+    temporal_gradient,
+)  # fmt: skip
 from common.tvl1 import tvl1
 
 N, H, W = 12, 20, 24  # of the longest video
@@ -123,7 +133,7 @@ def test_flow_of_a_span_begins_with_its_first_frame(videos):
 @pytest.mark.parametrize("bound", [20.0, 8.0])
 def test_flow_that_is_not_there_is_computed(videos, bound):
     videos = replace(videos, flow=None)
-    with Streams(videos, index_of(LONGEST), ("flow",), bound) as source:
+    with Recipe(2, 1, modality="flow", bound=bound).open(videos, index_of(LONGEST)) as source:
         assert source.lengths == dict(flow=N - 5)
         (clip,) = source.clips([np.array([4, 1])])
     pairs = torch.stack([FRAMES[LONGEST][[i + k, i + k + 1]] for i in (4, 1) for k in range(5)])
@@ -179,16 +189,20 @@ def test_tg_of_all_pairs_of_levels():
     assert tg[0, 0].tolist() == [[(i - j + 255) // 2 for j in range(256)] for i in range(256)]
 
 
+@pytest.mark.parametrize("kind", MODALITIES)
 @pytest.mark.parametrize("crops", [1, 3])
-def test_a_recipe_of_tg_is_the_tg_of_the_crops(videos, crops):
-    rgb = Recipe(2, 1, 2, crops, 12, 12, mean=(0.5,), std=(0.5,))
-    recipe = replace(rgb, modality="tg", interval=2)
+def test_a_recipe_crops_the_pictures_of_an_input_frame_alike(videos, kind, crops):
+    recipe = Recipe(2, 3, 2, crops, 12, 12, modality=kind, interval=2, mean=(0.5,), std=(0.25,))
     views = Views(videos, recipe.sample, recipe.view, open=recipe.open)[index_of(LONGEST)]["views"]
-    x = recipe.to_input(views, "cpu")
-    starts = [0, N - 2 - 2]  # of two clips, first and last
-    a, b = (rgb.view([FRAMES[LONGEST][[s + n, s + n + 1]] for s in starts]) for n in (0, 2))
-    assert x.shape == (2 * crops, 3, 2, 12, 12)
-    assert torch.equal(x, rgb.to_input(temporal_gradient(a, b), "cpu"))
+    pictures = (FIELDS if MODALITIES[kind].source == "flow" else FRAMES)[LONGEST]
+    n = {"rgb": N, "tg": N - 2, "diff": N - 5, "flow": N - 5, "field": N - 1}[kind]  # input frames
+    indices = [pictures_of(window, kind, len(pictures), 2) for window in ([0, 3], [n - 6, n - 3])]
+    shown = [augment.resize_crop(pictures[i], 12, 12) if crops == 1 else augment.three_crops(pictures[i], 12)
+             for i in indices]  # fmt: skip
+    x = stacked(torch.stack(shown if crops == 1 else sum(shown, [])), kind)
+    x_net = recipe.to_input(views, "cpu")
+    assert x_net.shape == (2 * crops, MODALITIES[kind].channels, 2, 12, 12)
+    assert torch.allclose(x_net, (x.transpose(1, 2) / 255 - 0.5) / 0.25, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", MODALITIES)

@@ -1,11 +1,11 @@
-"""Trained networks by a specification, one of
+"""The files model.pt, and trained networks by a specification, which is one of
 
-MODEL.PT                   a file of a run of these scripts
-FOLDER                     the same in FOLDER/DATA/model.pt, for each data set
+MODEL.PT                   a model.pt of these scripts
+FOLDER                     the file FOLDER/DATA/model.pt, for each data set
 NET:WORD                   torchvision's weights, such as swin3d_b:kinetics (weights.PUBLISHED)
 NET:FILE:SEGMENTS          weights of another toolbox, such as MMAction2's tsm50; the network sees
                            one view of a video, with a frame from each of SEGMENTS equal segments
-NET:FILE:FRAMESxSTRIDE     the same; it sees ten clips of FRAMES frames, STRIDE apart
+NET:FILE:FRAMESxSTRIDE     the same weights; the network sees ten clips of FRAMES frames, STRIDE apart
 """
 
 import hashlib
@@ -16,19 +16,19 @@ from pathlib import Path
 
 from torch import nn
 
-from common import backbones, modality
+from common import backbones
 from common.errors import UserError
 from common.io import files
 from common.io.weights import PUBLISHED, fetch, published_input
-from common.modality import Recipe
+from common.modality import MODALITIES, Recipe
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
     """net: in eval mode, on the CPU; build: arguments of backbones.build; recipe: how it sees a video.
 
-    path: its file, or the word for torchvision's weights. labelled_list: the text of the list of the videos
-    it was trained on, labelled.txt beside a model.pt; None if there is none.
+    path: the file, or the word for torchvision's weights. labelled_list: the text of labelled.txt beside a
+    model.pt, which lists the labelled videos of the training; None if there is none.
     """
 
     path: str
@@ -39,10 +39,10 @@ class Model:
 
 
 def parse(spec, data):
-    """(backbone, or None for a model.pt; file or word; Recipe, or None for that of the model.pt) of `spec`.
+    """(backbone, file or word, Recipe) of `spec`; for a model.pt backbone and Recipe are None.
 
-    data: the name of a data set, for a FOLDER. Raises UserError where a network that is not a model.pt does
-    not say what it sees.
+    data: the name of a data set, for a FOLDER. Raises UserError if weights of another toolbox come without
+    what the network sees.
     """
     name, _, rest = spec.partition(":")
     if name not in backbones.NAMES:
@@ -57,17 +57,18 @@ def parse(spec, data):
                         f":8x4 for clips of 8 frames with a stride of 4, not {clip!r}")  # fmt: skip
     frames, stride = match.groups()
     views = dict(clips=10) if stride else dict(clips=0, uniform=1)
-    rgb = modality.MODALITIES["rgb"]
+    rgb = MODALITIES["rgb"]
     return name, weights, Recipe(int(frames), int(stride or 1), **views, mean=rgb.mean, std=rgb.std)
 
 
 def load(spec, data, run):
-    """The Model of `spec`, which must know the classes of `data`; UserError."""
+    """The Model of `spec`; UserError if it does not know the classes of `data`."""
     name, path, recipe = parse(spec, data.name)
     if name is None:
         beside = Path(path).with_name("labelled.txt")
         text = beside.read_text("utf-8", "surrogateescape") if beside.exists() else None
-        return Model(path, *load_known(path, data), text)
+        net, build, _, recipe = load_model(path, data)
+        return Model(path, net, build, recipe, text)
     if path in PUBLISHED:
         run.on_main(fetch, name, path)  # one process downloads
     build = dict(name=name, classes=len(data.classes))
@@ -94,10 +95,10 @@ def digest_of_model(net):
     return sha.hexdigest()
 
 
-def load_model(path, recipe=Recipe):
-    """(net in eval mode on the CPU, build arguments, class names, recipe) of a model.pt; UserError.
+def load_model(path, data=None):
+    """(net in eval mode on the CPU, build arguments, class names, Recipe) of a model.pt.
 
-    recipe: the class that knows the file's input, where a script has one of its own.
+    Raises UserError for another file, and for a network that knows other classes than those of `data`.
     """
     model = files.load(path)
     try:
@@ -105,21 +106,16 @@ def load_model(path, recipe=Recipe):
         # assign: in the memory format in which it was trained, whose kernels round alike.
         net.load_state_dict(model["net"], assign=True)
         model["input"].pop("keep_every", None)  # of older files, 1 in all of them
-        return net.eval(), model["build"], tuple(model["classes"]), recipe(**model["input"])
+        build, classes, recipe = model["build"], tuple(model["classes"]), Recipe(**model["input"])
     except (KeyError, TypeError, RuntimeError):
-        own = "" if recipe is not Recipe else ", or has an input that only its script makes"
-        raise UserError(f"{path} is not a model.pt of these scripts{own}") from None
-
-
-def load_known(path, data, recipe=Recipe):
-    """(net, build arguments, recipe) of `load_model`, of a file that must know the classes of `data`."""
-    net, build, classes, found = load_model(path, recipe)
-    if classes != data.classes:
+        raise UserError(f"{path} is not a model.pt of these scripts, or has an input that only its script "
+                        "makes") from None  # fmt: skip
+    if data is not None and classes != data.classes:
         raise UserError(f"{path} knows {len(classes)} other classes, not those of {data.name}")
-    return net, build, found
+    return net.eval(), build, classes, recipe
 
 
-def load_for(path, data, device, recipe=Recipe, **changes):
-    """(net on `device`, recipe with `changes`) of `load_known`."""
-    net, _, found = load_known(path, data, recipe)
-    return net.to(device), replace(found, **changes)
+def load_for(path, data, device, **changes):
+    """(net on `device`, Recipe with `changes`) of a model.pt that knows the classes of `data`; UserError."""
+    net, _, _, recipe = load_model(path, data)
+    return net.to(device), replace(recipe, **changes)
