@@ -423,10 +423,9 @@ def embed(args, run, parts, experts):
         run.say(f"expert of {own.data.name}: {expert.path}, {expert.net.name}, {D} wide")
         net, identity = run.to_device(expert.net, args.channels_last), {"expert": digest_of_model(expert.net)}
         identity |= {f"network.{key}": value for key, value in expert.build.items()}
-        compute = partial(evaluate.blocks, net, net.embed, run=run, workers=args.workers, bar="features")
+        blocks = partial(evaluate.blocks, net, net.embed, run=run, workers=args.workers, bar="features")
         for part in parts:
             videos = getattr(part.data, part.name)  # the whole list, so that runs can share the cache
-            blocks = partial(compute, videos, expert.recipe)
             extraction = features.Extraction(videos, expert.recipe, blocks, identity, average=True)
             folder = Path(args.cache, slug(own.data.name), f"{slug(part.data.name)}_{part.name}")
             cache = features.extract(folder, extraction, run)

@@ -431,9 +431,9 @@ def pseudo(args, run):
     clips = 64 if recipe.modality == "field" and videos.flow is None else 8
     dense = vars(recipe) | dict(clips=clips, crops=1, hop=args.hop or recipe.frames * recipe.stride)
     folder, generator = Path(args.features or run.out / "features"), {"generator": digest_of_model(net)}
-    recipe = DenseClips(**dense)
-    blocks = partial(evaluate.blocks, net, net.embed, videos, recipe, run, args.workers, "features")
-    found = features.extract(folder, features.Extraction(videos, recipe, blocks, generator), run)
+    blocks = partial(evaluate.blocks, net, net.embed, run=run, workers=args.workers, bar="features")
+    extraction = features.Extraction(videos, DenseClips(**dense), blocks, generator)
+    found = features.extract(folder, extraction, run)
     if found is None:
         return
     if len(found.bad) > args.max_bad * len(videos):

@@ -131,7 +131,7 @@ def extract(folder, videos, run, recipe=RECIPE, embed=Net.embed, after=None, end
             end()
         return embed(net, x)
 
-    blocks = partial(evaluate.blocks, net, call, videos, recipe, run, 0, "features")
+    blocks = partial(evaluate.blocks, net, call, run=run, bar="features")
     return features.extract(folder, Extraction(videos, recipe, blocks, **how), run)
 
 

@@ -569,7 +569,7 @@ def disk(request, monkeypatch):
     monkeypatch.setattr(features, "extract", extract)
     both = [expert_of(stirred(Headed(6, 3))), expert_of(stirred(Headed(5, 2)))]
     args = Namespace(half=request.param, cache="cache", channels_last=False, workers=0, max_bad=0.5)
-    run = SimpleNamespace(device=torch.device("cpu"), say=print, place=lambda net, _: net)
+    run = SimpleNamespace(device=torch.device("cpu"), say=print, to_device=lambda net, _: net)
     return SimpleNamespace(args=args, run=run, parts=learned + tests, experts=both, there=there, asked=asked)
 
 

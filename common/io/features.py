@@ -1,6 +1,6 @@
 """Feature cache: the features of every view of every video, computed once and by all ranks.
 
-    blocks = partial(evaluate.blocks, net, net.embed, videos, recipe, run, workers, "features")
+    blocks = partial(evaluate.blocks, net, net.embed, run=run, workers=workers, bar="features")
     cache = extract("runs/x/features", Extraction(videos, recipe, blocks, {"weights": digest}), run)
     z = cache.rows[cache.first[i] :][: cache.counts[i]]  # (V, D), the views of video i
 
@@ -46,9 +46,9 @@ class Extraction:
     """What to compute.
 
     videos: Videos. recipe: what a view is; `sample` may give each video another number of clips.
-    blocks: a function of `done`, the first videos of finished blocks, such as a partial of evaluate.blocks.
-        For this rank's other blocks it yields (batch of clips.eval_loader, features of its views (views, D)
-        float32 on the CPU, or None if no video is readable), until a signal comes.
+    blocks: a function of videos, recipe and `done`, the first videos of finished blocks, such as a partial of
+        evaluate.blocks. For the other blocks of this rank it yields (batch of clips.eval_loader, features of
+        its views (views, D) float32 on the CPU, or None if no video is readable), until a signal comes.
     identity: plain values by name that tell these features from others, such as a digest of the weights.
         The videos, the recipe and `average` are always compared.
     average: one row for each video, the mean over its views.
@@ -176,7 +176,7 @@ def _refuse_others(folder, about):
 def _compute(folder, extraction, run, done):
     """Write a part file for each of this rank's blocks, until a signal comes."""
     reported, n_done, n_videos = time.monotonic(), 0, len(extraction.videos)
-    for batch, z in extraction.blocks(done=done):
+    for batch, z in extraction.blocks(extraction.videos, extraction.recipe, done=done):
         path = folder / PARTS.replace("*", f"{batch['index'][0]:09d}")
         arrays = _arrays(batch, z, extraction)
         try:

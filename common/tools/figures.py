@@ -107,7 +107,7 @@ def embedding(args, run, data, models):
     """embedding.npz of the only model, from the features of all test videos in the folder `features`."""
     ((net, recipe),) = models.values()
     identity = {"weights": digest_of_model(net)}
-    blocks = partial(evaluate.blocks, net, net.embed, data.test, recipe, run, args.workers, "features")
+    blocks = partial(evaluate.blocks, net, net.embed, run=run, workers=args.workers, bar="features")
     extraction = features.Extraction(data.test, recipe, blocks, identity, average=True)
     cache = features.extract(run.out / "features", extraction, run)
     if cache is not None and run.main:

@@ -54,9 +54,9 @@ def retrieve(args, run):
     recipe = replace(recipe, clips=args.clips, crops=1, uniform=0)
     identity = {"weights": digest_of_model(net), "pooled": "max"}
     net, bank = net.to(run.device), {}
+    max_of_stage = partial(max_features, net)
+    blocks = partial(evaluate.blocks, net, max_of_stage, run=run, workers=args.workers, bar="features")
     for subset, videos in (("train", data.train), ("test", data.test)):
-        embed = partial(max_features, net)
-        blocks = partial(evaluate.blocks, net, embed, videos, recipe, run, args.workers, "features")
         extraction = features.Extraction(videos, recipe, blocks, identity)
         bank[subset] = features.extract(run.out / subset, extraction, run)
         if bank[subset] is None:  # a signal
