@@ -1,8 +1,4 @@
-"""Weights that a network of `common.backbones` starts from: a file, or what torchvision publishes.
-
-"imagenet" is a ResNet of pictures, "kinetics" a network of clips trained on Kinetics-400, and
-"kinetics_imagenet22k" the same after ImageNet-22K.
-"""
+"""Weights that a network of `common.backbones` starts from: a file, or what torchvision publishes."""
 
 import http.client
 import os
@@ -19,7 +15,8 @@ from common.io import files
 RESNETS = {f"{net}{depth}": depth for net in ("resnet3d", "i3d", "tsm", "tsn") for depth in (18, 34, 50, 101)}
 VIDEO = {"r3d_18": "R3D_18", "r2plus1d_18": "R2Plus1D_18", "s3dg": "S3D"}
 VIDEO |= {f"swin3d_{size}": f"Swin3D_{size.upper()}" for size in "tsb"}
-# {word: {network without its suffix, which changes no tensor: torchvision's entry}}
+# {word: {network without its suffix, which changes no tensor: torchvision's entry}}. "kinetics" is trained on
+# Kinetics-400, "kinetics_imagenet22k" the same after ImageNet-22K.
 PUBLISHED = {
     "imagenet": {name: get_weight(f"ResNet{n}_Weights.IMAGENET1K_V1") for name, n in RESNETS.items()},
     "kinetics": {name: get_weight(f"{model}_Weights.KINETICS400_V1") for name, model in VIDEO.items()},
@@ -64,9 +61,10 @@ def published_input(name: str, word: str = "kinetics") -> dict:
     The clips are those of its documented scores, at 15 frames a second, which is every second frame of 30.
     Raises UserError: nothing is published for this network, or `word` is not one of weights of clips.
     """
-    words = [known for known in PUBLISHED if known != "imagenet"]
-    if word not in words:
-        raise UserError(f"torchvision has no clips for {word} weights, only for {', '.join(words)}")
+    if word == "imagenet" or word not in PUBLISHED:
+        raise UserError(
+            f"torchvision has no clips for {word} weights, only for {', '.join([*PUBLISHED][1:])}"
+        )
     view = _published(name, word).transforms()
     frames, clips = CLIPS[name.partition("_")[0]]
     colour = dict(mean=tuple(view.mean), std=tuple(view.std))
@@ -81,15 +79,13 @@ def load_weights(net: torch.nn.Module, source: str, names=None) -> bool:
     source: a word of PUBLISHED, or a file: the model.pt of a run, a bare state_dict, or a checkpoint that
     has one as "state_dict". Nothing in the file is executed. names: of the network's classes, in order.
 
-    - Prefixes of DistributedDataParallel and torch.compile are removed; other toolboxes' networks fit as
-      `_translate` says. An adapter that the file lacks keeps its start.
-    - A first convolution for another number of input channels is averaged over them and repeated (Mutual
-      Modality Learning, section 2.1).
-    - A last layer that is missing or for other classes keeps its start, and a line says so. The classes of a
-      word of PUBLISHED are the network's only if `names` say so; its rows are then put into their order.
-
-    Everything else must fit name by name and shape by shape. Raises UserError: missing, damaged or foreign
-    file, another architecture, or a failed download.
+    Everything must fit name by name and shape by shape, after these changes: prefixes of
+    DistributedDataParallel and torch.compile are removed; other toolboxes' names are translated; an adapter
+    that the file lacks keeps its start; a first convolution for another number of input channels is averaged
+    over them and repeated (Mutual Modality Learning, section 2.1); a last layer that is missing or for other
+    classes keeps its start, and a line says so. The classes of a word of PUBLISHED are the network's only if
+    `names` say so; its rows are then put into their order.
+    Raises UserError: missing, damaged or foreign file, another architecture, or a failed download.
     """
     path = fetch(net.name, source)
     state = files.load(path)
@@ -145,8 +141,7 @@ def _translate(state, own, shifted):
         for key in own:  # layer1.0.bn2.bias is backbone.layer1.0.conv2.bn.bias there
             name = re.sub(r"\b(conv|bn)(\d)\.", r"conv\2.\1.", key).replace("fc.", "cls_head.fc_cls.")
             name = name.replace("downsample.0", "downsample.conv").replace("downsample.1", "downsample.bn")
-            block = re.match(r"layer\d\.(\d+)\.", key)
-            if block and int(block[1]) in shifted:
+            if key.startswith("layer") and int(key.split(".")[1]) in shifted:
                 name = name.replace(".conv1.conv.", ".conv1.conv.net.")
             names[name if key.startswith("fc.") else f"backbone.{name}"] = key
     elif "conv1.weight" in state and "stem.conv.weight" in own:
@@ -160,7 +155,7 @@ def _translate(state, own, shifted):
         key = names.get(key, key)
         if names and key in own and (value.dim(), own[key].dim()) == (4, 5):
             T = own[key].shape[2]
-            value = value.float().unsqueeze(2).repeat_interleave(T, dim=2) / T
+            value = torch.stack([value.float() / T] * T, 2)
         elif key == "fc.weight" and value.dim() == 5:  # S3D's last layer is a convolution of 1 x 1 x 1
             value = value.flatten(1)
         translated[key] = value
