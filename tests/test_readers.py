@@ -256,22 +256,22 @@ def test_a_val_part_is_for_validation_or_serves_as_test(tmp_path):
 
 
 def test_class_folders(tmp_path):
-    names = ["train/walk/a.mp4", "train/run/b.avi", "train/run/c/", "val/run/d.mp4", "test/run/e.mp4"]
+    names = ["train/walk/a.mp4", "train/run/b.avi", "train/run/c/", "validation/run/d.mp4", "test/run/e.mp4"]
     tree(tmp_path, *names, "train/run/notes.txt", "train/run/.hidden.mp4")
     data = load_data(str(tmp_path))
     assert data.classes == ("run", "walk") and not data.notes
-    assert pairs(data.test) == {"test/run/e.mp4": 0} and pairs(data.val) == {"val/run/d.mp4": 0}
+    assert pairs(data.test) == {"test/run/e.mp4": 0} and pairs(data.val) == {"validation/run/d.mp4": 0}
     assert pairs(data.train) == {"train/run/b.avi": 0, "train/run/c": 0, "train/walk/a.mp4": 1}
     text(tmp_path / "classes.txt", "walk", "run")
     assert pairs(load_data(str(tmp_path)).test) == {"test/run/e.mp4": 1}
-    tree(tmp_path, "val/swim/x.mp4")
-    fails(tmp_path / "val", "swim", name=str(tmp_path))
+    tree(tmp_path, "validation/swim/x.mp4")
+    fails(tmp_path / "validation", "swim", name=str(tmp_path))
 
 
 UNLABELLED = {  # files, lines of train.txt and unlabelled.txt, and the unlabelled videos
     "a folder": (["train/run/a.mp4", "unlabelled/b.mp4", "unlabelled/x/c.mp4"], {},
                  ["unlabelled/b.mp4", "unlabelled/x/c.mp4"]),
-    "a list": (["a.mp4", "b.mp4", "c/"], dict(train=["a.mp4 0"], unlabelled=["b.mp4", "c", "a.mp4"]),
+    "a list": (["a.mp4", "b.mp4", "c/"], dict(train=["a.mp4 0"], unlabeled=["b.mp4", "c", "a.mp4"]),
                ["b.mp4", "c"]),
     "lines without label": (["a.mp4", "b.mp4", "c.mp4"], dict(train=["b.mp4", "a.mp4 0", "c.mp4"]),
                             ["b.mp4", "c.mp4"]),

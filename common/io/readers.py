@@ -31,6 +31,7 @@ SUFFIXES = tuple(  # of what PyAV reads
 )
 LISTS = (".txt", ".csv", ".json")
 HIDDEN = ("thumbs.db", "desktop.ini", "lost+found")  # beside names that begin with a dot
+NAMES = {"val": ("val", "validation", "validate"), "unlabelled": ("unlabelled", "unlabeled")}  # of parts
 DEPTH = 6  # folders below the data set's that are searched, which ends circles of links
 MISSING, AMBIGUOUS = -1, -2
 
@@ -47,6 +48,13 @@ class Part(NamedTuple):
     labels: list
     groups: list | None = None
     spans: list | None = None
+
+
+class Disk(NamedTuple):
+    """The videos below a folder, named relative to it."""
+
+    root: str
+    names: list
 
 
 class Row(NamedTuple):
@@ -141,17 +149,17 @@ def scan_videos(root, notes=None):
         with os.scandir(os.path.join(root, folder)) as entries:
             for entry in entries:
                 name, lower = os.path.join(folder, entry.name), entry.name.lower()
-                if lower.endswith(SUFFIXES) and entry.is_file() and not _is_hidden(lower):
-                    videos.append(name)
-                elif _is_hidden(lower) or lower.endswith((*SUFFIXES, *LISTS)) and not entry.is_dir():
+                if _is_hidden(lower):
                     continue
+                if lower.endswith(SUFFIXES) and entry.is_file():
+                    videos.append(name)
                 elif entry.is_dir() and name.count("/") < DEPTH:
                     folders.append(name)
                 elif entry.is_dir():
                     left_out[f"folders more than {DEPTH} levels down in {folder}"] += 1
                 elif lower.endswith(PICTURES):
                     left_out[f"pictures in {folder or '.'}, which is not one numbered series alone"] += 1
-                else:
+                elif not lower.endswith((*SUFFIXES, *LISTS)):
                     left_out[os.path.splitext(lower)[1] or entry.name] += 1
     if left_out and notes is not None:
         counts = [f"{count} {kind}" for kind, count in sorted(left_out.items())]
@@ -176,13 +184,6 @@ def _is_series(folder):
             if len(patterns - {"flow"}) > 1:
                 return False
     return bool(patterns)
-
-
-class Disk(NamedTuple):
-    """The videos below a folder, named relative to it."""
-
-    root: str
-    names: list
 
 
 def _find_videos(root, notes, *folders):
@@ -304,18 +305,19 @@ def _rows_of(disk, part, split, notes, read=read_list):
 
     The list is train.txt, train.csv, or called as by mmaction2 and others.
     """
-    usual = rf"(.*[_-])?{part}([_-]?list)?([_-]split[_-]?{split})?([_-](videos|rawframes))?\.(txt|csv)"
+    names = NAMES.get(part, (part,))
+    usual = rf"({'|'.join(names)})([_-]?list)?([_-]split[_-]?{split})?([_-](videos|rawframes))?\.(txt|csv)"
     folders = [folder for folder in (Path(disk.root), Path(disk.root, "annotations")) if folder.is_dir()]
     files = [file for folder in folders for file in sorted(folder.iterdir())]
-    lists = [file for file in files if re.fullmatch(usual, file.name.lower())]
-    lists = [file for file in lists if "videos" in file.name] or lists
-    lists = [file for file in files if file.name in (f"{part}.txt", f"{part}.csv")][:1] or lists
+    lists = [file for file in files if re.fullmatch(rf"(.*[_-])?{usual}", file.name.lower())]
+    exact = [file for file in lists if file.stem in names][:1]
+    lists = exact or [file for file in lists if "videos" in file.name] or lists
     if len(lists) > 1:
         raise UserError(f"several lists of the {part} part: {join_names(list(map(str, lists)))}; keep one")
     if lists:
         return read(str(lists[0]), notes)
-    rows = []
-    for folder in (part, f"videos_{part}", f"videos/{part}", f"rawframes_{part}", f"rawframes/{part}"):
+    rows, layouts = [], ("{}", "videos_{}", "videos/{}", "rawframes_{}", "rawframes/{}")
+    for folder in (layout.format(name) for layout in layouts for name in names):
         for name in disk.names if not rows else ():
             if name.startswith(f"{folder}/"):
                 class_name = nfc(name[len(folder) + 1 :]).split("/")[:-1][:1]
@@ -332,16 +334,13 @@ def _on_disk(disk, rows, notes):
     for prefix in forms(os.path.join(os.path.abspath(disk.root), "")):
         names = [name.removeprefix(prefix) for name in names]
     for row, i in zip(rows, match_names(names, disk.names), strict=True):
+        leads_out = os.path.isabs(row.name) or ".." in row.name.split("/")
+        elsewhere = [f for f in forms(row.name) if leads_out and os.path.exists(os.path.join(disk.root, f))]
         if i == AMBIGUOUS:
             called = f"several videos in {disk.root} are called {printable(row.name)}"
             raise UserError(f"{row.place}: {called}; give the path from {disk.root} on")
-        if i != MISSING:
-            located.append((disk.names[i], row))
-            continue
-        leads_out = os.path.isabs(row.name) or ".." in row.name.split("/")
-        elsewhere = [form for form in forms(row.name) if os.path.exists(os.path.join(disk.root, form))]
-        if leads_out and elsewhere:
-            located.append((elsewhere[0], row))
+        if i != MISSING or elsewhere:
+            located.append((disk.names[i] if i != MISSING else elsewhere[0], row))
         else:
             missing.append(row.name)
     if missing:
@@ -455,8 +454,7 @@ def read_unlabelled_folder(root, split, variant, notes):
     disk = _find_videos(root, notes)
     rows = _rows_of(disk, "unlabelled", split, notes) or _rows_of(disk, "train", split, notes)
     rows = rows or [Row(name, (), root) for name in disk.names]
-    is_number = [row.line is not None and len(row.labels) == 1 for row in rows]
-    rows = [row._replace(labels=row.labels * number) for row, number in zip(rows, is_number, strict=True)]
+    rows = [row if row.line and len(row.labels) == 1 else row._replace(labels=()) for row in rows]
     _, parts = _build(disk, {"unlabelled": rows}, (), notes)
     return (), {"train": parts["unlabelled"]}
 
@@ -480,9 +478,8 @@ def read_k400(root, split, variant, notes):
     <id>.mp4; of rows for the same clip the first counts. The classes are in the order of their names
     with blanks and brackets, however folders are called: without brackets 308 and 309 change places.
     """
-    from torchvision.models.video import (
-        R3D_18_Weights,
-    )  # slow to import, and only this set needs its class list
+    # Slow to import, and needed by this data set alone: the classes in that order.
+    from torchvision.models.video import R3D_18_Weights
 
     base, names = _find_videos(root, notes)
     if any(name.startswith("videos") for name in names):  # beside the frames of the same videos
@@ -502,10 +499,9 @@ def read_k400(root, split, variant, notes):
             rows.setdefault(name, Row(name, (row["label"],), path, n))
         return list(rows.values())
 
-    rows_of = {"train": _rows_of(disk, "train", split, notes, read)}
-    rows_of["test"] = _rows_of(disk, "val", split, notes, read) or _rows_of(
-        disk, "validate", split, notes, read
-    )
+    rows_of = {
+        part: _rows_of(disk, name, split, notes, read) for part, name in (("train", "train"), ("test", "val"))
+    }
     return _build(disk, rows_of, R3D_18_Weights.KINETICS400_V1.meta["categories"], notes)
 
 
@@ -520,11 +516,10 @@ def read_ucf101(root, split, variant, notes):
     """
     classes, rows_of = _read_classes(_find_file(root, "classInd.txt")), {}
     disk = _find_videos(root, notes, "UCF-101", "UCF101", "videos", "rawframes")
-    for part, mmaction_part in (("train", "train"), ("test", "val")):
-        names = [f"ucf101_{mmaction_part}_split_{split}_{form}.txt" for form in ("videos", "rawframes")]
-        path = _find_file(root, f"{part}list0{split}.txt", *names)
+    for part, mmaction in (("train", "train"), ("test", "val")):
+        names = [f"ucf101_{mmaction}_split_{split}_{form}.txt" for form in ("videos", "rawframes")]
+        rows = read_list(path := _find_file(root, f"{part}list0{split}.txt", *names), notes)
         first = 1 if os.path.basename(path).startswith(f"{part}list") else 0
-        rows = read_list(path, notes)
         rows_of[part] = [row._replace(labels=tuple(y - first for y in row.labels)) for row in rows]
     _, parts = _build(disk, rows_of, classes, notes)
     for part, videos in parts.items():
@@ -556,10 +551,10 @@ def read_hmdb51(root, split, variant, notes):
     rows_of = {"train": [], "test": [], "unused": []}
     for k, path in enumerate(lists):
         for n, line in _read_text(path):
-            name, blank, flag = line.rpartition(" ")
+            name, flag = line[:-1].rstrip(), line.split()[-1]
             if flag not in part_of:
                 raise UserError(f"{path}:{n}: {printable(line)!r} does not end in 0, 1 or 2")
-            rows_of[part_of[flag]].append(Row(f"{classes[k]}/{name.strip()}", (k,), str(path), n))
+            rows_of[part_of[flag]].append(Row(f"{classes[k]}/{name}", (k,), str(path), n))
     return _build(disk, rows_of, classes, notes)
 
 
