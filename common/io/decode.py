@@ -78,21 +78,19 @@ class Video:
     def __len__(self):
         return len(self.times)
 
-    @property
-    def rotation(self):
-        """Degrees counter-clockwise that the upper edge is turned for display: 0, 90, 180 or 270."""
+    @cached_property
+    def _shown_size(self):
         if self._matrix is None:
             self.get([0])
-        (a, b), _ = self._matrix
-        return round(-np.degrees(np.arctan2(b, a))) % 360
+        return self._source.size if self._matrix[0][0] else self._source.size[::-1]
 
     @property
     def height(self):
-        return self._source.size[self.rotation // 90 % 2]
+        return self._shown_size[0]
 
     @property
     def width(self):
-        return self._source.size[1 - self.rotation // 90 % 2]
+        return self._shown_size[1]
 
     def clips(self, windows, short_side=None):
         """See `read_windows`."""
@@ -200,11 +198,11 @@ def _display_matrix(frame):
 
     So it is one of the eight symmetries of a square. Damaged headers have any matrix; others are ignored.
     """
+    matrix = np.eye(2)
     try:
         data = getattr(frame, "side_data", {}).get("DISPLAYMATRIX")
-        if data is None:
-            return (1, 0), (0, 1)
-        matrix = np.frombuffer(data, np.int32)[[0, 1, 3, 4]].reshape(2, 2).astype(float)
+        if data is not None:
+            matrix = np.frombuffer(data, np.int32)[[0, 1, 3, 4]].reshape(2, 2).astype(float)
     except ValueError:  # av does not know the type of other side data; the angle is still there
         cos, sin = np.cos(np.radians(frame.rotation)), np.sin(np.radians(frame.rotation))
         matrix = np.array([[cos, -sin], [sin, cos]])
@@ -345,6 +343,7 @@ class _File:
         if not self.counted:
             self.keys.sort()
             self.pts, self.place = pts, {t: i for i, t in enumerate(pts)}
+        self.decoders = [self.from_start] if self.counted else [self.by_seeking, self.from_start]
         # The header of an AVI counts ticks of its clock, also those of frames that were dropped when it was
         # made, and all for which the last frame is shown.
         slots = max(total, 1)
@@ -356,7 +355,6 @@ class _File:
         steps = np.diff(self.times)
         steps = steps[steps <= LONGEST_STEP]
         self.fps = len(steps) / steps.sum() if steps.sum() > 0 else rate
-        self.decoders = [self.from_start] if self.counted else [self.by_seeking, self.from_start]
 
     def _packets(self, container, stream):
         """Yield the packets, up to where the file is so damaged that no more are found."""
@@ -401,14 +399,14 @@ class _File:
 
     def _runs(self, stamps):
         """Cut sorted time stamps into [(key stamp, stamps decoded from it)], to jump over gaps."""
-        runs, end = [], None
-        for t in stamps:
-            key = self.keys[max(bisect_right(self.keys, t) - 1, 0)]
-            if not runs or self.order[key] - end > SEEK_COST:
+        runs, latest = [], 0  # number of the packet up to which a run decodes
+        for stamp in stamps:
+            key = self.keys[max(bisect_right(self.keys, stamp) - 1, 0)]
+            if not runs or self.order[key] - latest > SEEK_COST:
                 runs.append((key, set()))
-                end = 0
-            runs[-1][1].add(t)
-            end = max(end, self.order[t])
+                latest = 0
+            runs[-1][1].add(stamp)
+            latest = max(latest, self.order[stamp])
         return runs
 
     def from_start(self, numbers, strict=True):
