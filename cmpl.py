@@ -71,7 +71,7 @@ from common import augment, backbones, evaluate, optim
 from common.clips import Clips, dense, train_loader
 from common.data import as_list, digest_of_videos, load_data, semi_supervised
 from common.errors import UserError
-from common.flags import Parser, at_least, free_flags, share, wanted
+from common.flags import Parser, Range, at_least, free_flags, share, wanted
 from common.io.models import load_for, save_model
 from common.modality import Recipe
 from common.run import Run, agreed
@@ -101,42 +101,41 @@ TEST = ("keep_every",)  # flags of --eval that make it another test
 
 def parse_args(argv=None):
     p = Parser("cmpl", __doc__, RECIPES)
-    g = p.data()
-    g.add_argument("--jitter", type=at_least(1), nargs=2, default=[256, 320],
-                   help="range of the short side before a random crop, in pixels (D4)")  # fmt: skip
-    g.add_argument("--weak_side", type=at_least(1), help="short side of weak views, D4; 8/7 of --size")
-    g = p.add_argument_group("method")
-    g.add_argument("--lam", type=at_least(0.0), default=5.0, help="weight of L_u, Eq. 6; 0: supervised only")
-    g.add_argument("--tau", type=share, default=0.9, help="confidence threshold, Eq. 1, 4, 5, Fig. 4a")
-    g.add_argument("--mu", type=at_least(1), default=5, help="unlabelled clips per labelled clip, Fig. 4b")
-    g.add_argument("--net", default="resnet3d50", help="backbone of the primary network F (D11)")
-    g.add_argument("--width", type=float, default=1.0, help="channel multiplier of F")
-    g.add_argument("--aux", default="resnet3d50", help="backbone of the auxiliary A, or none, or same")
-    g.add_argument("--aux_width", type=float, default=0.25, help="channel multiplier of A, Table 3")
-    g.add_argument("--dropout", type=float, default=0.5, help="dropout before the classifiers (D9)")
-    g.add_argument("--frames", type=at_least(1), default=8, help="frames of a clip for F")
-    g.add_argument("--stride", type=at_least(1), default=8, help="video frames from one to the next for F")
-    g.add_argument("--aux_frames", type=at_least(1), default=16, help="frames of a clip for A, Table 4")
-    g.add_argument("--aux_stride", type=at_least(1), default=4, help="video frames to the next for A")
-    g.add_argument("--offset", type=at_least(0.0), default=10.0, help="t_s in seconds, Table 5, D6")
-    g.add_argument("--aux_losses", choices=["both", "sup", "unsup"], default="both", help="Table 6")
-    g.add_argument("--joint", action="store_true", help="put weak views through with the other views, D7")
-    g.add_argument("--rand_augment", type=at_least(0), nargs=2, default=[2, 9], help="how many, magnitude")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=at_least(0.0), default=200, help="passes over the unlabelled videos, D1")
-    g.add_argument("--batch", type=at_least(1), default=2, help="labelled clips per GPU and step, B_l")
-    g.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
-    g.add_argument("--lr", type=at_least(0.0), default=0.1, help="learning rate for --lr_batch clips, D2")
-    g.add_argument("--lr_batch", type=at_least(1), default=32, help="clips per step that --lr is for")
-    g.add_argument("--weight_decay", type=at_least(0.0), default=1e-4, help="weight decay of all parameters")
-    g.add_argument("--warmup", type=at_least(0.0), default=0.0, help="epochs of linear warm-up, D9")
-    g = p.run()
-    g.add_argument("--keep_every", type=at_least(1), default=1, help="repeat every n-th test frame, Fig. 5")
-    args = p.parse(argv, also=TEST)
-    p.rand_augment(args)
-    if args.jitter[0] > args.jitter[1]:
-        p.error(f"--jitter is a range such as 256 320, not {args.jitter[0]} {args.jitter[1]}")
-    return args
+    add = p.data().add_argument
+    add("--jitter", type=at_least(1), nargs=2, action=Range, default=[256, 320],
+        help="range of the short side before a random crop, in pixels (D4)")  # fmt: skip
+    add("--weak_side", type=at_least(1), help="short side of weak views (D4); default: 8/7 of --size")
+    add = p.add_argument_group("method").add_argument
+    add("--lam", type=at_least(0.0), default=5.0, help="weight of L_u, Eq. 6; 0: supervised only")
+    add("--tau", type=share, default=0.9, help="confidence threshold, Eq. 1, 4, 5, Fig. 4a")
+    add("--mu", type=at_least(1), default=5, help="unlabelled clips per labelled clip, Fig. 4b")
+    add("--net", default="resnet3d50", help="backbone of the primary network F (D11)")
+    add("--width", type=float, default=1.0, help="channel multiplier of F")
+    add("--aux", default="resnet3d50", help="backbone of the auxiliary network A; none: FixMatch")
+    add("--aux_width", type=float, default=0.25, help="channel multiplier of A, Table 3")
+    add("--dropout", type=float, default=0.5, help="dropout before the classifiers (D9)")
+    add("--frames", type=at_least(1), default=8, help="frames of a clip for F")
+    add("--stride", type=at_least(1), default=8, help="distance of the frames of a clip for F")
+    add("--aux_frames", type=at_least(1), default=16, help="frames of a clip for A, Table 4")
+    add("--aux_stride", type=at_least(1), default=4, help="distance of the frames of a clip for A")
+    add("--offset", type=at_least(0.0), default=10.0,
+        help="largest distance t_s of the clips in seconds (D6)")  # fmt: skip
+    add("--aux_losses", choices=["both", "sup", "unsup"], default="both",
+        help="losses of A: both, supervised only, unsupervised only (Table 6)")  # fmt: skip
+    add("--joint", action="store_true", help="one forward pass for weak and other views (D7)")
+    add("--rand_augment", type=at_least(0, 10), nargs=2, default=[2, 9],
+        help="RandAugment of strong views: number of operations, magnitude (D5)")  # fmt: skip
+    add = p.add_argument_group("optimisation").add_argument
+    add("--epochs", type=at_least(0.0), default=200, help="passes over the unlabelled videos, D1")
+    add("--batch", type=at_least(1), default=2, help="labelled clips per GPU and step, B_l")
+    add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
+    add("--lr", type=at_least(0.0), default=0.1, help="learning rate for --lr_batch clips, D2")
+    add("--lr_batch", type=at_least(1), default=32, help="clips per step that --lr is for")
+    add("--weight_decay", type=at_least(0.0), default=1e-4, help="weight decay of all parameters")
+    add("--warmup", type=at_least(0.0), default=0.0, help="epochs of linear warm-up, D9")
+    add = p.run().add_argument
+    add("--keep_every", type=at_least(1), default=1, help="repeat every n-th test frame, Fig. 5")
+    return p.parse(argv, also=TEST)
 
 
 # -------------------------------------------------------------------------------- the method

@@ -81,20 +81,10 @@ from common.io.weights import PUBLISHED
 from common.run import PLACES, Run, agreed
 
 # Other defaults for some data sets (the flags' own defaults are the paper's, Sec. 4.4).
-RECIPES = {
-    "toy": dict(
-        net=["resnet3d10", "r2plus1d_10-pool", "tsm10-small"],
-        hidden=64,
-        epochs=100,
-        lr=1e-3,
-        batch=128,
-        lr_batch=128,
-        burn_in=5,
-        eval_every=5,
-        workers=1,
-        channels_last=True,
-    )
-}
+RECIPES = {"toy": dict(
+    net=["resnet3d10", "r2plus1d_10-pool", "tsm10-small"], hidden=64, epochs=100, lr=1e-3, batch=128,
+    lr_batch=128, burn_in=5, eval_every=5, workers=1, channels_last=True,
+)}  # fmt: skip
 RECIPES["weizmann"] = RECIPES["toy"] | dict(net=["r2plus1d_10-pool"])
 # The teachers' classification losses by name (D2): logits (B, K), y (B,) to (B,).
 LOSSES = {
@@ -111,56 +101,43 @@ FIGURES, VIEWS = ("top1", "top5", "mAP"), ("clips", "crops")  # columns of Table
 
 def parse_args(argv=None):
     p = Parser("jedi", __doc__, RECIPES)
-    g = p.data(unlabelled=None, ratio=1.0, crop=False)
-    g.add_argument("--extra", default="", help="data sets without an expert, for distillation alone (D8)")
-    g.add_argument("--extra_videos", type=at_least(1), help="videos drawn from each of --extra (Sec. 5.2)")
-    g.add_argument("--holdout", type=share, default=0.0, help="share of training videos to test on (D10)")
-    g = p.add_argument_group("experts: one value for all data sets, or one for each")
-    g.add_argument("--expert", nargs="+", default=["supervised"], metavar="EXPERT", help=EXPERT_HELP)
-    g.add_argument("--net", nargs="+", default=["tsm50"], help="backbones of supervised experts")
-    g.add_argument("--init", nargs="+", default=["none"], help="their start: FILE, imagenet, kinetics, none")
-    g.add_argument(
-        "--expert_flags",
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUE",
-        help="more flags of python -m common.supervised, such as epochs=60 jitter=256,320",
-    )
-    g.add_argument("--cache", metavar="DIR", help="feature cache, which runs may share; default: OUT/cache")
-    g.add_argument("--half", action="store_true", help="keep embeddings in half precision")
-    g.add_argument("--stop_after", choices=["experts", "embeddings"], help="end after this stage")
-    g = p.add_argument_group("method")
-    g.add_argument("--alpha", type=at_least(0.0), default=1.0, help="weight of students' label loss (Eq. 1)")
-    g.add_argument("--beta", type=at_least(0.0), default=1.0, help="weight of teachers' label loss (Eq. 1)")
-    g.add_argument("--gamma", type=at_least(0.0), default=0.4, help="weight of the distillation loss (Eq. 1)")
-    g.add_argument(
-        "--distill",
-        default="all",
-        metavar="VIDEOS",
-        help="videos to distil on: all, none, own, or the name of one data set (Sec. 5.2)",
-    )
-    g.add_argument(
-        "--teacher_input",
-        choices=INPUTS,
-        default="adjusted",
-        help="embeddings after or before the adjustment, students' logits, or two (Sec. 5.1, D13)",
-    )
-    g.add_argument("--teacher_loss", choices=LOSSES, default="hinge", help="teachers' label loss (D2)")
-    g.add_argument("--temperature", type=at_least(1e-6), default=1.0, help="T of the distillation (Sec. 4.4)")
-    g.add_argument("--hidden", type=at_least(1), default=256, help="units of the adjustment (Sec. 4.4)")
-    g.add_argument("--adjust_dropout", type=share, default=0.75, help="dropout of the adjustment (Sec. 4.4)")
-    g.add_argument("--neurons", type=at_least(0.0), default=10.0, help="k of the teachers' dropout (Eq. 4)")
-    g = p.add_argument_group("optimisation, by AdamW at a constant learning rate")
-    g.add_argument("--epochs", type=at_least(0.0), default=500, help="passes over all training videos (D1)")
-    g.add_argument("--burn_in", type=at_least(0.0), default=25, help="epochs before distillation (Sec. 4.4)")
-    g.add_argument("--batch", type=at_least(1), default=512, help="videos per GPU and step")
-    g.add_argument("--lr", type=at_least(0.0), default=1e-5, help="rate for --lr_batch videos a step (D1)")
-    g.add_argument("--lr_batch", type=at_least(1), default=512, help="videos of a step that --lr is for (D1)")
-    g.add_argument("--weight_decay", type=at_least(0.0), default=3e-3, help="weight decay of all parameters")
+    add = p.data(unlabelled=None, ratio=1.0, crop=False).add_argument
+    add("--extra", default="", help="data sets without an expert, for distillation alone (D8)")
+    add("--extra_videos", type=at_least(1), help="videos drawn from each of --extra (Sec. 5.2)")
+    add("--holdout", type=share, default=0.0, help="share of training videos to test on (D10)")
+    add = p.add_argument_group("experts: one value for all data sets, or one for each").add_argument
+    add("--expert", nargs="+", default=["supervised"], metavar="EXPERT", help=EXPERT_HELP)
+    add("--net", nargs="+", default=["tsm50"], help="backbones of supervised experts")
+    add("--init", nargs="+", default=["none"], help="their start: FILE, imagenet, kinetics, none")
+    add("--expert_flags", nargs="+", default=[], metavar="NAME=VALUE",
+        help="more flags of python -m common.supervised, such as epochs=60 jitter=256,320")  # fmt: skip
+    add("--cache", metavar="DIR", default="{out}/cache", help="feature cache, which runs may share")
+    add("--half", action="store_true", help="keep embeddings in half precision")
+    add("--stop_after", choices=["experts", "embeddings"], help="end after this stage")
+    add = p.add_argument_group("method").add_argument
+    add("--alpha", type=at_least(0.0), default=1.0, help="weight of students' label loss (Eq. 1)")
+    add("--beta", type=at_least(0.0), default=1.0, help="weight of teachers' label loss (Eq. 1)")
+    add("--gamma", type=at_least(0.0), default=0.4, help="weight of the distillation loss (Eq. 1)")
+    add("--distill", default="all", metavar="VIDEOS",
+        help="videos to distil on: all, none, own, or the name of one data set (Sec. 5.2)")  # fmt: skip
+    add("--teacher_input", choices=INPUTS, default="adjusted",
+        help="adjusted embeddings, those of experts, students' logits, or two (Sec. 5.1, D13)")  # fmt: skip
+    add("--teacher_loss", choices=LOSSES, default="hinge", help="teachers' label loss (D2)")
+    add("--temperature", type=at_least(1e-6), default=1.0, help="T of the distillation (Sec. 4.4)")
+    add("--hidden", type=at_least(1), default=256, help="units of the adjustment (Sec. 4.4)")
+    add("--adjust_dropout", type=share, default=0.75, help="dropout of the adjustment (Sec. 4.4)")
+    add("--neurons", type=at_least(0.0), default=10.0, help="k of the teachers' dropout (Eq. 4)")
+    add = p.add_argument_group("optimisation, by AdamW at a constant learning rate").add_argument
+    add("--epochs", type=at_least(0.0), default=500, help="passes over all training videos (D1)")
+    add("--burn_in", type=at_least(0.0), default=25, help="epochs before distillation (Sec. 4.4)")
+    add("--batch", type=at_least(1), default=512, help="videos per GPU and step")
+    add("--lr", type=at_least(0.0), default=1e-5, help="rate for --lr_batch videos a step (D1)")
+    add("--lr_batch", type=at_least(1), default=512, help="videos of a step that --lr is for (D1)")
+    add("--weight_decay", type=at_least(0.0), default=3e-3, help="weight decay of all parameters")
     p.run()
     p.set_defaults(data="toy:a,toy:b,toy:c", clips=None, crops=None)
     args = p.parse(argv)
-    names, n = args.data.split(",") + list(filter(None, args.extra.split(","))), args.data.count(",") + 1
+    names, n = names_of(args), args.data.count(",") + 1
     if not all(names) or len(set(map(slug, names)) - {"experts", "cache"}) < len(names):
         p.error(f"--data and --extra name each data set once, not as {','.join(names)}")
     known = [os.path.basename(os.path.abspath(name)) for name in names]
@@ -174,11 +151,20 @@ def parse_args(argv=None):
         given = getattr(args, flag)
         if len(given) not in (1, n) and given != p.get_default(flag):
             p.error(f"--{flag} has one value, or one for each of {args.data}, not {len(given)}")
-        setattr(args, flag, (given * n)[:n])
-    args.names, args.recipe, args.cache = names, p.recipe, args.cache or f"{args.out}/cache"
     for flags in supervised_flags(args):
         supervised.parse_args(flags)
     return args
+
+
+def names_of(args):
+    """The data sets, those with an expert first."""
+    return args.data.split(",") + list(filter(None, args.extra.split(",")))
+
+
+def for_each(args, flag):
+    """The values of a flag that has one for all data sets with an expert, or one for each."""
+    n = args.data.count(",") + 1
+    return (getattr(args, flag) * n)[:n]
 
 
 # -------------------------------------------------------------------------------- the method
@@ -354,10 +340,10 @@ def labels_of(args, k):
 def load_parts(args):
     """(Parts to learn, of all data sets; Parts to test, of those with an expert)."""
     learned, tests = [], []
-    for k, name in enumerate(args.names):
+    for k, name in enumerate(names_of(args)):
         data = agreed(load_data, name, nth(args.root, k), args.split)
         used, y = np.ones(len(data.train), bool), np.full(len(data.train), -1)
-        if k < len(args.expert):
+        if k <= args.data.count(","):
             if data.multilabel:
                 raise UserError(f"{data.name} has several labels per video, which JEDI does not know")
             ratio, per_class, path = labels_of(args, k)
@@ -377,10 +363,13 @@ def load_parts(args):
 def supervised_flags(args):
     """Stage 1: a command line of common.supervised for each data set whose expert is trained here."""
     lines = []
-    for k in (k for k, spec in enumerate(args.expert) if spec == "supervised"):
-        name, init = args.names[k], None if args.init[k] == "none" else args.init[k]
+    stacked = zip(*(for_each(args, flag) for flag in ("expert", "net", "init")), strict=True)
+    for k, (expert, net, init) in enumerate(stacked):
+        if expert != "supervised":
+            continue
+        name, init = names_of(args)[k], None if init == "none" else init
         flags = {flag: getattr(args, flag) for flag in PASSED}
-        flags |= dict(data=name, root=nth(args.root, k), net=args.net[k], init=init)
+        flags |= dict(data=name, root=nth(args.root, k), net=net, init=init)
         flags |= zip(LABELS, labels_of(args, k), strict=True)
         lines.append([f"--out={args.out}/experts/{slug(name)}"])
         lines[-1] += [f"--{flag}={value}" for flag, value in flags.items() if value is not None]
@@ -392,7 +381,7 @@ def supervised_flags(args):
 def load_experts(args, run, learned, tests):
     """(models.Model of each data set, names of those that may have learned held-out videos, D10)."""
     experts, knowing = [], []
-    for spec, part, test in zip(args.expert, learned, tests, strict=False):
+    for spec, part, test in zip(for_each(args, "expert"), learned, tests, strict=False):
         spec = f"{args.out}/experts" if spec == "supervised" else spec
         experts.append(models.load(spec, part.data, run))
         known = experts[-1].labelled_list
@@ -587,9 +576,9 @@ def write_results(args, run, joint, experts, tests):
 def check_inputs(args):
     """Raise UserError for a data set or a file that a later stage would miss, before stage 1."""
     load_parts(args)
-    pairs = zip(args.expert, args.names, strict=False)
+    pairs = zip(for_each(args, "expert"), names_of(args), strict=False)
     paths = {models.parse(spec, slug(name))[1] for spec, name in pairs if spec != "supervised"}
-    for path in sorted(paths.union(args.init) - {"none", *PUBLISHED}):
+    for path in sorted(paths.union(for_each(args, "init")) - {"none", *PUBLISHED}):
         if not os.path.isfile(path):
             raise UserError(f"there is no file {path}, which --expert or --init asks for")
 
@@ -597,7 +586,7 @@ def check_inputs(args):
 @record
 def main():
     args = parse_args()
-    free = {*free_flags(args), "cache", "names", "recipe", "stop_after"}
+    free = {*free_flags(args), "cache", "stop_after"}
     begin = partial(Run, "jedi", args.out, vars(args), free, (*PLACES, "extra"))
     if not args.eval:
         with begin():

@@ -89,7 +89,7 @@ from common import augment, backbones, evaluate, modality, optim
 from common.clips import Clips, dense, train_loader, uniform
 from common.data import as_list, digest_of_videos, labelled_subset, load_data
 from common.errors import UserError
-from common.flags import Parser, free_flags, wanted
+from common.flags import Parser, at_least, free_flags, wanted
 from common.io.models import load_for, save_model
 from common.io.weights import PUBLISHED, fetch
 from common.modality import MODALITIES, Recipe
@@ -118,49 +118,48 @@ TEST = "uniform", "test_crop", "average"  # flags of --eval that make it another
 
 def parse_args(argv=None):
     p = Parser("mml", __doc__, RECIPES)
-    g = p.data(unlabelled=None, ratio=1.0)  # D1
-    g.add_argument("--label_seed", type=int, help="seed of the labelled subset; --seed if not given")
-    g.add_argument("--flow", metavar="DIR", help="extracted optical flow; <root>_flow if that is there")
-    g = p.add_argument_group("method")
-    g.add_argument("--nets", default="rgb,flow", help="networks: rgb, flow, diff, also twice: rgb,rgb")
-    g.add_argument("--init", default="imagenet", help="where they start, one for all or one for each: "
-                   "imagenet, kinetics, none or a file, Sec. 2.1")  # fmt: skip
-    g.add_argument("--pipeline", action="store_true", help="the three steps of Fig. 1; --nets is the third")
-    g.add_argument("--mutual", choices=list(LAM), default="kl", help="kl, or a teacher's mars, d3d, Sec. 3.3")
-    g.add_argument("--teacher", metavar="MODEL.PT", help="the frozen network of --mutual mars and d3d")
-    g.add_argument("--lam", type=float, default=LAM, help="weight of the second loss; follows --mutual if "
-                   "not given; 0: cross-entropy alone")  # fmt: skip
-    g.add_argument("--mean", choices=["probs", "logits"], default="probs", help="of the others, Eq. 4, D8")
-    g.add_argument("--net", default="tsm50", help="backbone of all networks")
-    g.add_argument("--width", type=float, default=1.0, help="width of the backbones")
-    g.add_argument("--dropout", type=float, default=0.5, help="before the classifier")
-    g.add_argument("--frames", type=int, default=8, help="input frames of a clip (T of Sec. 2.3)")
-    g.add_argument("--sampling", choices=["both", "uniform", "dense"], default="both", help="Sec. 3.1.1")
-    g.add_argument("--stride", type=int, default=4, help="frames from one to the next in dense clips, D4")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=float, default=50, help="passes over the training videos")
-    g.add_argument("--batch", type=int, default=8, help="clips per GPU and step")
-    g.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
-    g.add_argument("--lr", type=float, default=0.025, help="for --lr_batch clips a step, Sec. 3.1.1, D2")
-    g.add_argument("--lr_batch", type=int, default=64, help="clips of a step, of all GPUs, for --lr")
-    g.add_argument("--lr_steps", type=float, nargs="*", default=[20, 40],
-                   help="epochs after which it is a tenth; none: cosine to 0")  # fmt: skip
-    g.add_argument("--warmup", type=float, default=0, help="epochs of a rising learning rate")
-    g.add_argument("--fc_lr", type=float, default=5, help="factor on that of a new classifier, D3")
-    g.add_argument("--weight_decay", type=float, default=1e-4, help="D3")
-    g.add_argument("--clip_grad", type=float, default=20.0, help="norm of the gradient; 0: as it is, D3")
-    g = p.run()
-    g.add_argument("--uniform", type=int, default=2, help="m uniform test clips beside the k dense --clips")
-    g.add_argument("--test_crop", type=int, help="crop of the test picture; --test_size if not given")
-    g.add_argument("--average", choices=["logits", "softmax"], default="logits", help="of test views, D13")
+    add = p.data(unlabelled=None, ratio=1.0).add_argument  # D1
+    add("--label_seed", type=at_least(0), help="seed of the labelled subset; default: --seed")
+    add("--flow", metavar="DIR", help="extracted optical flow; default: <root>_flow")
+    add = p.add_argument_group("method").add_argument
+    add("--nets", default="rgb,flow", help="networks: rgb, flow, diff, also twice: rgb,rgb")
+    add("--init", default="imagenet",
+        help="initial weights, one for all networks or one for each, with commas: imagenet, "
+        "kinetics, none or a file (Sec. 2.1)")  # fmt: skip
+    add("--pipeline", action="store_true",
+        help="train the three steps of Fig. 1, of which the third has --nets")  # fmt: skip
+    add("--mutual", choices=list(LAM), default="kl", help="mutual loss, or a teacher's: mars, d3d (Sec. 3.3)")
+    add("--teacher", metavar="MODEL.PT", help="frozen network of --mutual mars and d3d")
+    add("--lam", type=at_least(0.0), default=LAM,
+        help="weight of the second loss, which follows from --mutual; 0: cross-entropy alone")  # fmt: skip
+    add("--mean", choices=["probs", "logits"], default="probs",
+        help="average the other networks' probabilities or logits, Eq. 4 (D8)")  # fmt: skip
+    add("--net", default="tsm50", help="backbone of all networks")
+    add("--width", type=float, default=1.0, help="channel multiplier of the backbones")
+    add("--dropout", type=float, default=0.5, help="dropout rate before the classifiers")
+    add("--frames", type=at_least(1), default=8, help="input frames of a clip (T of Sec. 2.3)")
+    add("--sampling", choices=["both", "uniform", "dense"], default="both",
+        help="how training clips are sampled; both: at random (Sec. 3.1.1)")  # fmt: skip
+    add("--stride", type=at_least(1), default=4, help="distance of the frames of a dense clip (D4)")
+    add = p.add_argument_group("optimisation").add_argument
+    add("--epochs", type=at_least(0.0), default=50, help="passes over the training videos")
+    add("--batch", type=at_least(1), default=8, help="clips per GPU and step")
+    add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
+    add("--lr", type=at_least(0.0), default=0.025, help="learning rate for --lr_batch clips (D2)")
+    add("--lr_batch", type=at_least(1), default=64, help="clips per step that --lr is for")
+    add("--lr_steps", type=float, nargs="*", default=[20, 40],
+        help="epochs at which --lr falls to a tenth; none: cosine to 0")  # fmt: skip
+    add("--warmup", type=at_least(0.0), default=0, help="epochs of linear warm-up")
+    add("--fc_lr", type=at_least(0.0), default=5, help="factor on --lr for a new classifier (D3)")
+    add("--weight_decay", type=at_least(0.0), default=1e-4, help="weight decay of some parameters (D3)")
+    add("--clip_grad", type=at_least(0.0), default=20.0, help="largest gradient norm; 0: no limit")
+    add = p.run().add_argument
+    add("--uniform", type=at_least(0), default=2, help="uniform test clips beside the dense --clips")
+    add("--test_crop", type=at_least(1), help="crop of the test picture; default: --test_size")
+    add("--average", choices=["logits", "softmax"], default="logits",
+        help="average the logits or the probabilities of a video's views (D13)")  # fmt: skip
     p.set_defaults(clips=1, crops=1, test_size=256)  # Appendix 1
-    args = p.parse(argv, also=TEST)
-    p.at_least(1, args, "batch", "lr_batch", "frames", "stride", "test_crop")
-    p.at_least(0, args, "label_seed", "epochs", "lr", "warmup", "fc_lr", "weight_decay", "clip_grad")
-    p.at_least(0, args, "uniform")
-    args.label_seed = args.seed if args.label_seed is None else args.label_seed
-    args.lam = args.lam if isinstance(args.lam, float) else args.lam[args.mutual]
-    p.at_least(0, args, "lam")
+    args = p.parse(argv, also=TEST, follow=[("lam", "mutual"), ("label_seed", "seed")])
     if args.test_crop and args.crops == 3:
         p.error("--test_crop is for one central crop: --crops 1")
     kinds = args.nets.split(",")
@@ -373,10 +372,10 @@ def windows(source, rng, args):
     return [i + rng.integers(N - n + 1) for N in source.lengths.values()]  # xi ~ unif{0, ..., N - n}
 
 
-def train_views(clips, args, kinds):
+def train_views(clips, args, kinds, flip):
     """The uint8 clips of each modality, all of one crop (D6)."""
     clips = augment.multi_scale_crop(clips, args.size)
-    if args.flip and torch.rand(()) < 0.5:
+    if flip and torch.rand(()) < 0.5:
         clips = [modality.flip(clip, kind) for clip, kind in zip(clips, kinds, strict=True)]
     return tuple(clips)
 
@@ -404,7 +403,7 @@ def train(args, run):
     data = agreed(load_data, args.data, args.root, args.split)
     if args.eval:
         return test_only(args, data, run)
-    args.flip = data.flip if args.flip is None else args.flip
+    flip = data.flip if args.flip is None else args.flip
     few = args.ratio, args.per_class, args.label_seed, args.labelled_list
     chosen = agreed(labelled_subset, data, *few)  # D1
     run.say(f"{data.name}: {len(data.classes)} classes, {len(chosen)} of {len(data.train)} training videos, "
@@ -416,7 +415,7 @@ def train(args, run):
     models = {args.teacher: teacher[0]} if teacher else {}
     data, scale = modality.with_flow(data, args.data, args.root, args.flow, run, kinds, models)
     videos = data.train.subset(chosen)
-    sample, view = partial(windows, args=args), partial(train_views, args=args, kinds=kinds)
+    sample, view = partial(windows, args=args), partial(train_views, args=args, kinds=kinds, flip=flip)
     streams = partial(modality.Streams, modalities=kinds, bound=scale[0], flow_side=scale[1])
     clips = Clips(videos, sample, view, args.seed, open=streams)
     epoch = ceil(len(videos) / (args.batch * run.world))

@@ -45,15 +45,13 @@ D3  The R clips of a video do not overlap if it is long enough. Each has its own
 D4  Clip order is predicted from pooled features by VCOP's head: 512 units for each pair of clips, dropout
     0.5, R! classes. The features are shuffled, not the clips.
 D5  R = 3 in all stages; the paper says so for the generator only.
-D6  Dense clips do not overlap, are evenly spread, at most 128 a video, and cropped at the centre. Features
-    are averaged over time and space, neither reduced nor normalised. Dense clip t of T of the RGB network,
-    whose clips may be longer, is the t-th of T evenly spread clips.
+D6  Dense clips are evenly spread without overlap, at most 128 a video, and cropped at the centre. Features
+    are averaged over time and space, not reduced or normalised. The RGB network has as many, evenly spread.
 D7  K-means starts once from K random features, 20 iterations at most. p of Eq. 4 is 75, within a video.
 D8  `--neighbours` (Sec. 4.4): a linear layer each predicts the pseudo-labels of the next and the previous
     dense clip; their losses are added to Eq. 1. Off: the paper does not say which of its results have it.
-D9  The 10 % for validation (Sec. 4.2) are whole groups (UCF-101: gXX), so that no scene is on both sides, and
-    for the log only: the last weights are kept. In self-training the central clip of a video is tested
-    against the pseudo-label of its middle dense clip.
+D9  The 10 % for validation (Sec. 4.2) are whole groups of videos, and for the log only: the last weights are
+    kept. In self-training the central clip is tested against the pseudo-label of the middle dense clip.
 D10 In fine-tuning the stages before conv4 are frozen, batch norms included; from random weights all learn.
 D11 Test: ten clips, central crop, averaged logits, as in VCOP.
 D12 A model that has learned labels of another split of `--data` is refused, and so is a source with test
@@ -106,16 +104,15 @@ RECIPES["weizmann"] = RECIPES["toy"] | dict(per_class=2, size=48, stretch=[54, 6
     eval_every=20, epochs=dict(generator=60, selftrain=30, finetune=40))  # fmt: skip
 DENSE = 128  # dense clips of a video, at most: they are decoded together
 START_FILES = "generator", "pseudo", "init", "teacher"  # flags of the files that a stage starts from
+UNUSED = "pseudo", "init"  # of these, with --teacher
 NO_FILE = (None, "none", *PUBLISHED)  # values of these that are no files
 
 
 def parse_args(argv=None):
     """{stage: its arguments} of the stage that is named first, or of all four; {"eval": ...} for a test."""
     argv, parsers = sys.argv[1:] if argv is None else argv, {stage: parser_of(stage) for stage in STAGES}
-    if argv[:1] and argv[0] in STAGES:
-        words = {argv[0]: argv[1:]}
-    else:
-        words = by_stage(argv, parsers, without=[f"--{flag}" for flag in START_FILES])
+    without = [f"--{flag}" for flag in START_FILES]
+    words = {argv[0]: argv[1:]} if {*argv[:1]} & {*STAGES} else by_stage(argv, parsers, without)
     runs = {stage: parse_stage(stage, parsers[stage], words[stage]) for stage in words}
     tests = [args for args in runs.values() if args.eval]
     return {"eval": tests[-1]} if tests else runs
@@ -140,20 +137,20 @@ def parser_of(stage):
         add("--modality", choices=["field", "rgb"], default="field", help="optical flow or RGB, Table 1")
         add("--init", metavar="MODEL.PT", help="start from the weights of another generator (Sec. 4.3)")
     if stage == "pseudo":
-        add("--generator", metavar="MODEL.PT", help="default: <out>/generator/model.pt")
-        add("--features", metavar="DIR", help="feature cache; default: <out>/pseudo/features")
+        add("--generator", metavar="MODEL.PT", default="{out}/generator/model.pt", help="network that labels")
+        add("--features", metavar="DIR", default="{out}/pseudo/features", help="feature cache")
         add("--hop", type=at_least(1), help="least frames between dense clips; default: those of a clip, D6")
         add("--granularity", choices=["clip", "segment", "thirds", "video"], default="clip", help="Table 2")
         add("--percentile", type=at_least(0.0, 100), default=75.0, help="p of Eq. 4, D7")
         add("--clusters", type=at_least(1), default=1000, help="K of K-means, Table 3")
         add("--iterations", type=at_least(1), default=20, help="K-means iterations, at most, D7")
     if stage == "selftrain":
-        add("--pseudo", metavar="FILE.NPZ", help="pseudo-labels; default: <out>/pseudo/pseudo.npz")
+        add("--pseudo", metavar="FILE.NPZ", default="{out}/pseudo/pseudo.npz", help="pseudo-labels")
         add("--teacher", metavar="MODEL.PT", help="MERS: match the features of this generator instead, D13")
         add("--neighbours", action="store_true", help="predict the next and previous pseudo-label, too, D8")
     if stage == "finetune":
-        add("--init", metavar="MODEL.PT", help="weights to start from, or none: random weights (Table 4); "
-            "default: <out>/selftrain/model.pt")  # fmt: skip
+        add("--init", metavar="MODEL.PT", default="{out}/selftrain/model.pt",
+            help="weights to start from, or none: random weights (Table 4)")  # fmt: skip
         add("--teacher", metavar="MODEL.PT", help="MARS: match the features of this generator, too, D13")
         add("--alpha", type=at_least(0.0), default=50.0, help="weight of the feature loss of MARS, D13")
         add("--frozen", type=int, choices=range(5), default=2, help="number of frozen stages of the net, D10")
@@ -185,21 +182,23 @@ def parse_stage(stage, p, argv):
     args = p.parse(argv)
     if max(args.size, args.test_size) > min(args.stretch):
         p.error("--size and --test_size are crops of --stretch {} {}".format(*args.stretch))
-    if args.eval:
-        return args
-    if stage == "pseudo":
-        args.generator = args.generator or f"{args.out}/generator/model.pt"
-    elif args.lam < 1 and args.multi_clips not in range(2, 6):  # of 9 clips there are 9! orders
+    given = {word.partition("=")[0] for word in argv}
+    if (
+        "lam" in args and args.lam < 1 and args.multi_clips not in range(2, 6)
+    ):  # of 9 clips there are 9! orders
         p.error(f"--lam below 1 predicts the order of 2 to 5 clips, --multi_clips is {args.multi_clips}")
-    if stage == "selftrain":
-        if args.teacher and (args.pseudo or args.neighbours or args.lam < 1):
-            p.error("--teacher learns features only: --lam 1, without --pseudo and --neighbours")
-        args.pseudo = args.pseudo or (None if args.teacher else f"{args.out}/pseudo/pseudo.npz")
-    if stage == "finetune":
-        if args.teacher and args.init:
-            p.error("--teacher starts from random weights: without --init")
-        args.init = args.init or ("none" if args.teacher else f"{args.out}/selftrain/model.pt")
+    if stage == "selftrain" and args.teacher and ("--pseudo" in given or args.neighbours or args.lam < 1):
+        p.error("--teacher learns features only: --lam 1, without --pseudo and --neighbours")
+    if stage == "finetune" and args.teacher and "--init" in given:
+        p.error("--teacher starts from random weights: without --init")
     return args
+
+
+def start_files(args):
+    """{flag: path} of the files that a stage starts from."""
+    unused = START_FILES if args.eval else UNUSED if getattr(args, "teacher", None) else ()
+    paths = {flag: getattr(args, flag, None) for flag in START_FILES if flag not in unused}
+    return {flag: path for flag, path in paths.items() if path not in NO_FILE}
 
 
 # -------------------------------------------------------------------------------- the method
@@ -430,7 +429,7 @@ def pseudo(args, run):
     # `clips` only decides how many videos go through the network together: one where flow is computed.
     clips = 64 if recipe.modality == "field" and videos.flow is None else 8
     dense = vars(recipe) | dict(clips=clips, crops=1, hop=args.hop or recipe.frames * recipe.stride)
-    folder, generator = Path(args.features or run.out / "features"), {"generator": digest_of_model(net)}
+    folder, generator = Path(args.features), {"generator": digest_of_model(net)}
     blocks = partial(evaluate.blocks, net, net.embed, run=run, workers=args.workers, bar="features")
     extraction = features.Extraction(videos, DenseClips(**dense), blocks, generator)
     found = features.extract(folder, extraction, run)
@@ -524,6 +523,7 @@ def train(stage, args, run):
     if path:
         teacher, its_recipe, learned = load_generator(args, path, run)
         models = {path: its_recipe}
+        init = "none"
     elif init not in NO_FILE:
         learned = learned_by(args, init)
     mers = teacher is not None and stage == "selftrain"
@@ -646,9 +646,12 @@ def test(args, run):
 def one_run(stage, args, runs):
     """A stage, or a test, in its folder; whether there is a result, and no signal to stop after it."""
     out = args.out if stage in ("finetune", "eval") else f"{args.out}/{stage}"
-    starts = {flag: getattr(args, flag) for flag in START_FILES if getattr(args, flag, None) not in NO_FILE}
+    starts, config = (
+        start_files(args),
+        vars(args) | (dict.fromkeys(UNUSED) if getattr(args, "teacher", None) else {}),
+    )
     # These files count by their digest, so that a result of others is never taken for this one.
-    config = vars(args) | {flag: files.digest(path) for flag, path in starts.items() if os.path.isfile(path)}
+    config |= {flag: files.digest(path) for flag, path in starts.items() if os.path.isfile(path)}
     free = {*free_flags(args), *(() if args.eval else ("flow", "source_flow", "features", "allow_leak"))}
     places = (*PLACES, "source", "source_root", "source_list")
     with Run("motionfit", out, config, free, places) as run:
@@ -657,12 +660,8 @@ def one_run(stage, args, runs):
                 raise UserError(f"{path} is not there: an earlier stage makes it ({', '.join(STAGES)})")
         if stage == "generator" and "pseudo" in runs:  # a bad --source is found before stage 1 trains
             source_videos(runs["pseudo"], run, (args.modality,), {})
-        if stage == "eval":
-            test(args, run)
-        elif stage == "pseudo":
-            pseudo(args, run)
-        else:
-            train(stage, args, run)
+        train_stage = pseudo if stage == "pseudo" else partial(train, stage)
+        test(args, run) if stage == "eval" else train_stage(args, run)
         return run.ended and not run.should_stop()
 
 

@@ -83,7 +83,7 @@ from common import augment, backbones, evaluate, modality, optim
 from common.clips import Clips, dense, train_loader
 from common.data import as_list, digest_of_videos, labelled_subset, load_data, semi_supervised
 from common.errors import UserError
-from common.flags import Parser, at_least, free_flags, share, wanted
+from common.flags import Parser, Range, at_least, free_flags, positive_share, share, wanted
 from common.io.models import load_for, save_model
 from common.modality import Recipe
 from common.run import Run, agreed
@@ -115,51 +115,50 @@ SWITCH = argparse.BooleanOptionalAction
 
 def parse_args(argv=None):
     p = Parser("tg_distill", __doc__, RECIPES)
-    g = p.data(unlabelled="all")  # D1
-    g.add_argument("--area", type=share, nargs=2, default=[0.08, 1.0], help="area of a crop, a share")
-    g.add_argument("--interval", type=at_least(1), default=1, help="n of TG in frames; 7 is slow, Table 3a")
-    g = p.add_argument_group("method")
-    g.add_argument("--nets", choices=["both", "rgb", "tg"], default="both", help="rgb, tg: FixMatch, Eq. 4")
-    g.add_argument("--w_fm", type=at_least(0.0), default=0.5, help="weight of FixMatch in Eq. 11")
-    g.add_argument("--w_kd", type=at_least(0.0), default=1.0, help="weight of the alignment in Eq. 11")
-    g.add_argument("--w_clr", type=at_least(0.0), default=1.0, help="weight of the contrast in Eq. 11")
-    g.add_argument("--lam_u", type=at_least(0.0), default=1.0, help="lambda_u, weight of L_u in Eq. 6 (D5)")
-    g.add_argument("--tau", type=share, default=0.3, help="confidence threshold gamma, Eq. 2, 5, Sec. 4.2")
-    g.add_argument("--mu", type=at_least(1), default=1, help="unlabelled clips per labelled clip, B_u / B_l")
-    g.add_argument("--pseudo", choices=["avg", "rgb", "tg", "self"], default="avg",
-                   help="whose prediction is the pseudo-label, Table 3d")  # fmt: skip
-    g.add_argument("--fuse", choices=["probs", "logits"], default="probs", help="what avg averages (D4)")
-    g.add_argument("--align", choices=["cosine", "l1", "l2"], default="cosine", help="D of Eq. 8, Table 3b")
-    g.add_argument("--align_stages", type=int, nargs="+", choices=[1, 2, 3, 4], default=[1, 2, 3, 4],
-                   help="stages of the backbone that are aligned, Table 3e")  # fmt: skip
-    g.add_argument("--stopgrad", action=SWITCH, default=True, help="detach the teacher in Eq. 9, Table 3c")
-    g.add_argument("--temperature", type=at_least(1e-6), default=0.5, help="tau of Eq. 10, Table 3g")
-    g.add_argument("--net", default="r3d_18-pool", help="backbone of both networks (D3)")
-    g.add_argument("--width", type=float, default=1.0, help="channel multiplier of the backbones")
-    g.add_argument("--dropout", type=float, default=0.5, help="dropout before the classifiers, Sec. 4.2")
-    g.add_argument("--frames", type=at_least(1), default=8, help="frames of a clip")
-    g.add_argument("--stride", type=at_least(1), default=8, help="video frames from one to the next")
-    g.add_argument("--rand_augment", type=at_least(0), nargs=2, default=[2, 9], help="how many, magnitude")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=at_least(0.0), default=180, help="passes over the unlabelled videos (D1)")
-    g.add_argument("--batch", type=at_least(1), default=5, help="labelled clips per GPU and step, B_l")
-    g.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
-    g.add_argument("--lr", type=at_least(0.0), default=0.2, help="learning rate for --lr_batch clips (D2)")
-    g.add_argument("--lr_batch", type=at_least(1), default=40, help="clips per step that --lr is for")
-    g.add_argument("--weight_decay", type=at_least(0.0), default=1e-4, help="weight decay of all parameters")
-    g.add_argument("--warmup", type=at_least(0.0), default=30, help="epochs of linear warm-up, Table 3f")
-    g.add_argument("--sup_warmup", type=at_least(0.0), default=30, help="first epochs without L_u, Table 3f")
-    g.add_argument("--clip_grad", type=at_least(0.0), default=40.0, help="largest gradient norm; 0: no limit")
-    g.add_argument("--sync_bn", action=SWITCH, default=True, help="batch norm over all GPUs (D8)")
-    g.add_argument("--precise_bn", type=at_least(0), default=8000, help="training videos for PreciseBN, D12")
-    g = p.run()
-    g.add_argument("--average", choices=["logits", "softmax"], default="logits",
-                   help="average the logits or the probabilities of a video's views (D13)")  # fmt: skip
-    g.add_argument("--train_accuracy", action="store_true", help="test the labelled videos, too, Table 6")
+    add = p.data(unlabelled="all").add_argument  # D1
+    add("--area", type=positive_share, nargs=2, action=Range, default=[0.08, 1.0],
+        help="range of the area of a crop, as a share of the frame")  # fmt: skip
+    add("--interval", type=at_least(1), default=1, help="n of TG in frames; 7 is slow, Table 3a")
+    add = p.add_argument_group("method").add_argument
+    add("--nets", choices=["both", "rgb", "tg"], default="both", help="rgb, tg: FixMatch, Eq. 4")
+    add("--w_fm", type=at_least(0.0), default=0.5, help="weight of FixMatch in Eq. 11")
+    add("--w_kd", type=at_least(0.0), default=1.0, help="weight of the alignment in Eq. 11")
+    add("--w_clr", type=at_least(0.0), default=1.0, help="weight of the contrast in Eq. 11")
+    add("--lam_u", type=at_least(0.0), default=1.0, help="lambda_u, weight of L_u in Eq. 6 (D5)")
+    add("--tau", type=share, default=0.3, help="confidence threshold gamma, Eq. 2, 5, Sec. 4.2")
+    add("--mu", type=at_least(1), default=1, help="unlabelled clips per labelled clip, B_u / B_l")
+    add("--pseudo", choices=["avg", "rgb", "tg", "self"], default="avg",
+        help="whose prediction is the pseudo-label, Table 3d")  # fmt: skip
+    add("--fuse", choices=["probs", "logits"], default="probs", help="what avg averages (D4)")
+    add("--align", choices=["cosine", "l1", "l2"], default="cosine", help="D of Eq. 8, Table 3b")
+    add("--align_stages", type=int, nargs="+", choices=[1, 2, 3, 4], default=[1, 2, 3, 4],
+        help="stages of the backbone that are aligned, Table 3e")  # fmt: skip
+    add("--stopgrad", action=SWITCH, default=True, help="detach the teacher in Eq. 9, Table 3c")
+    add("--temperature", type=at_least(1e-6), default=0.5, help="tau of Eq. 10, Table 3g")
+    add("--net", default="r3d_18-pool", help="backbone of both networks (D3)")
+    add("--width", type=float, default=1.0, help="channel multiplier of the backbones")
+    add("--dropout", type=float, default=0.5, help="dropout before the classifiers, Sec. 4.2")
+    add("--frames", type=at_least(1), default=8, help="frames of a clip")
+    add("--stride", type=at_least(1), default=8, help="video frames from one to the next")
+    add("--rand_augment", type=at_least(0, 10), nargs=2, default=[2, 9],
+        help="RandAugment of strong views: number of operations, magnitude (D7)")  # fmt: skip
+    add = p.add_argument_group("optimisation").add_argument
+    add("--epochs", type=at_least(0.0), default=180, help="passes over the unlabelled videos (D1)")
+    add("--batch", type=at_least(1), default=5, help="labelled clips per GPU and step, B_l")
+    add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
+    add("--lr", type=at_least(0.0), default=0.2, help="learning rate for --lr_batch clips (D2)")
+    add("--lr_batch", type=at_least(1), default=40, help="clips per step that --lr is for")
+    add("--weight_decay", type=at_least(0.0), default=1e-4, help="weight decay of all parameters")
+    add("--warmup", type=at_least(0.0), default=30, help="epochs of linear warm-up, Table 3f")
+    add("--sup_warmup", type=at_least(0.0), default=30, help="first epochs without L_u, Table 3f")
+    add("--clip_grad", type=at_least(0.0), default=40.0, help="largest gradient norm; 0: no limit")
+    add("--sync_bn", action=SWITCH, default=True, help="batch norm over all GPUs (D8)")
+    add("--precise_bn", type=at_least(0), default=8000, help="training videos for PreciseBN, D12")
+    add = p.run().add_argument
+    add("--average", choices=["logits", "softmax"], default="logits",
+        help="average the logits or the probabilities of a video's views (D13)")  # fmt: skip
+    add("--train_accuracy", action="store_true", help="test the labelled videos, too, Table 6")
     args = p.parse(argv, also=TEST)
-    p.rand_augment(args)
-    if not 0 < args.area[0] <= args.area[1]:
-        p.error(f"--area is a range of shares such as 0.08 1, not {args.area[0]} {args.area[1]}")
     if args.nets != "both" and args.pseudo not in ("avg", "self", args.nets):
         p.error(f"--nets {args.nets} cannot learn the labels of --pseudo {args.pseudo}")
     return args

@@ -153,14 +153,21 @@ class Data:
         return dataclasses.replace(self, **parts)
 
 
-def load_data(name, root=None, split=1, labels=True):
+KEPT = {}  # arguments of the last `load_data(..., keep=True)` -> its Data
+
+
+def load_data(name, root=None, split=1, labels=True, keep=False):
     """Read the data set `name`: one of READERS, or a folder with list files or class folders.
 
     root: where it is, data/<name> if None. labels=False: a folder needs no labels; then `train` are its
-    videos, of label -1 where none is known, and `test` and `classes` are empty. Raises UserError if the data
-    set is not there or not as expected.
+    videos, of label -1 where none is known, and `test` and `classes` are empty.
+    keep: the next call with these
+    arguments returns the same Data and does not read the folder again. Raises UserError if the data set is
+    not there or not as expected.
     """
-    name = os.fspath(name)
+    name, key = os.fspath(name), (name, root, split, labels)
+    if key in KEPT and not keep:
+        return KEPT.pop(key)
     is_folder = name not in READERS
     if is_folder and not os.path.isdir(name):
         raise UserError(f"there is no data set or folder {name}; the data sets are {', '.join(READERS)}")
@@ -188,7 +195,11 @@ def load_data(name, root=None, split=1, labels=True):
     )  # a folder keeps its path if called "ucf101"
     multilabel, flip = videos["train"].labels.ndim == 2, kind not in ("toy", "ssv2")
     videos = {"test": NO_VIDEOS} | videos
-    return Data(name, split, tuple(classes), multilabel=multilabel, flip=flip, notes=tuple(notes), **videos)
+    data = Data(name, split, tuple(classes), multilabel=multilabel, flip=flip, notes=tuple(notes), **videos)
+    if keep:
+        KEPT.clear()
+        KEPT[key] = data
+    return data
 
 
 def load_everything(name, root, split):

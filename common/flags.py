@@ -26,6 +26,13 @@ TEST = "split", "clips", "crops"  # flags of --eval that make it another test, f
 FREE = ("out", "workers", "log_every", "eval_every", "save_minutes", "max_bad", "compile")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that names a default unless it is None or False."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser of one script.
 
@@ -40,11 +47,11 @@ class Parser(argparse.ArgumentParser):
         survive_output()
         super().__init__(
             description=(doc or script).split("\n")[0], allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=Help,
             epilog="Recipes (other defaults): " + "; ".join(f"{k}: {v}" for k, v in recipes.items()),
         )  # fmt: skip
-        self.script, self.recipes, self.error = script, recipes, partial(leave, script)
-        self.stage = stage
+        self.script, self.recipes, self.stage = script, recipes, stage
+        self.error = partial(leave, script)
         self.prog += f" {stage}" if stage else ""
 
     def flags(self):
@@ -59,18 +66,18 @@ class Parser(argparse.ArgumentParser):
         self.ratio, self.crop = ratio, crop
         g = self.add_argument_group("data")
         g.add_argument("--data", default="toy", help="k400, ucf101, hmdb51, ssv2, ..., or a folder")
-        g.add_argument("--root", help="where the data set is; data/<name> if not given")
+        g.add_argument("--root", help="where the data set is; default: data/<name>")
         g.add_argument("--split", type=int, default=1, help="official split of UCF-101 and HMDB-51")
-        g.add_argument("--ratio", type=float, help=f"share of labelled videos; {ratio} by default")
-        g.add_argument("--per_class", type=int, help="labelled videos per class, instead of --ratio")
+        g.add_argument("--ratio", type=positive_share, help=f"share of labelled videos; default: {ratio}")
+        g.add_argument("--per_class", type=at_least(1), help="labelled videos per class, instead of --ratio")
         g.add_argument("--labelled_list", help="a file that names the labelled videos, instead of --ratio")
         if unlabelled:
             g.add_argument("--unlabelled", choices=["rest", "all"], default=unlabelled,
-                           help="videos without a label, or the labelled ones too")  # fmt: skip
+                help="unlabelled videos: those without a label, or all")  # fmt: skip
         if crop:
-            g.add_argument("--size", type=int, default=224, help="training crop in pixels")
             flip = argparse.BooleanOptionalAction
-            g.add_argument("--flip", action=flip, help="mirror clips; if labels allow")
+            g.add_argument("--size", type=at_least(1), default=224, help="side of a training crop in pixels")
+            g.add_argument("--flip", action=flip, help="mirror clips; default: if the data set allows it")
         return g
 
     def run(self, test_scale=8 / 7):
@@ -80,51 +87,50 @@ class Parser(argparse.ArgumentParser):
         """
         self.test_scale = test_scale
         g = self.add_argument_group("run")
-        g.add_argument("--out", help=f"run folder, resumed; runs/{self.script}_<data>_<labels>_<seed>")
-        g.add_argument("--seed", type=int, default=0, help="of the labelled subset, networks and every draw")
-        g.add_argument("--workers", type=int, default=8, help="loader processes per GPU")
-        g.add_argument("--log_every", type=int, default=10, help="steps between rows of log.jsonl")
-        g.add_argument("--eval_every", type=float, default=10.0, help="epochs between quick tests; 0: none")
-        g.add_argument("--save_minutes", type=float, default=15.0, help="minutes between checkpoints")
-        g.add_argument("--max_bad", type=float, default=0.05, help="unreadable share that stops")
-        g.add_argument("--clips", type=int, default=10, help="test clips per video")
+        g.add_argument("--out",
+            help=f"run folder, resumed; default: runs/{self.script}_<data>_<labels>_<seed>")  # fmt: skip
+        g.add_argument("--seed", type=at_least(0, 2**63 - 1), default=0, help="seed of all random draws")
+        g.add_argument("--workers", type=at_least(0), default=8, help="loader processes per GPU")
+        g.add_argument("--log_every", type=at_least(1), default=10, help="steps between rows of log.jsonl")
+        g.add_argument("--eval_every", type=at_least(0.0), default=10.0,
+            help="epochs between quick tests; 0: no quick tests")  # fmt: skip
+        g.add_argument("--save_minutes", type=at_least(0.0), default=15.0, help="minutes between checkpoints")
+        g.add_argument("--max_bad", type=at_least(0.0), default=0.05,
+            help="share of unreadable training videos above which the run stops")  # fmt: skip
+        g.add_argument("--clips", type=at_least(0), default=10, help="test clips per video")
         g.add_argument("--crops", type=int, choices=[1, 3], default=3, help="test crops per clip")
         if self.crop:
-            g.add_argument("--test_size", type=int, help="side of a test crop; follows from --size")
+            g.add_argument("--test_size", type=at_least(1), help="side of a test crop; follows from --size")
         g.add_argument("--eval", metavar="MODEL.PT", help="only test this model")
         g.add_argument("--compile", action="store_true", help="torch.compile the networks")
         g.add_argument("--channels_last", action=argparse.BooleanOptionalAction, help="memory layout")
         return g
 
-    def parse(self, argv=None, also=()):
+    def parse(self, argv=None, also=(), follow=()):
         """The arguments, with the defaults of the recipe, checked; what follows from others is filled in.
 
         also: a script's own flags of --eval that make it another test, which then has another folder.
+        follow: pairs of flags; the first, where it is None, has the value of the second, and where it is a
+        dict, the dict's value for that of the second. "{out}" in a default stands for --out.
         """
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        first.add_argument("--data", default="toy")
-        for name in LABELS:
+        for name in ("data", *LABELS):
             first.add_argument(f"--{name}")
         known, _ = first.parse_known_args(argv)
-        name = Path(known.data).name.split(":")[0]
-        self.recipe = self.recipe_of(known.data)
-        recipe = self.recipes.get(self.recipe, {})
+        data = known.data or self.get_default("data")
+        recipe = self.recipes.get(self.recipe_of(data), {})
         if any(getattr(known, label) is not None for label in LABELS):
             recipe = {flag: value for flag, value in recipe.items() if flag not in LABELS}
+        elif all(recipe.get(label) is None for label in LABELS):
+            recipe = recipe | {"ratio": self.ratio}
         if self.stage:
             recipe = {flag: value[self.stage] if isinstance(value, dict) else value
                       for flag, value in recipe.items() if f"--{flag}" in self.flags()}  # fmt: skip
         self.set_defaults(**recipe)
         args = self.parse_args(argv)
-        given = [label for label in LABELS if getattr(args, label) is not None]
-        if len(given) > 1:
+        if sum(getattr(args, label) is not None for label in LABELS) > 1:
             self.error("give one of --ratio, --per_class and --labelled_list")
-        if not given:
-            self.set_defaults(ratio=self.ratio)
-            args.ratio = self.ratio
-        if args.ratio is not None and not 0 < args.ratio <= 1:
-            self.error(f"--ratio is a share in (0, 1], not {args.ratio}; 1 % is 0.01")
-        self.at_least(1, args, "per_class")
+        name = Path(data).name.split(":")[0]
         shares = {float(key.split()[1]): key for key in self.recipes if key.startswith(f"{name} ")}
         if shares and not args.eval:
             share = self.labelled_share(args)
@@ -134,35 +140,38 @@ class Parser(argparse.ArgumentParser):
             if os.environ.get("RANK", "0") == "0":
                 print(f"{share:.1%} of the training videos have a label: recipe of {name} for {nearest:.0%}",
                       flush=True)  # fmt: skip
-
-        self.at_least(1, args, "log_every", *["size"] * self.crop)
-        self.at_least(0 if getattr(args, "uniform", 0) else 1, args, "clips")
-        self.at_least(0, args, "seed", "workers", "eval_every", "save_minutes", "max_bad")
-        if args.seed >= 2**63:
-            self.error(f"--seed must be below 2^63, not {args.seed}")
+        if not args.clips and args.clips is not None and not getattr(args, "uniform", 0):
+            self.error("--clips must be at least 1, not 0")
+        for flag, other in follow:
+            value, of = getattr(args, flag), getattr(args, other)
+            setattr(args, flag, of if value is None else value[of] if isinstance(value, dict) else value)
         if self.crop:
             args.test_size = args.test_size or round(args.size * self.test_scale)
-        data, labels = Path(args.data).name.replace(":", "-"), args.ratio or args.per_class or "list"
-        model = Path(args.eval or "")
-        net = model.stem.removeprefix("model").removeprefix("_")
-        values = {name: getattr(args, name) for name in (*TEST, *also)}
-        changed = {name: value for name, value in values.items() if value != self.get_default(name)}
-        named = [value if isinstance(value, str) else f"{name}{value}" for name, value in changed.items()]
-        test = "_".join(filter(None, ["eval", data, net, *named]))
-        tested = args.eval and f"{model.parent}/{test}"
-        args.out = args.out or tested or f"runs/{self.script}_{data}_{labels}_{args.seed}"
+        args.recipe, args.out = self.recipe_of(data), args.out or self.folder(args, also)
         if args.eval and Path(args.out, "last.pt").exists():
             self.error(f"--out {args.out} is the folder of a training run: choose another for --eval")
+        texts = {flag: value for flag, value in vars(args).items() if isinstance(value, str)}
+        vars(args).update((flag, value.replace("{out}", args.out)) for flag, value in texts.items())
         return args
+
+    def folder(self, args, also):
+        """The default of --out: for a run, or for a test with --eval beside its model."""
+        data, labels = Path(args.data).name.replace(":", "-"), args.ratio or args.per_class or "list"
+        if not args.eval:
+            return f"runs/{self.script}_{data}_{labels}_{args.seed}"
+        net = Path(args.eval).stem.removeprefix("model").removeprefix("_")
+        values = {name: getattr(args, name) for name in (*TEST, *also)}
+        changed = {name: value for name, value in values.items() if value != self.get_default(name)}
+        words = [value if isinstance(value, str) else f"{name}{value}" for name, value in changed.items()]
+        return f"{Path(args.eval).parent}/" + "_".join(filter(None, ["eval", data, net, *words]))
 
     def recipe_of(self, data):
         """The name of the recipe of a data set, or None. Of several, "a,b", all must have one: then it is the
         one that comes last in the order of `recipes`, so that the order of the data sets does not matter.
         """
-        keys, found = list(self.recipes), []
-        for name in (Path(name).name for name in data.split(",")):
-            found.append(next((key for key in (name, name.split(":")[0]) if key in keys), None))
-        return max(found, key=keys.index) if all(found) else None
+        keys, names = list(self.recipes), [Path(name).name for name in data.split(",")]
+        recipes = [next((key for key in (name, name.split(":")[0]) if key in keys), None) for name in names]
+        return max(recipes, key=keys.index) if all(recipes) else None
 
     def labelled_share(self, args):
         """The share of the training videos that `labelled_subset` chooses.
@@ -170,26 +179,23 @@ class Parser(argparse.ArgumentParser):
         Where they or their list cannot be read, that of the papers' counts; the run will say what is wrong.
         """
         try:
-            with warnings.catch_warnings(action="ignore"):  # the run says them
-                data = load_data(args.data, args.root, args.split)
-                few = labelled_subset(data, args.ratio, args.per_class, args.seed, args.labelled_list)
-            return len(few) / len(data.train)
+            data = load_data(args.data, args.root, args.split, keep=True)
+            with warnings.catch_warnings(action="ignore"):  # the run shows them
+                labelled = labelled_subset(data, args.ratio, args.per_class, args.seed, args.labelled_list)
+            return len(labelled) / len(data.train)
         except UserError:
             sizes = {name: count / ratio for (name, ratio), count in PER_CLASS.items()}
             return args.ratio or (args.per_class or 1) / sizes[Path(args.data).name.partition(":")[0]]
 
-    def rand_augment(self, args):
-        """Refuse what augment.rand_augment cannot do."""
-        operations, magnitude = args.rand_augment
-        if operations < 0 or not 0 <= magnitude <= 10:
-            self.error(f"--rand_augment is a number of operations and a magnitude up to 10, not {operations} "
-                       f"{magnitude}")  # fmt: skip
 
-    def at_least(self, least, args, *names):
-        """Refuse numbers below `least`, infinite ones and NaN; None is not a number."""
-        for name in names:
-            if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
-                self.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
+class Range(argparse.Action):
+    """An argparse action for two numbers, of which the second is not below the first."""
+
+    def __call__(self, parser, args, values, option=None):
+        if values[0] > values[1]:
+            parser.error(f"{option} is a range such as {' '.join(map(str, self.default))}, not "
+                         f"{' '.join(map(str, values))}")  # fmt: skip
+        setattr(args, self.dest, values)
 
 
 def free_flags(args, also=()):
@@ -214,6 +220,13 @@ def share(text):
     """An argparse type: a number in [0, 1]."""
     if not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"is a share in [0, 1], not {text}")
+    return float(text)
+
+
+def positive_share(text):
+    """An argparse type: a number in (0, 1]."""
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"is a share in (0, 1], not {text}; 1 % is 0.01")
     return float(text)
 
 

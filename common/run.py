@@ -312,8 +312,8 @@ class Run:
         It is at multiples of `every`, after the last step, before a quick test, `save_minutes` after the last
         checkpoint, and where a signal has reached any rank, which also ends `steps`.
         """
-        self.stopped, is_late = self._signals()
-        at_once = self.stopped or is_late or step == self.total
+        self.stopped = self.should_stop()
+        at_once = self.stopped or self.is_late or step == self.total
         return at_once or step % every == 0 or self._tests(step)
 
     @contextmanager
@@ -325,15 +325,12 @@ class Run:
         self.mark += time.perf_counter() - began
 
     def should_stop(self):
-        """Whether a signal has reached any rank; all ranks must ask."""
-        return self._signals()[0]
-
-    def _signals(self):
-        """(a signal has reached any rank, `save_minutes` have passed since the last checkpoint of rank 0)."""
+        """Whether a signal has reached any rank; all ranks must ask. Sets `is_late`, too."""
         is_late = self.main and time.monotonic() - self.saved >= 60 * self.save_minutes
         flags = torch.tensor([self.stop or self._orphaned(), is_late], dtype=torch.int32)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return flags.bool().tolist()
+        should_stop, self.is_late = flags.bool().tolist()
+        return should_stop
 
     def _orphaned(self):
         """Whether torchrun has exited, which some signals cause without stopping its workers."""

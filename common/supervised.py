@@ -20,7 +20,7 @@ from common import augment, backbones, evaluate, modality, optim
 from common.clips import Clips, dense, train_loader
 from common.data import as_list, digest_of_videos, hold_out, labelled_subset, load_data
 from common.errors import UserError
-from common.flags import Parser, at_least, free_flags, share, wanted
+from common.flags import Parser, Range, at_least, free_flags, share, wanted
 from common.io.models import load_for, save_model
 from common.io.weights import PUBLISHED, fetch
 from common.modality import Recipe
@@ -38,27 +38,25 @@ RECIPES["weizmann"] = RECIPES["toy"] | dict(
 
 def parse_args(argv=None):
     p = Parser("supervised", __doc__, RECIPES)
-    g = p.data(unlabelled=None, ratio=1.0)
-    g.add_argument("--holdout", type=share, default=0.0, help="share of training videos to test on")
-    g.add_argument("--jitter", type=at_least(1), nargs=2, default=[256, 320], help="short side in training")
-    g = p.add_argument_group("network")
-    g.add_argument("--net", choices=backbones.NAMES, metavar="NET", default="tsm50", help="backbone")
-    g.add_argument("--width", type=float, default=1.0, help="channel multiplier of the backbone")
-    g.add_argument("--dropout", type=float, default=0.5, help="dropout rate before the classifier")
-    g.add_argument("--init", help="initial weights: a file, imagenet or kinetics; default: random")
-    g.add_argument("--frames", type=at_least(1), default=8, help="frames of a clip")
-    g.add_argument("--stride", type=at_least(1), default=8, help="frames from one to the next in a clip")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=at_least(0.0), default=50, help="passes over the labelled videos")
-    g.add_argument("--batch", type=at_least(1), default=8, help="clips per GPU and step")
-    g.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
-    g.add_argument("--lr", type=at_least(0.0), default=0.001, help="rate for 8 clips a step, scales linearly")
-    g.add_argument("--weight_decay", type=at_least(0.0), default=5e-4, help="weight decay of all parameters")
+    add = p.data(unlabelled=None, ratio=1.0).add_argument
+    add("--holdout", type=share, default=0.0, help="share of training videos to test on")
+    add("--jitter", type=at_least(1), nargs=2, action=Range, default=[256, 320],
+        help="range of the short side before a random crop, in pixels")  # fmt: skip
+    add = p.add_argument_group("network").add_argument
+    add("--net", choices=backbones.NAMES, metavar="NET", default="tsm50", help="backbone")
+    add("--width", type=float, default=1.0, help="channel multiplier of the backbone")
+    add("--dropout", type=float, default=0.5, help="dropout rate before the classifier")
+    add("--init", help="initial weights: a file, imagenet or kinetics; default: random")
+    add("--frames", type=at_least(1), default=8, help="frames of a clip")
+    add("--stride", type=at_least(1), default=8, help="frames from one to the next in a clip")
+    add = p.add_argument_group("optimisation").add_argument
+    add("--epochs", type=at_least(0.0), default=50, help="passes over the labelled videos")
+    add("--batch", type=at_least(1), default=8, help="clips per GPU and step")
+    add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
+    add("--lr", type=at_least(0.0), default=0.001, help="rate for 8 clips a step, scales linearly")
+    add("--weight_decay", type=at_least(0.0), default=5e-4, help="weight decay of all parameters")
     p.run()
-    args = p.parse(argv)
-    if args.jitter[0] > args.jitter[1]:
-        p.error(f"--jitter is a range such as 256 320, not {args.jitter[0]} {args.jitter[1]}")
-    return args
+    return p.parse(argv)
 
 
 def window(source, rng, args):

@@ -665,9 +665,10 @@ def test_the_recipe_does_not_depend_on_the_order_of_the_data_sets(names, recipe)
 
 def test_one_expert_and_one_network_for_all_or_for_each():
     args = parsed("--data toy:a,toy:b --expert e --net tsm10")
-    assert (args.expert, args.net) == (["e"] * 2, ["tsm10"] * 2)
+    assert [jedi.for_each(args, flag) for flag in ("expert", "net")] == [["e"] * 2, ["tsm10"] * 2]
     args = parsed("")
-    assert args.expert == ["supervised"] * 3 and len(set(args.net)) == 3 and args.init == ["none"] * 3
+    expert, net, init = (jedi.for_each(args, flag) for flag in ("expert", "net", "init"))
+    assert expert == ["supervised"] * 3 and len(set(net)) == 3 and init == ["none"] * 3
     line = "--data hmdb51,ucf101,k400 --expert supervised f supervised --net tsm10 tsn50 tsn101"
     line += " --init none a b --root a,b,c --seed 4 --expert_flags epochs=3 jitter=8,9 no-flip"
     first, last = jedi.supervised_flags(parsed(line))

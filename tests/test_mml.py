@@ -317,11 +317,11 @@ def test_networks_see_one_crop_and_one_flip(mirror):
     rgb = torch.zeros(2, 3, 120, 160) + across
     v = torch.zeros(5, 1, 60, 80) + across.view(-1, 2).mean(1)
     fields = torch.cat([torch.full_like(v, 178.0), v], 1)
-    clips, args = [x.to(torch.uint8) for x in (fields, rgb, rgb)], Namespace(size=24, flip=mirror)
+    clips, args = [x.to(torch.uint8) for x in (fields, rgb, rgb)], Namespace(size=24)
     n_mirrored, places = 0, set()
     for seed in range(60):
         torch.manual_seed(seed)
-        u, x, d = mml.train_views(clips, args, ("flow", "rgb", "diff"))
+        u, x, d = mml.train_views(clips, args, ("flow", "rgb", "diff"), mirror)
         assert x.shape == d.shape == (2, 3, 24, 24) and u.shape == (5, 2, 24, 24) and u.dtype == torch.uint8
         assert torch.equal(x, d) and (x[0, 0].int() - u[0, 1].int()).abs().max() <= 4
         is_mirrored = bool(x[0, 0, 0, 0] > x[0, 0, 0, -1])
@@ -518,7 +518,7 @@ def test_each_network_sees_the_same_moment(folder, fields, run):
         return train_step(nets, x, y, args, teacher)
 
     line = f"--nets diff,flow,rgb --flow {fields} --epochs 8 --eval_every 100"
-    rows = trained(line, folder, run, train_step=spy, train_views=lambda clips, args, kinds: tuple(clips))
+    rows = trained(line, folder, run, train_step=spy, train_views=lambda clips, **_: tuple(clips))
     assert set(counts) == set(range(6)) and counts.total() == 32  # 9 frames, 4 input frames of the others
     names = {f"loss_{term}_{net}" for term in ("c", "kl") for net in kinds}
     assert names | {"loss", "agree", "lr"} <= set(rows[0])

@@ -1162,7 +1162,7 @@ def test_recipes_and_flags_go_to_the_stages_that_have_them():
     assert [args.net for stage, args in runs.items() if stage != "pseudo"] == ["r3d_18"] * 3
     assert runs["finetune"].lr_steps == [1, 2.5] and not hasattr(runs["generator"], "clusters")
     args = motionfit.parse_args("finetune --lr_steps cosine --teacher g.pt --no-flip".split())["finetune"]
-    assert (args.lr_steps, args.init, args.teacher, args.flip) == ([], "none", "g.pt", False)
+    assert (args.lr_steps, args.teacher, args.flip) == ([], "g.pt", False)
 
 
 @pytest.mark.parametrize("line, word", [
