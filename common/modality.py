@@ -5,11 +5,10 @@
         x_rgb, x_flow = source.clips([i, j])          # uint8 (T, 3, H, W), (5 T, 2, H, W)
     x = stacked(x_flow[None], "flow")                 # (1, T, 10, H, W)
 
-An input frame, of which a clip has T, is one frame (rgb), two frames that become their difference (tg; Xiao
-et al., Learning from Temporal Gradient), six frames that become five differences (diff),
-five fields of flow, from six frames as well (flow; Komkov et al., Mutual Modality Learning, section 3.1), or
-one field of flow, as 3D networks see it (field).
-Clips stay as read, uint8, until `stacked` on the device.
+A clip has T input frames. One is made of one frame (rgb), of two frames, which become their difference (tg;
+Xiao et al., Learning from Temporal Gradient), of six frames, which become five differences (diff), of five
+fields of flow, from six frames as well (flow; Komkov et al., Mutual Modality Learning, section 3.1), or of a
+field of flow, as 3D networks see it (field). Clips stay as read, uint8, until `stacked` on the device.
 """
 
 import os
@@ -30,9 +29,9 @@ from common.run import agree
 
 
 class Modality(NamedTuple):
-    """channels: C of the network's input; pictures: how many an input frame is made of, and of what.
+    """channels: C of the network's input. pictures: how many pictures of `source` an input frame is made of.
 
-    The pictures are successive ones; the two of tg are an interval apart, which the Recipe has.
+    They are successive, but for the two of tg, which are Recipe.interval apart. mean, std: of the input.
     """
 
     channels: int
@@ -51,7 +50,7 @@ MODALITIES = {
     "flow": Modality(10, 5, (0.5,), (0.226,), "flow"),
     "field": Modality(2, 1, (0.5,), (0.226,), "flow"),
 }
-SLACK = 2  # fields more or less than a video's frames have; more would pair other moments
+SLACK = 2  # fields that flow may have too few or too many; with more, it would be that of other moments
 
 
 class Streams:
@@ -105,7 +104,7 @@ class Streams:
     def clips(self, windows, short_side=None):
         """[uint8 (T pictures, C, H, W)] of windows of input frames, decoded together.
 
-        Window k is of modality k; with one modality all are, and with several in turn.
+        The windows are of the modalities in turn.
         """
         kinds = [self.modalities[k % len(self.modalities)] for k in range(len(windows))]
         clips = [None] * len(windows)
@@ -123,7 +122,7 @@ def with_flow(data, name, root, folder, run, modalities, models):
 
     name, root: as of load_data. folder: of extracted flow; by default <root>_flow, where flow of toy data is
     made first. Without a folder flow is computed clip by clip. models: {path: Recipe}; flow that is computed
-    has the scale of those that need flow. Nothing is done if no one of `modalities` is made of flow.
+    has the scale of those that need flow. Nothing is done if none of `modalities` is made of flow.
     Raises UserError for a folder that is not there, and for models that need flow of another scale.
     """
     scale = BOUND, FLOW_SIDE

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 SMALLEST = 16  # pixels; no level of the pyramid has a shorter side, as in OpenCV
-# Pixels of the pictures that are worked on together: on the CPU what fits its caches.
+# Pixels of the pictures of one batch; on the CPU they fit its caches.
 PIXELS_AT_ONCE = {"cpu": 2**16, "cuda": 2**24}
 
 
@@ -24,10 +24,10 @@ def tvl1(frames, *, tau=0.25, lam=0.15, theta=0.3, nscales=5, zfactor=0.8, warps
     The names are those of the IPOL paper: tau, time step of the dual problem; lam (lambda), weight of the
     data; theta, coupling; nscales levels, each zfactor times the one below it; warps per level.
     This is OpenCV's DualTVL1 at outerIterations=1, innerIterations=iterations, medianFiltering=1 and
-    epsilon=0: its default, 10 outer iterations with a median filter before each, ends once the mean
-    squared change is below epsilon squared, which in a batch all would have to wait for.
-    Raises ValueError for less than two frames, for other values and types (lam is for pictures from 0 to 255:
-    as such, those from 0 to 1 would hardly move), and for pictures of less than SMALLEST pixels.
+    epsilon=0. OpenCV's default has 10 outer iterations, with a median filter before each, and ends once the
+    mean squared change is below epsilon squared; in a batch all pictures would wait for the slowest.
+    Raises ValueError for less than two frames, for other values and types (lam is made for values up to 255;
+    with it, pictures from 0 to 1 would hardly move), and for pictures of less than SMALLEST pixels.
     """
     if frames.ndim not in (4, 5) or frames.ndim == 5 and frames.shape[2] != 3:
         raise ValueError(f"frames are (N, T, H, W) or (N, T, 3, H, W), not {tuple(frames.shape)}")
@@ -47,8 +47,8 @@ def tvl1(frames, *, tau=0.25, lam=0.15, theta=0.3, nscales=5, zfactor=0.8, warps
     return flow.unflatten(0, (n, t - 1))
 
 
-# What flow videos are made with. Three levels more than OpenCV's default follow motion of up to twice the
-# speed, and cost a tenth more time.
+# The settings of flow videos. With three levels more than OpenCV's default the flow follows motion of up to
+# twice the speed, in a tenth more time.
 SCHEME = {**tvl1.__kwdefaults__, "nscales": 8}
 
 
@@ -65,8 +65,8 @@ def flow_of_pairs(frames, first, tau, lam, theta, nscales, zfactor, warps, itera
             flow = level.new_zeros(len(first), 2, *size)
         else:
             flow = F.interpolate(flow, size, mode="bilinear").div_(zfactor)
-        together = max(PIXELS_AT_ONCE[level.device.type] // size.numel(), 1)
-        for u, i in zip(flow.split(together), first.split(together), strict=True):
+        n_pairs = max(PIXELS_AT_ONCE[level.device.type] // size.numel(), 1)
+        for u, i in zip(flow.split(n_pairs), first.split(n_pairs), strict=True):
             _refine(u, level[i], level[i + 1], tau, lam, theta, warps, iterations)
     return flow
 
@@ -81,13 +81,13 @@ def _gray(frames):
 
 def _pyramid(pictures, nscales, zfactor):
     """[(T, H, W), ...], the largest first: bilinear, without blur, sampled at exactly 1 / zfactor."""
-    levels, more = [pictures], math.ceil(1.5 / zfactor)
+    levels, margin = [pictures], math.ceil(1.5 / zfactor)
     while len(levels) < nscales:
         height, width = (round(side * zfactor) for side in levels[-1].shape[-2:])
         if min(height, width) < SMALLEST:
             break
         # interpolate rounds sizes down, and given a size it samples at the ratio of the sizes.
-        x = F.pad(levels[-1][:, None], (0, more, 0, more), mode="replicate")
+        x = F.pad(levels[-1][:, None], (0, margin, 0, margin), mode="replicate")
         x = F.interpolate(x, scale_factor=zfactor, mode="bilinear", recompute_scale_factor=False)
         levels.append(x[:, 0, :height, :width].contiguous())
     return levels
@@ -99,8 +99,8 @@ def _refine(flow, first, second, tau, lam, theta, warps, iterations):
     edge = F.pad(second[:, None], (1, 1, 1, 1), mode="replicate")
     dx = (edge[..., 1:-1, 2:] - edge[..., 1:-1, :-2]) / 2
     dy = (edge[..., 2:, 1:-1] - edge[..., :-2, 1:-1]) / 2
-    # Outside all is zero, as in OpenCV. With sides of a power of two, and one, grid_sample's coordinates are
-    # exact for pixels at rest: an error of 1e-5 pixels at the border would grow from warp to warp.
+    # Outside all is zero, as in OpenCV. With sides of a power of two plus one, grid_sample's coordinates are
+    # exact for pixels at rest; otherwise an error of 1e-5 pixels at the border would grow from warp to warp.
     sides = [2 ** (side - 1).bit_length() for side in (width, height)]
     source = torch.cat([second[:, None], dx, dy], 1)  # (P, 3, H, W)
     source = F.pad(source, (0, sides[0] + 1 - width, 0, sides[1] + 1 - height))
@@ -110,10 +110,10 @@ def _refine(flow, first, second, tau, lam, theta, warps, iterations):
 
     u, px, py = flow.clone(), torch.zeros_like(flow), torch.zeros_like(flow)
     if flow.is_cuda:
-        (primal, dual), into, room = _fused(), (), ()
+        (primal, dual), memory_u, memory_p = _fused(), (), ()
     else:  # in memory that stays in the caches
-        primal, dual, into = _primal, _dual, (torch.empty_like(first), u)
-        room = [torch.zeros_like(flow) for _ in range(3)]
+        primal, dual, memory_u = _primal, _dual, (torch.empty_like(first), u)
+        memory_p = [torch.zeros_like(flow) for _ in range(3)]
     for _ in range(warps):
         grid = (pixels + u).movedim(1, -1) * (2 / sides) - 1
         warped = F.grid_sample(source, grid, "bicubic", "zeros", align_corners=True)
@@ -123,8 +123,8 @@ def _refine(flow, first, second, tau, lam, theta, warps, iterations):
         a = (warped[:, 0] - first - (g * u).sum(1)) * factor
         b = g * factor[:, None]
         for _ in range(iterations):
-            u = primal(u, px, py, a, b, g, lam * theta, *into)
-            dual(u, px, py, tau, theta, *room)
+            u = primal(u, px, py, a, b, g, lam * theta, *memory_u)
+            dual(u, px, py, tau, theta, *memory_p)
     flow.copy_(u)
 
 
@@ -162,13 +162,13 @@ def _dual(u, px, py, tau, theta, norm=None, dx=None, dy=None):
 
 @cache
 def _fused():
-    """(_primal, _dual) as one kernel each, for CUDA; as they are, with a warning, if torch cannot compile."""
+    """(_primal, _dual) compiled to a kernel each, for CUDA; uncompiled, with a warning, if torch cannot."""
     primal, dual = torch.compile(_primal), torch.compile(_dual)
     try:
         for size in ((3, 2, 18, 17), (2, 2, 20, 24)):  # of the second it learns that sizes differ
             u, px, py, a, b, g = (torch.zeros(size, device="cuda") for _ in range(6))
             dual(primal(u, px, py, a[:, 0].clone(), b, g, 0.045), px, py, 0.25, 0.3)
-    except Exception as error:  # no compiler, no Triton, an old GPU: each has its own kind of error
+    except Exception as error:  # no compiler, no Triton, an old GPU: errors of many types
         reason = str(error).strip().partition("\n")[0][:200]
         warnings.warn(f"flow takes several times as long: torch.compile fails ({reason})", stacklevel=2)
         return _primal, _dual

@@ -240,18 +240,18 @@ def extract_flow(videos, out, scale, device="cpu", share=(0, 1), workers=0):
     _agree(out, dict(method="TV-L1", short_side=scale[1], bound=float(scale[0]), **SCHEME), there)
     jobs_left = [job for job in jobs if job[1] not in there]
     extract = partial(_extract_one, scale=scale, device=device)
-    results = in_parallel(extract, jobs_left, workers, "flow" if rank == 0 else None)
+    results = in_parallel(extract, jobs_left, workers, "flow" if jobs_left and rank == 0 else None)
     bad = {path: reason for (path, _), reason in results if reason}
     _list_bad(out, {path for path, _ in jobs}, bad)
     return {"made": len(jobs_left) - len(bad), "there": len(there), "bad": len(bad)}
 
 
-def _jobs(videos, out):
-    """Sorted [(path of a video, path of its flow), ...] of several Videos, each file once."""
+def _jobs(lists, out):
+    """Sorted [(path of a video, path of its flow), ...] of a list of Videos, every file once."""
     paths = {}
-    for part in videos:
-        for i in range(len(part)):
-            path, target = part.path(i), os.path.join(out, _stem(part.name(i)) + ".mp4")
+    for videos in lists:
+        for i in range(len(videos)):
+            path, target = videos.path(i), os.path.join(out, _stem(videos.name(i)) + ".mp4")
             if paths.setdefault(target, path) != path:
                 both = f"{printable(path)} and {printable(paths[target])}"
                 raise UserError(f"{both} would both become {printable(target)}")
@@ -259,11 +259,11 @@ def _jobs(videos, out):
 
 
 def _stem(name):
-    """A video's name without suffix; of one that leads out of the data set, its last two parts."""
+    """A video's name without suffix; the last two folders of it if the name leads out of the data set."""
     stem = stem_of(name)
-    parts = stem.split("/")
-    if os.path.isabs(stem) or ".." in parts:
-        stem = "/".join([part for part in parts if part not in ("", ".", "..")][-2:])
+    folders = stem.split("/")
+    if os.path.isabs(stem) or ".." in folders:
+        stem = "/".join([folder for folder in folders if folder not in ("", ".", "..")][-2:])
     return stem
 
 
