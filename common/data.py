@@ -139,9 +139,8 @@ class Data:
 
     def lists(self):
         """What must be the same on all ranks, {what: list of lines}."""
-        names = {"train": "training", "val": "validation"}
-        lists = {f"{names.get(part, part)} videos": videos.lines() for part, videos in self.parts().items()}
-        return lists | {"classes": list(self.classes)}
+        parts = dict(training=self.train, test=self.test, validation=self.val, unlabelled=self.unlabelled)
+        return {f"{part} videos": parts[part].lines() for part in parts} | {"classes": list(self.classes)}
 
     def paths(self):
         """Sorted paths of all files."""
@@ -190,9 +189,8 @@ def load_data(name, root=None, split=1, labels=True, keep=False):
     except (KeyError, TypeError, ValueError, csv.Error) as error:  # JSON or CSV of another form
         raise UserError(f"the annotations in {root} are not those of {name}: {error!r}") from error
     folder = os.path.basename(os.path.abspath(name))
-    name = (
-        folder if is_folder and folder not in READERS else name
-    )  # a folder keeps its path if called "ucf101"
+    if is_folder and folder not in READERS:  # one that is called like a data set keeps its path as name
+        name = folder
     multilabel, flip = videos["train"].labels.ndim == 2, kind not in ("toy", "ssv2")
     videos = {"test": NO_VIDEOS} | videos
     data = Data(name, split, tuple(classes), multilabel=multilabel, flip=flip, notes=tuple(notes), **videos)
@@ -275,8 +273,7 @@ def semi_supervised(data, ratio, per_class, seed, listfile, unlabelled="rest", s
     labelled = agreed(labelled_subset, data, ratio, per_class, seed, listfile)
     pool = data.pool
     rest = np.setdiff1d(np.arange(len(pool)), labelled)
-    is_rest = unlabelled == "rest" and len(rest) > 0
-    indices = rest if is_rest else np.arange(len(pool))
+    indices = rest if unlabelled == "rest" and len(rest) else np.arange(len(pool))
     also = " (the labelled ones too)" * (len(indices) > len(rest))
     say(
         f"{data.name}: {len(data.classes)} classes, {len(labelled)} labelled videos, "

@@ -127,8 +127,8 @@ def test_shrink(videos, make, tmp_path, capsys):
     out = tmp_path / "small" / "set"
     command = ["shrink", str(videos), "--out", str(out), "--short_side", "90", "--workers", "0"]
     assert tool(command) == 0
-    said = capsys.readouterr().out
-    assert "6 of 7" in said and "broken.mp4" in (out / "bad_videos.txt").read_text()
+    printed = capsys.readouterr().out
+    assert "6 of 7" in printed and "broken.mp4" in (out / "bad_videos.txt").read_text()
     old, new = load_data(str(videos)), load_data(str(out))
     assert new.classes == old.classes == ("walk", "run") and (len(new.train), len(new.test)) == (4, 2)
     good = dataclasses.replace(
@@ -148,8 +148,8 @@ def test_shrink(videos, make, tmp_path, capsys):
             pictures = b.get(range(frames))
             turned = np.rot90(pictures.numpy(), int("turned" in name), (2, 3))
             assert [make.number(x) for x in turned] == list(range(frames)), name
-            every = np.diff([b._source.pts.index(pts) for pts in b._source.keys])
-            assert b.codec == "h264" and (every <= 12).all() and (frames <= 12 or len(every))
+            gaps = np.diff([b._source.pts.index(pts) for pts in b._source.keys])
+            assert b.codec == "h264" and (gaps <= 12).all() and (frames <= 12 or len(gaps))
 
 
 def test_shrink_goes_on_where_it_stopped(videos, tmp_path, capsys):
@@ -299,8 +299,8 @@ def test_a_full_disk_is_no_bad_video(videos, tmp_path, capsys, size, workers):
         status = tool([*command[:-1], workers])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert status == 2 and "File too large; when that is mended, run the same command again" in said
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert status == 2 and "File too large; when that is mended, run the same command again" in printed
     assert not list(out.rglob("*.mp4")) and not list(out.rglob("*.tmp"))
     assert not (out / "bad_videos.txt").exists()
     assert tool(command) == 0 and len(list(out.rglob("*.mp4"))) == 6

@@ -102,7 +102,7 @@ def test_videos_are_joined():
 # ---- labelled subsets ------------------------------------------------------------------------------
 
 
-def some(name="things", sizes=(5, 30, 100), split=1, suffix=".mp4"):
+def data_of(name="things", sizes=(5, 30, 100), split=1, suffix=".mp4"):
     names = [f"c{k}/{i:04d}{suffix}" for k, size in enumerate(sizes) for i in range(size)]
     train = Videos.make("root", names, np.repeat(np.arange(len(sizes)), sizes))
     classes = tuple(f"c{k}" for k in range(len(sizes)))
@@ -123,13 +123,13 @@ def some(name="things", sizes=(5, 30, 100), split=1, suffix=".mp4"):
     ],
 )
 def test_ratio_is_balanced(name, sizes, ratio, expected):
-    data = some(name, sizes)
+    data = data_of(name, sizes)
     few = labelled_subset(data, ratio)
     assert few.dtype == np.int64 and (np.diff(few) > 0).all() and counts(data, few) == expected
 
 
 def test_small_classes_give_all_with_one_warning():
-    data = some(sizes=(2, 0, 9))
+    data = data_of(sizes=(2, 0, 9))
     with pytest.warns(
         UserWarning, match=r"^2 classes have fewer than 4 videos: c0 \(2\), c1 \(0\)$"
     ) as warned:
@@ -141,16 +141,16 @@ def test_the_draw_is_a_function_of_its_arguments():
     def names(data, **options):
         return {stem_of(data.train.name(i)) for i in labelled_subset(data, **options)}
 
-    data = some()
+    data = data_of()
     first = names(data, per_class=4)
-    assert names(some(suffix=".avi"), per_class=4) == first
+    assert names(data_of(suffix=".avi"), per_class=4) == first
     shuffled = data.train.subset(np.random.default_rng(0).permutation(135))
     assert names(dataclasses.replace(data, train=shuffled), per_class=4) == first
-    draws = [first, names(data, per_class=4, seed=1), names(some(split=2), per_class=4)]
-    draws += [names(some(name), per_class=4) for name in ("toy", "ucf101")]
+    draws = [first, names(data, per_class=4, seed=1), names(data_of(split=2), per_class=4)]
+    draws += [names(data_of(name), per_class=4) for name in ("toy", "ucf101")]
     assert len(set(map(frozenset, draws))) == 5
     for name, digest in DRAWS.items():
-        data = some(name)
+        data = data_of(name)
         assert digest_of_videos(data.train, labelled_subset(data, per_class=2)) == digest
 
 
@@ -161,7 +161,7 @@ DRAWS = {  # a new version must not draw others
 
 
 def test_several_labels_draw_videos():
-    data = some()
+    data = data_of()
     hot = np.eye(3, dtype=np.uint8)[data.train.labels]
     data = dataclasses.replace(data, multilabel=True, train=dataclasses.replace(data.train, labels=hot))
     assert len(labelled_subset(data, ratio=0.1)) == 14 and len(labelled_subset(data, ratio=1)) == 135
@@ -180,7 +180,7 @@ def test_several_labels_draw_videos():
     ],
 )
 def test_bad_ratios(options, part):
-    fails(part, call=labelled_subset, data=some(), **options)
+    fails(part, call=labelled_subset, data=data_of(), **options)
 
 
 LINES = [
@@ -195,14 +195,14 @@ LINES = [
 
 @pytest.mark.parametrize("line", LINES)
 def test_list_of_labelled_videos(tmp_path, line):
-    path, data = text(tmp_path / "few.txt", "c0/0001.mp4 0", line), some()
+    path, data = text(tmp_path / "few.txt", "c0/0001.mp4 0", line), data_of()
     names = [data.train.name(i) for i in labelled_subset(data, listfile=path)]
     assert names == ["c0/0001.mp4", "c1/0003.mp4"]
 
 
 def test_list_by_name_alone(tmp_path):
     names = ["a/v_x_g01_c01.avi", "b/v_y_g01_c02.avi", "a/u.avi", "b/u.avi"]
-    data = dataclasses.replace(some(sizes=(2, 2)), train=Videos.make("r", names, [0, 1, 0, 1]))
+    data = dataclasses.replace(data_of(sizes=(2, 2)), train=Videos.make("r", names, [0, 1, 0, 1]))
     path = text(tmp_path / "few.txt", "v_y_g01_c02", "v_x_g01_c01.mp4", "v_x_g01_c01.mp4")
     assert labelled_subset(data, listfile=path).tolist() == [0, 1]
     text(path, "v_y_g01_c02", "u.avi")
@@ -222,13 +222,13 @@ def test_bad_lists_of_labelled_videos(tmp_path, lines, parts):
     path = tmp_path / "few.txt"
     if lines:
         text(path, *lines)
-    fails(*parts, call=labelled_subset, data=some(), listfile=path)
+    fails(*parts, call=labelled_subset, data=data_of(), listfile=path)
 
 
 def test_a_list_of_labelled_videos_may_name_others_too(tmp_path):
     path = text(tmp_path / "few.txt", "x.mp4 1", "c0/0001.mp4 0")
     with pytest.warns(UserWarning, match="1 of 2 videos .* x.mp4"):
-        assert labelled_subset(some(), listfile=path).tolist() == [1]
+        assert labelled_subset(data_of(), listfile=path).tolist() == [1]
 
 
 # ---- labelled and unlabelled videos ----------------------------------------------------------------

@@ -250,7 +250,7 @@ def test_a_val_part_is_for_validation_or_serves_as_test(tmp_path):
     data = load_data(str(tmp_path))
     assert [pairs(videos) for videos in (data.train, data.val, data.test)] == [
         {"a.mp4": 0}, {"v.mp4": 1}, {"t.mp4": 1}]  # fmt: skip
-    assert set(data.lists()) == {"training videos", "test videos", "validation videos", "classes"}
+    assert data.lists()["validation videos"] == ["v.mp4 1"] and not data.lists()["unlabelled videos"]
     assert data.paths() == [f"{tmp_path}/{name}.mp4" for name in "atv"]
     assert data.with_flow("there").val.flow == "there"
 

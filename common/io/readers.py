@@ -334,8 +334,9 @@ def _on_disk(disk, rows, notes):
     for prefix in forms(os.path.join(os.path.abspath(disk.root), "")):
         names = [name.removeprefix(prefix) for name in names]
     for row, i in zip(rows, match_names(names, disk.names), strict=True):
-        leads_out = os.path.isabs(row.name) or ".." in row.name.split("/")
-        elsewhere = [f for f in forms(row.name) if leads_out and os.path.exists(os.path.join(disk.root, f))]
+        leads_out = i == MISSING and (os.path.isabs(row.name) or ".." in row.name.split("/"))
+        spellings = forms(row.name) if leads_out else ()
+        elsewhere = [name for name in spellings if os.path.exists(os.path.join(disk.root, name))]
         if i == AMBIGUOUS:
             called = f"several videos in {disk.root} are called {printable(row.name)}"
             raise UserError(f"{row.place}: {called}; give the path from {disk.root} on")
