@@ -6,17 +6,14 @@
 A tiny run is a second of work after seconds of importing torch, torchvision and av. Here a server has
 imported them and forks for every run. The child is what a new interpreter is at the first line of a script:
 leader of its own session, with its own environment, output and random numbers, one thread, default signal
-handlers, nothing of `common` imported; and it ends as an interpreter does, as nothing is caught. A child of
-multiprocessing's server would not: it has a parent there, and leaves without its exit functions.
-
-What a fork cannot show is how an interpreter starts and what a script forgot to import; so the tests also
-start each script as a user does. The ranks of a group get torchrun's environment, but no torchrun that ends
-the others when one fails.
+handlers, nothing of `common` imported; and it ends as an interpreter does, as nothing is caught. (A child of
+multiprocessing's server would not.) What a fork cannot show is how an interpreter starts and what a script
+forgot to import. The ranks of a group get torchrun's environment, but no torchrun that ends the others when
+one fails.
 """
 
 import atexit
 import gc
-import itertools
 import json
 import os
 import runpy
@@ -27,29 +24,26 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 PRELOAD = ("torch", "torch.distributed.elastic.multiprocessing.errors", "torchvision.transforms.v2",
            "torchvision.models.video", "av", "PIL.ImageDraw", "tqdm")  # fmt: skip
-PAIR = socket.AF_UNIX, socket.SOCK_SEQPACKET  # sockets that keep messages apart and carry open files
-SERVERS, RUNS, LOCK = [], itertools.count(), threading.Lock()
+SERVERS = []  # (socket, process) of two servers with other string hashes: ranks do not order a set alike
 
 
-def servers():
-    """The sockets of two servers with other string hashes: no two runs in a row order a set alike."""
-    with LOCK:
-        while len(SERVERS) < 2:
-            SERVERS.append(new_server(len(SERVERS)))
-    return [here for here, _ in SERVERS]
-
-
-def new_server(seed):
-    here, there = socket.socketpair(*PAIR)
-    with there:
-        # How many threads OpenMP and OpenBLAS start is asked when they are loaded: a fork has one only.
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONHASHSEED": f"{seed}"}
-        process = subprocess.Popen([sys.executable, __file__, f"{there.fileno()}"], pass_fds=[there.fileno()],
-                                   stdin=subprocess.DEVNULL, start_new_session=True, env=env)  # fmt: skip
-    return here, process
+def request(number, *words_and_files):
+    """Ask a server for a fork."""
+    while len(SERVERS) < 2:
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with there:
+            # How many threads OpenMP and OpenBLAS start is asked when they are loaded: a fork has one only.
+            env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
+                                "PYTHONHASHSEED": f"{len(SERVERS)}"}  # fmt: skip
+            call = [sys.executable, __file__, f"{there.fileno()}"]
+            SERVERS.append((here, subprocess.Popen(call, pass_fds=[there.fileno()], start_new_session=True,
+                                                   stdin=subprocess.DEVNULL, env=env)))  # fmt: skip
+    *words, files = words_and_files
+    socket.send_fds(SERVERS[number % 2][0], [json.dumps(words).encode()], files)
 
 
 @atexit.register
@@ -59,43 +53,37 @@ def stop():
         process.wait()
 
 
-def start(call, cwd, env, ranks=None):
-    """Like subprocess.Popen with pipes, of [sys.executable, script or "-m", ...], in a group of `ranks`."""
-    return Forked([str(word) for word in call], str(cwd), dict(env), ranks)
-
-
 class Forked:
     """What the tests use of a subprocess.Popen; several ranks are signalled and waited for together."""
+
+    count = 0
 
     def __init__(self, call, cwd, env, ranks):
         self.args, self.returncode, self.pids, self.codes, self.replies = call, None, [], {}, []
         if ranks:
-            from torch.distributed import TCPStore
+            from torch.distributed import TCPStore  # here, as the servers start without it
 
             # Here and not in rank 0, as torchrun has it: its port is free, and nobody else can take it.
             self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{self.store.port}", "WORLD_SIZE": f"{ranks}",
-                    "LOCAL_WORLD_SIZE": f"{ranks}", "TORCHELASTIC_USE_AGENT_STORE": "True",
-                    "TORCHELASTIC_RESTART_COUNT": "0"}  # fmt: skip
+            env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{self.store.port}", "WORLD_SIZE": f"{ranks}",
+                   "LOCAL_WORLD_SIZE": f"{ranks}", "TORCHELASTIC_USE_AGENT_STORE": "True",
+                   "TORCHELASTIC_RESTART_COUNT": "0"} | env  # fmt: skip
         (out, to_out), (err, to_err) = os.pipe(), os.pipe()
-        first = next(RUNS)
+        Forked.count += 1
         for rank in range(ranks or 1):
-            if ranks:
-                env |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
-            reply, theirs = socket.socketpair(*PAIR)
-            with theirs:
-                request = json.dumps([call, cwd, env]).encode()
-                server = servers()[(first + rank) % 2]
-                socket.send_fds(server, [request], [theirs.fileno(), to_out, to_err])
-            self.pids.append(int(reply.recv(99)))
-            self.replies.append(reply)
+            own = {"LOCAL_RANK": f"{rank}"} | env | {"RANK": f"{rank}"} if ranks else env
+            reply, to_reply = os.pipe()
+            request(Forked.count + rank, call, cwd, own, [to_out, to_err, to_reply])
+            os.close(to_reply)
+            self.replies.append(open(reply))
+            self.pids.append(int(self.replies[-1].readline()))
         os.close(to_out)
         os.close(to_err)
         self.pid, self.text = self.pids[0], ["", ""]
-        self.readers = []
-        for i, pipe in enumerate((out, err)):
-            self.readers.append(threading.Thread(target=self._read, args=(i, pipe), daemon=True))
-            self.readers[i].start()
+        self.readers = [threading.Thread(target=self._read, args=pipe, daemon=True)
+                        for pipe in enumerate((out, err))]  # fmt: skip
+        for reader in self.readers:
+            reader.start()
 
     def _read(self, i, pipe):
         with open(pipe) as file:
@@ -106,7 +94,7 @@ class Forked:
         until = time.monotonic() + seconds
         for pid, reply in zip(self.pids, self.replies, strict=True):
             if pid not in self.codes and select.select([reply], [], [], max(0, until - time.monotonic()))[0]:
-                self.codes[pid] = int(reply.recv(99))
+                self.codes[pid] = int(reply.readline())
                 reply.close()
         if len(self.codes) == len(self.pids):
             self.returncode = next(filter(None, map(self.codes.get, self.pids)), 0)
@@ -119,6 +107,7 @@ class Forked:
             reader.join(max(0, until - time.monotonic()))
         status = self.poll(max(0, until - time.monotonic()))
         if status is None or any(reader.is_alive() for reader in self.readers):
+            self.kill()
             raise subprocess.TimeoutExpired(self.args, timeout)
         return tuple(self.text)
 
@@ -132,49 +121,43 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+def start(call, cwd, env, ranks=None):
+    """Like subprocess.Popen with pipes, of [sys.executable, script or "-m", ...], in a group of `ranks`."""
+    return Forked([str(word) for word in call], str(cwd), dict(env), ranks)
+
+
 # ---- in the server ---------------------------------------------------------------------------------
 
 
 def serve(control):
-    """Fork for every request, and report how the child ends; in the child: (request, stdout, stderr)."""
-    children = {}  # of an open pid: (pid, socket for the reply)
+    """Fork for every request; in the child: call, cwd, env, the files for its output."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for overseers
     while True:
-        for ready in select.select([control, *children], [], [])[0]:
-            if ready is not control:
-                pid, reply = children.pop(ready)
-                os.close(ready)
-                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                with reply:
-                    answer(reply, code)
-                continue
-            request, fds, *_ = socket.recv_fds(control, 1 << 20, 3)
-            if not request:
-                sys.exit()
-            reply = socket.socket(fileno=fds[0])
+        words, files, *_ = socket.recv_fds(control, 1 << 20, 3)
+        if not words:
+            sys.exit()
+        if not os.fork():  # the overseer of a run, which tells its process and how it ends
+            control.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            *output, reply = files
             pid = os.fork()
             if not pid:
-                for other in (control, reply, *(sibling for _, sibling in children.values())):
-                    other.close()
-                for other in children:
-                    os.close(other)
-                return json.loads(request), *fds[1:]
-            os.close(fds[1])
-            os.close(fds[2])
-            children[os.pidfd_open(pid)] = pid, reply
-            answer(reply, pid)
+                os.close(reply)
+                return *json.loads(words), output
+            for file in output:
+                os.close(file)
+            with suppress(BrokenPipeError), open(reply, "w", buffering=1) as file:
+                file.write(f"{pid}\n")
+                file.write(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n")
+            os._exit(0)
+        for file in files:
+            os.close(file)
 
 
-def answer(reply, number):
-    try:
-        reply.send(str(number).encode())
-    except BrokenPipeError:  # the test that asked is over
-        pass
-
-
-def become(call, cwd, env, out, err):
+def become(call, cwd, env, output):
     """Be a new interpreter at the first line of a script."""
     os.setsid()
-    for here, there in ((out, 1), (err, 2)):
+    for here, there in zip(output, (1, 2), strict=True):
         os.dup2(here, there)
         os.close(here)
     os.chdir(cwd)
@@ -182,12 +165,13 @@ def become(call, cwd, env, out, err):
     os.environ.update(env)
     numpy.random.seed()  # what has no seed must not have the server's; `random` sees to itself
     torch.default_generator.seed()
-    path = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
-    if call[1] == "-m":
-        sys.path[:1], sys.argv = [cwd, *path], call[2:]
+    path = [folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    is_module = call[1] == "-m"
+    sys.argv = call[2:] if is_module else call[1:]
+    sys.path[:1] = [cwd if is_module else os.path.dirname(os.path.abspath(call[1])), *path]
+    if is_module:
         runpy.run_module(call[2], run_name="__main__", alter_sys=True)
     else:
-        sys.path[:1], sys.argv = [os.path.dirname(os.path.abspath(call[1])), *path], call[1:]
         runpy.run_path(call[1], run_name="__main__")
 
 
@@ -200,5 +184,4 @@ if __name__ == "__main__":
 
     assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread, which a fork would lose"
     gc.freeze()  # most of an interpreter's end is looking for cycles in its modules
-    request, *files = serve(socket.socket(fileno=int(sys.argv[1])))
-    become(*request, *files)
+    become(*serve(socket.socket(fileno=int(sys.argv[1]))))
