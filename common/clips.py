@@ -13,7 +13,7 @@ from common.io.workers import loader
 MAX_UNREADABLE = 10  # videos in a row, after which training gives up
 
 
-# ---- which of n frames; what lies past the end starts again at the beginning ---------------------
+# ---- which of n frames: positions past the end start again at the beginning ----------------------
 
 
 def dense(n, length, stride, rng):
@@ -87,14 +87,16 @@ def open_video(videos, index):
 def _decode(dataset, index, *rng):
     """(clips, the label that `sample` gives them, or None) of a video of Clips or Views.
 
-    Raises VideoError for the video, and what `sample` raises.
+    Raises VideoError if the video cannot be read, and whatever `sample` raises.
     """
     with ExitStack() as stack:
         with reasons():
             source = stack.enter_context(dataset.open(dataset.videos, index))
-        drawn = dataset.sample(source, *rng)
-        windows, label = drawn if isinstance(drawn, tuple) else (drawn, None)
-        windows = [np.asarray(window, dtype=np.int64) for window in windows]  # what is none surfaces here
+        sample = dataset.sample(source, *rng)
+        windows, label = sample if isinstance(sample, tuple) else (sample, None)
+        windows = [
+            np.asarray(window, dtype=np.int64) for window in windows
+        ]  # a bug of `sample` surfaces here
         with reasons():
             return source.clips(windows, dataset.short_side), label
 
@@ -103,7 +105,7 @@ class Clips(Dataset):
     """Training clips: clips[p] is position p of an endless shuffled order of `videos`.
 
     sample(video, rng) -> list of index arrays, one per clip, which are decoded in one call; or a tuple of
-    that list and a tensor, the label in place of the video's.
+    that list and a tensor, a label that replaces the video's.
     open(videos, index) -> the source of the clips, a context manager like Video, which is the default.
     view(list of uint8 (T, C, H, W)) -> tensors in tuples or dicts, such as {net: {view: clip}}. Its
     randomness is torch's default generator, here a function of (seed, index, pass) and put back afterwards.
@@ -141,7 +143,7 @@ class Clips(Dataset):
 
 
 class Views(Dataset):
-    """Test views: views[i] belongs to video i, which nothing ever replaces.
+    """Test views: views[i] belongs to video i, which is never replaced.
 
     sample(video) -> list of index arrays; view(list of uint8 (T, C, H, W)) -> (V, T, C, H, W); open as in
     Clips. What is random in `view` (torch's default generator) is a function of i.

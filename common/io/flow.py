@@ -48,11 +48,11 @@ def write_flow(path, fields, times=None, fps=FPS):
     fields: a tensor (T, 2, H, W), or anything that yields fields. They are coded without loss, as one step of
     a byte is 0.16 pixels, and in gray, which allows any height and width.
     """
-    options = {"preset": "superfast", "qp": "0", "sc_threshold": "0"}
+    options = {"preset": "superfast", "qp": "0", "sc_threshold": "0", "g": str(GOP)}
     pictures = (field.reshape(-1, field.shape[2]).numpy() for field in fields)
     with files.replacing(path) as file:
         files.lock(file)  # while it is written, see _sweep
-        encode(file.name, pictures, fps, times, options, "gray", GOP)
+        encode(file.name, pictures, fps, times, options)
 
 
 # ---- fields of one video ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Loader workers and pools of processes that end with a sentence and outlive nobody."""
+"""Loader workers and pools of processes: a failure ends in one sentence, and no process is left behind."""
 
 import atexit
 import multiprocessing
@@ -48,7 +48,7 @@ def _raise_hung(*_):
 def watched(batches):
     """The batches of a loader; RuntimeError when one takes more than TIMEOUT seconds (main thread only).
 
-    The loader's own time-out would also hide for as long that a worker has died.
+    With the loader's own time-out it would take as long to see that a worker has died.
     """
     handler, batches = signal.signal(signal.SIGALRM, _raise_hung), iter(batches)
     try:
@@ -72,7 +72,7 @@ def watched(batches):
 
 
 def _start_forkserver():
-    """Start it deaf to the signals that stop a run: it and its workers must outlive the last step."""
+    """Start it with the signals that stop a run ignored: it and its workers are needed for the last step."""
     handlers = [(number, signal.signal(number, signal.SIG_IGN)) for number in SIGNALS]
     folder = tempfile.tempdir
     if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TMPDIR:
@@ -95,7 +95,7 @@ def _begin_worker(worker):
 
 def _unsendable(error, item):
     """End this worker: multiprocessing would drop the batch, and the main process would wait for it."""
-    trace = getattr(item[1], "exc_msg", "")  # of an exception in place of a batch
+    trace = getattr(item[1], "exc_msg", "")  # of an exception instead of a batch
     print(f"{trace}a loader worker cannot send a batch: {error!r}", file=sys.stderr)
     os._exit(1)
 
@@ -109,10 +109,10 @@ def _kill_workers():
 
 
 def end_with_parent():
-    """Let this process end when the one that asked for it does, even by kill -9.
+    """End this process when the one that started it ends, even by kill -9.
 
-    A loader's own watch looks at the parent of a worker, which is the fork server: that lives as long as its
-    workers, and they would wait for work for ever.
+    PyTorch's own watch looks at the parent of a worker, which is the fork server: that lives as long as its
+    workers, which would wait for work for ever.
     """
 
     def wait():
@@ -157,6 +157,6 @@ def _pool(job, items, workers):
 
 
 def _begin_process():
-    """A worker leaves Ctrl-C to the main process, and does not outlive it."""
+    """A worker leaves Ctrl-C to the main process, and ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()

@@ -98,9 +98,9 @@ def _shrink_one(job):
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with Video(path) as video, files.replacing(target) as file:
-            options = {"preset": "fast", "crf": str(settings["crf"])}
+            options = {"preset": "fast", "crf": str(settings["crf"]), "g": str(settings["gop"])}
             frames = _small_frames(video, settings["short_side"])
-            times = encode(file.name, frames, video.fps, video.times, options, gop=settings["gop"])
+            times = encode(file.name, frames, video.fps, video.times, options)
             with Video(file.name) as copy:
                 if len(copy) != len(video) or np.abs(copy.times - times).max() > 1e-3:
                     raise VideoError(f"{len(copy)} of {len(video)} frames arrived, or at other times")
