@@ -2,8 +2,7 @@
 
     python -m common.tools.export MODEL.PT OUT.pt2
 
-OUT.pt2 is a program of torch.export: logits (B, K) of normalised float clips (B, C, T, H, W), for any B and
-the T, H and W of the test. It also holds the class names (classes.json) and the Recipe (input.json).
+OUT.pt2 maps normalised clips (B, C, T, H, W) of any B to logits (B, K); see README, Leaving the package.
 """
 
 import argparse
@@ -28,7 +27,8 @@ def export(path, out):
     with files.replacing(out) as file:
         torch.export.save(program, file, extra_files=about)
         file.flush()
-        logits, expected = torch.export.load(file.name).module()(other), net(other)
+        with open(file.name, "rb") as written:
+            logits, expected = torch.export.load(written).module()(other), net(other)
         if not torch.allclose(logits, expected, atol=1e-4 * float(expected.abs().max())):
             raise UserError(f"the program exported from {path} gives other logits than the network")
 
