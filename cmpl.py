@@ -332,7 +332,7 @@ def train(args, run):
     videos_l, videos_u = semi_supervised(
         data, args.ratio, args.per_class, args.seed, args.labelled_list, args.unlabelled, run.say
     )
-    if args.lam and len(videos_l) == len(data.train):
+    if args.lam and len(videos_l) == len(data.pool):
         raise UserError("every training video has a label: add --lam 0, or lower --ratio")
     if not args.lam:
         run.say("supervised: the unlabelled videos only set the number of steps (D1)")

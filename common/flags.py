@@ -182,7 +182,7 @@ class Parser(argparse.ArgumentParser):
             data = load_data(args.data, args.root, args.split, keep=True)
             with warnings.catch_warnings(action="ignore"):  # the run shows them
                 labelled = labelled_subset(data, args.ratio, args.per_class, args.seed, args.labelled_list)
-            return len(labelled) / len(data.train)
+            return len(labelled) / len(data.pool)
         except UserError:
             sizes = {name: count / ratio for (name, ratio), count in PER_CLASS.items()}
             return args.ratio or (args.per_class or 1) / sizes[Path(args.data).name.partition(":")[0]]

@@ -5,12 +5,14 @@ import os
 import pickle
 import shutil
 import unicodedata
+from argparse import Namespace
 
 import numpy as np
 import pytest
 from trees import counts, fails, pairs, text, tree
 
 from common.data import Data, Videos, digest_of_videos, labelled_subset, load_data, semi_supervised
+from common.flags import Parser
 from common.io.readers import READERS, stem_of
 
 # ---- Videos ----------------------------------------------------------------------------------------
@@ -256,6 +258,14 @@ def test_unlabelled_videos_join_the_pool(tmp_path, options, n_extra, n_labelled,
     assert (labelled.labels >= 0).all() and (unlabelled.labels >= 0).sum() == known
     assert {name.split("/")[0] for name in pairs(unlabelled)} <= {"train", "unlabelled"}
     assert f"{n_labelled} labelled videos, {n_unlabelled} unlabelled videos" in sentences[0]
+
+
+def test_the_labelled_share_is_one_of_all_training_videos(tmp_path):
+    tree(tmp_path, *(f"train/run/{i}.mp4" for i in range(4)), "test/run/t.mp4", "unlabelled/a.mp4")
+    args = Namespace(
+        data=str(tmp_path), root=None, split=1, ratio=None, per_class=2, seed=0, labelled_list=None
+    )
+    assert Parser.labelled_share(None, args) == 2 / 5
 
 
 def test_an_unlabelled_video_cannot_be_listed_as_labelled(tmp_path):
