@@ -39,17 +39,13 @@ D4  T_standard is SlowFast's: short side 256-320, crop 224, mirrored half of the
     draws its own. T_weak: short side `--weak_side` 256, centre crop, never mirrored.
 D5  T_strong is T_standard, then RandAugment with 2 operations of magnitude up to 9, then a grey square
     of half the side (Cutout), as FixMatch has them; sizes are not in the paper.
-D6  Weak and strong view show the same frames. A's window begins at most t_s = `--offset` seconds
-    from the beginning of F's, drawn uniformly from all such frames, in labelled videos too. The unit
-    and the t_s of Table 1 are not in the paper: 10, the best of Table 5, is the default. The row
-    t_s = 1 of Table 5 is the 12.90 that Table 2 has without temporal locations; Tables 3, 4 and 6
-    share it: they are runs with `--offset 0`.
+D6  Weak and strong view show the same frames. A's window begins at most t_s = `--offset` seconds before or
+    after F's. The unit is not given: 10, the best of Table 5, is the default; Tables 3, 4 and 6 have 0.
 D7  The weak views have their own forward pass without gradient, in training mode; `--joint` puts them
     through with the rest, so that batch normalisation sees the mixture. See README for both.
 D8  Batch normalisation is per GPU, over the labelled and strong clips of a step together.
-D9  Dropout 0.5 before the classifier and a zero-initialised last BN per block, as in SlowFast; no
-    learning-rate warm-up (`--warmup`), no moving average: none is mentioned. Weight decay acts on
-    every parameter.
+D9  Dropout 0.5 before the classifier and a zero-initialised last BN per block, as in SlowFast; no warm-up
+    (`--warmup`) and no moving average, as none is mentioned. Weight decay acts on every parameter.
 D10 A 256 x 256 test crop is pooled to one vector; SlowFast averages overlapping 224 x 224 windows.
 D11 "3D-ResNet50" is read as SlowFast's slow pathway alone: 41.7 GMAC for 8 frames of 224 x 224. The
     weak and the strong pass make 83.5 (F) + 11.1 (A, 1/4 wide, 16 frames) GMAC; Table 3 says 94.
@@ -125,14 +121,8 @@ def parse_args(argv=None):
     add("--joint", action="store_true", help="one forward pass for weak and other views (D7)")
     add("--rand_augment", type=at_least(0, 10), nargs=2, default=[2, 9],
         help="RandAugment of strong views: number of operations, magnitude (D5)")  # fmt: skip
-    add = p.add_argument_group("optimisation").add_argument
-    add("--epochs", type=at_least(0.0), default=200, help="passes over the unlabelled videos, D1")
-    add("--batch", type=at_least(1), default=2, help="labelled clips per GPU and step, B_l")
-    add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
-    add("--lr", type=at_least(0.0), default=0.1, help="learning rate for --lr_batch clips, D2")
-    add("--lr_batch", type=at_least(1), default=32, help="clips per step that --lr is for")
-    add("--weight_decay", type=at_least(0.0), default=1e-4, help="weight decay of all parameters")
-    add("--warmup", type=at_least(0.0), default=0.0, help="epochs of linear warm-up, D9")
+    p.optimisation("labelled clips", "unlabelled videos", epochs=200, batch=2, lr=0.1, lr_batch=32,
+                   weight_decay=1e-4)  # D1, D2, D9  # fmt: skip
     add = p.run().add_argument
     add("--keep_every", type=at_least(1), default=1, help="repeat every n-th test frame, Fig. 5")
     return p.parse(argv, also=TEST)
@@ -286,15 +276,12 @@ def strong(clip, args, flip):
     return augment.cutout(clip, args.size // 2)
 
 
-def labelled_views(clips, args, flip):
-    """{net: {view: clip}} of a labelled video's clips, one for each network."""
-    return {net: {"l": standard(clip, args, flip)} for net, clip in zip(("pri", "aux"), clips, strict=False)}
-
-
-def unlabelled_views(clips, args, flip):
-    """{net: {view: clip}} of an unlabelled video's clips, one for each network."""
-    return {net: {"w": weak(clip, args), "s": strong(clip, args, flip)}
-            for net, clip in zip(("pri", "aux"), clips, strict=False)}  # fmt: skip
+def views(clips, args, flip, labelled):
+    """{net: {view: clip}} of the clips of a labelled or unlabelled video, one clip for each network."""
+    pairs = list(zip(("pri", "aux"), clips, strict=False))
+    if labelled:
+        return {net: {"l": standard(clip, args, flip)} for net, clip in pairs}
+    return {net: {"w": weak(clip, args), "s": strong(clip, args, flip)} for net, clip in pairs}
 
 
 # -------------------------------------------------------------------------------- training
@@ -338,13 +325,12 @@ def train(args, run):
         run.say("supervised: the unlabelled videos only set the number of steps (D1)")
     flip = data.flip if args.flip is None else args.flip
     sample = partial(windows, args=args)
-    view_l, view_u = (partial(view, args=args, flip=flip) for view in (labelled_views, unlabelled_views))
+    view_l, view_u = (partial(views, args=args, flip=flip, labelled=labelled) for labelled in (True, False))
     sources = [(Clips(videos_l, sample, view_l, 2 * args.seed), args.batch)]
     if args.lam:
         sources.append((Clips(videos_u, sample, view_u, 2 * args.seed + 1), args.batch * args.mu))
     epoch = math.ceil(len(videos_u) / (args.batch * args.mu * run.world))  # D1
     total, every = (optim.steps_of(epochs, epoch) for epochs in (args.epochs, args.eval_every))
-
     identity = dict(labelled=digest_of_videos(videos_l), unlabelled=digest_of_videos(videos_u),
                     classes=len(data.classes), net=f"{args.net} x{args.width}", aux=args.aux)  # fmt: skip
     if run.finished(identity):

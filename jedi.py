@@ -507,7 +507,7 @@ def train(args, run):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        run.track(step, lr, loss=loss, **terms)
+        run.track(step, optimizer.param_groups[0]["lr"], loss=loss, **terms)
         if run.due(step + 1, total):  # an epoch is short
             run.save(step + 1, identity, **parts)
     if run.stopped:

@@ -141,17 +141,11 @@ def parse_args(argv=None):
     add("--sampling", choices=["both", "uniform", "dense"], default="both",
         help="how training clips are sampled; both: at random (Sec. 3.1.1)")  # fmt: skip
     add("--stride", type=at_least(1), default=4, help="distance of the frames of a dense clip (D4)")
-    add = p.add_argument_group("optimisation").add_argument
-    add("--epochs", type=at_least(0.0), default=50, help="passes over the training videos")
-    add("--batch", type=at_least(1), default=8, help="clips per GPU and step")
-    add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
-    add("--lr", type=at_least(0.0), default=0.025, help="learning rate for --lr_batch clips (D2)")
-    add("--lr_batch", type=at_least(1), default=64, help="clips per step that --lr is for")
+    add = p.optimisation("clips", "training videos", epochs=50, batch=8, lr=0.025, lr_batch=64,
+                         weight_decay=1e-4).add_argument  # D2, D3  # fmt: skip
     add("--lr_steps", type=float, nargs="*", default=[20, 40],
         help="epochs at which --lr falls to a tenth; none: cosine to 0")  # fmt: skip
-    add("--warmup", type=at_least(0.0), default=0, help="epochs of linear warm-up")
     add("--fc_lr", type=at_least(0.0), default=5, help="factor on --lr for a new classifier (D3)")
-    add("--weight_decay", type=at_least(0.0), default=1e-4, help="weight decay of some parameters (D3)")
     add("--clip_grad", type=at_least(0.0), default=20.0, help="largest gradient norm; 0: no limit")
     add = p.run().add_argument
     add("--uniform", type=at_least(0), default=2, help="uniform test clips beside the dense --clips")
@@ -403,6 +397,8 @@ def train(args, run):
     data = agreed(load_data, args.data, args.root, args.split)
     if args.eval:
         return test_only(args, data, run)
+
+    # 1. Data: videos with a label, and what opens and samples them.
     flip = data.flip if args.flip is None else args.flip
     few = args.ratio, args.per_class, args.label_seed, args.labelled_list
     chosen = agreed(labelled_subset, data, *few)  # D1
@@ -426,6 +422,7 @@ def train(args, run):
     if run.finished(identity):
         return
 
+    # 2. Networks and optimiser.
     torch.manual_seed(args.seed)
     nets, builds, groups = build_networks(args, len(data.classes), run)
     if teacher:
@@ -437,6 +434,7 @@ def train(args, run):
     tested = {name: (net.module.backbone, recipes[modality_of(name)]) for name, net in nets.items()}
     quick = {name: (net, ablation_recipe(recipe, args)) for name, (net, recipe) in tested.items()}
 
+    # 3. Steps.
     start = run.resume(identity, **parts)
     run.write("labelled.txt", as_list(videos))
     run.say(f"{total} steps, {epoch} an epoch, of {args.batch * run.world} clips; {rule}; {run.device.type}")
@@ -465,7 +463,7 @@ def train(args, run):
     if run.stopped:
         return
 
-    # 4. Models and the final test of all. The first is model.pt, the others have files of their names.
+    # 4. Models (the first is model.pt, the others have files of their names) and the final test of all.
     if run.main:
         for net, (backbone, recipe) in tested.items():
             path = run.out / ("model.pt" if net == next(iter(nets)) else f"{net}.pt")

@@ -161,15 +161,9 @@ def parser_of(stage):
         add("--stride", type=at_least(1), default=1, help="distance of the frames of a clip")
         add("--multi_clips", type=at_least(1), default=3, help="R of Eq. 1, Table 1, D5")
         add("--lam", type=share, default=1.0, help="lambda of Eq. 3; 0: clip order only")
-        add = p.add_argument_group("optimisation").add_argument
-        add("--epochs", type=at_least(0.0), default=120, help="passes over the videos")
-        add("--batch", type=at_least(1), default=8, help="videos per GPU and step, D1")
-        add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
-        add("--lr", type=at_least(0.0), default=0.001, help="learning rate for --lr_batch videos, D1")
-        add("--lr_batch", type=at_least(1), default=8, help="videos of a step over all GPUs that --lr is for")
+        add = p.optimisation("videos", "videos", epochs=120, batch=8, lr=0.001, lr_batch=8,
+                             weight_decay=5e-4).add_argument  # Sec. 4.2, D1  # fmt: skip
         add("--lr_steps", type=epochs, default="40,60,80", help="epochs at which --lr falls to a tenth")
-        add("--warmup", type=at_least(0.0), default=0, help="epochs in which the rate rises from 0")
-        add("--weight_decay", type=at_least(0.0), default=5e-4, help="Sec. 4.2")
     p.run(test_scale=1)
     p.set_defaults(size=112, flip=False, clips=10, crops=1)  # D3, D11
     if stage == "selftrain":

@@ -142,14 +142,8 @@ def parse_args(argv=None):
     add("--stride", type=at_least(1), default=8, help="video frames from one to the next")
     add("--rand_augment", type=at_least(0, 10), nargs=2, default=[2, 9],
         help="RandAugment of strong views: number of operations, magnitude (D7)")  # fmt: skip
-    add = p.add_argument_group("optimisation").add_argument
-    add("--epochs", type=at_least(0.0), default=180, help="passes over the unlabelled videos (D1)")
-    add("--batch", type=at_least(1), default=5, help="labelled clips per GPU and step, B_l")
-    add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
-    add("--lr", type=at_least(0.0), default=0.2, help="learning rate for --lr_batch clips (D2)")
-    add("--lr_batch", type=at_least(1), default=40, help="clips per step that --lr is for")
-    add("--weight_decay", type=at_least(0.0), default=1e-4, help="weight decay of all parameters")
-    add("--warmup", type=at_least(0.0), default=30, help="epochs of linear warm-up, Table 3f")
+    add = p.optimisation("labelled clips", "unlabelled videos", epochs=180, batch=5, lr=0.2, lr_batch=40,
+                         weight_decay=1e-4, warmup=30).add_argument  # D1, D2, D11  # fmt: skip
     add("--sup_warmup", type=at_least(0.0), default=30, help="first epochs without L_u, Table 3f")
     add("--clip_grad", type=at_least(0.0), default=40.0, help="largest gradient norm; 0: no limit")
     add("--sync_bn", action=SWITCH, default=True, help="batch norm over all GPUs (D8)")

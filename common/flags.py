@@ -80,6 +80,24 @@ class Parser(argparse.ArgumentParser):
             g.add_argument("--flip", action=flip, help="mirror clips; default: if the data set allows it")
         return g
 
+    def optimisation(self, items, passes, **defaults):
+        """Add the flags of any training, with these defaults; the group, for more of them.
+
+        items: what a step has, such as "labelled clips"; passes: the videos that an epoch is one pass over.
+        """
+        g = self.add_argument_group("optimisation")
+        g.add_argument("--epochs", type=at_least(0.0), help=f"passes over the {passes}")
+        g.add_argument("--batch", type=at_least(1), help=f"{items} per GPU and step")
+        g.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
+        g.add_argument("--lr", type=at_least(0.0), help="learning rate for --lr_batch, scaled linearly")
+        g.add_argument(
+            "--lr_batch", type=at_least(1), help=f"{items} per step, over all GPUs, that --lr is for"
+        )
+        g.add_argument("--weight_decay", type=at_least(0.0), help="weight decay of the optimizer")
+        g.add_argument("--warmup", type=at_least(0.0), default=0.0, help="epochs of linear warm-up")
+        self.set_defaults(**defaults)
+        return g
+
     def run(self, test_scale=8 / 7):
         """Add the flags of any run and of any test; the group, for more of them.
 

@@ -216,18 +216,18 @@ class Run:
 
         The others wait without a time-out. A file that cannot be written is a UserError, too.
         """
-        box = [None, None]
+        answer = [None, None]  # value, sentence of an error
         if self.main:
             try:
-                box[0] = function(*args)
+                answer[0] = function(*args)
             except UserError as error:
-                box[1] = str(error)
+                answer[1] = str(error)
             except OSError as error:
-                box[1] = f"{error.filename or f'a file of {self.out}'} cannot be written: {error.strerror}"
-        dist.broadcast_object_list(box, group=self.patient)
-        if box[1] is not None:
-            raise UserError(box[1])
-        return box[0]
+                answer[1] = f"{error.filename or f'a file of {self.out}'} cannot be written: {error.strerror}"
+        dist.broadcast_object_list(answer, group=self.patient)
+        if answer[1] is not None:
+            raise UserError(answer[1])
+        return answer[0]
 
     @property
     def seconds(self):
@@ -567,36 +567,38 @@ def agreed(function, *args, **named):
     Raises UserError on every rank, one sentence, where a rank raises one or finds something else: none trains
     alone, and none waits for one that has left.
     """
-    found = error = None
+    value = error = None
     try:
-        found = function(*args, **named)
+        value = function(*args, **named)
     except UserError as problem:
         error = str(problem)
-    errors = dict(enumerate(gather((error, socket.gethostname()))))
-    wrong = {rank: text for rank, (text, _) in errors.items() if text}
-    if len(wrong) == len(errors) and len(set(wrong.values())) == 1:
-        raise UserError(wrong[0])
-    for rank, text in wrong.items():
-        raise UserError(f"{text} (on rank {rank}, {errors[rank][1]})")
-    agree(found.lists() if hasattr(found, "lists") else {"labelled videos": args[0].train.lines(found)})
-    return found
+    errors = gather(error)
+    if any(errors):
+        rank, hosts = next(rank for rank, text in enumerate(errors) if text), gather(socket.gethostname())
+        place = f" (on rank {rank}, {hosts[rank]})" if len({*errors}) > 1 else ""
+        raise UserError(errors[rank] + place)
+    agree(value.lists() if hasattr(value, "lists") else {"labelled videos": args[0].train.lines(value)})
+    return value
 
 
 def agree(lists):
     """Raise UserError on every rank, saying which one lacks what, where {what: list of lines} differ."""
-    own = [hashlib.sha256(os.fsencode("\n".join(lines))).digest() for lines in lists.values()]
-    if all(other == own for other in gather(own)):
+    digests = [hashlib.sha256(os.fsencode("\n".join(lines))).digest() for lines in lists.values()]
+    if all(other == digests for other in gather(digests)):
         return
-    box, lacks = [lists], []
-    dist.broadcast_object_list(box)
-    for what, lines in box[0].items():
-        missing, more = set(lines) - set(lists[what]), set(lists[what]) - set(lines)
-        lacks += [f"lacks {len(missing)} {what} of rank 0{_some(missing)}"] if missing else []
-        lacks += [f"has {len(more)} {what} that rank 0 lacks{_some(more)}"] if more else []
-        lacks += [f"has its {what} in another order"] if not missing | more and lists[what] != lines else []
-    everyone = enumerate(gather((lacks, socket.gethostname())))
-    differ = [f"rank {rank} on {host} {' and '.join(lacks)}" for rank, (lacks, host) in everyone if lacks]
-    raise UserError(f"all ranks must find the same: {'; '.join(differ[:3])}{'; ...' * (len(differ) > 3)}")
+    of_rank_0, differences = [lists], []
+    dist.broadcast_object_list(of_rank_0)
+    for what, lines in of_rank_0[0].items():
+        missing, more = sorted({*lines} - {*lists[what]}), sorted({*lists[what]} - {*lines})
+        if missing:
+            differences.append(f"lacks {len(missing)} {what} of rank 0 ({', '.join(missing[:3])})")
+        if more:
+            differences.append(f"has {len(more)} {what} that rank 0 lacks ({', '.join(more[:3])})")
+        if not missing and not more and lists[what] != lines:
+            differences.append(f"has its {what} in another order")
+    pairs = enumerate(gather((differences, socket.gethostname())))
+    sentences = [f"rank {rank} on {host} {' and '.join(texts)}" for rank, (texts, host) in pairs if texts]
+    raise UserError(f"all ranks must find the same: {'; '.join(sentences[:3])}")
 
 
 def gather(value):
@@ -606,10 +608,6 @@ def gather(value):
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
     return everyone
-
-
-def _some(lines):
-    return f" ({', '.join(sorted(lines)[:3])}{', ...' * (len(lines) > 3)})"
 
 
 def step_seed(seed, step, rank):

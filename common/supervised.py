@@ -49,12 +49,7 @@ def parse_args(argv=None):
     add("--init", help="initial weights: a file, imagenet or kinetics; default: random")
     add("--frames", type=at_least(1), default=8, help="frames of a clip")
     add("--stride", type=at_least(1), default=8, help="frames from one to the next in a clip")
-    add = p.add_argument_group("optimisation").add_argument
-    add("--epochs", type=at_least(0.0), default=50, help="passes over the labelled videos")
-    add("--batch", type=at_least(1), default=8, help="clips per GPU and step")
-    add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
-    add("--lr", type=at_least(0.0), default=0.001, help="rate for 8 clips a step, scales linearly")
-    add("--weight_decay", type=at_least(0.0), default=5e-4, help="weight decay of all parameters")
+    p.optimisation("clips", "labelled videos", epochs=50, batch=8, lr=0.001, lr_batch=8, weight_decay=5e-4)
     p.run()
     return p.parse(argv)
 
@@ -101,7 +96,7 @@ def train(args, run):
     if args.init in PUBLISHED:
         run.on_main(fetch, args.net, args.init)  # one process downloads
     net = run.distribute(backbones.build(**build, weights=args.init), args.channels_last, args.compile)
-    lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, 8)
+    lr, rule = optim.scaled_lr(args.lr, args.batch * run.world, args.lr_batch)
     optimizer = optim.build(args.optimizer, net.parameters(), lr, args.weight_decay)
     parts, tested = {"net": net.module, "optimizer": optimizer}, {"net": (net.module, recipe)}
     start = run.resume(identity, **parts)
@@ -115,7 +110,7 @@ def train(args, run):
         with run.autocast():
             logits = net(recipe.to_input(batches[0]["views"][0], run.device))
             loss = F.cross_entropy(logits, batches[0]["label"].to(run.device))
-        optim.set_lr(optimizer, lr * optim.warmup_cosine(step, total))
+        optim.set_lr(optimizer, lr * optim.warmup_cosine(step, total, args.warmup * epoch))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
