@@ -87,6 +87,7 @@ RECIPES = {
         clips=2, crops=1, eval_every=12, offset=0.0, workers=1, channels_last=True,
     ),
 }  # fmt: skip
+RECIPES["toy:mini"] = RECIPES["toy"] | dict(epochs=20, eval_every=5)
 # 90 real clips of 180 x 144 pixels; a folder with lists.
 RECIPES["weizmann"] = RECIPES["toy"] | dict(
     per_class=2, batch=4, size=64, test_size=64, jitter=[72, 80], weak_side=72, epochs=45

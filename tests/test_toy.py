@@ -55,7 +55,7 @@ def test_lists_name_every_file_with_its_class(made):
     classes = lines(made, "classes.txt")
     assert classes == list(toy.VARIANTS[""].classes) and len(classes) == 10
     listed = {}
-    for part in toy.PARTS:
+    for part in toy.SUBSETS:
         rows = [line.split() for line in lines(made, f"{part}.txt")]
         assert sorted(int(label) for _, label in rows) == list(range(10))
         listed |= {name: classes[int(label)] for name, label in rows}
@@ -65,7 +65,7 @@ def test_lists_name_every_file_with_its_class(made):
 
 
 def test_files_hold_what_was_rendered(made):
-    for part in toy.PARTS:
+    for part in toy.SUBSETS:
         for i, row in enumerate(lines(made, f"{part}.txt")):
             frames, rendered = decode(made / row.split()[0]), toy.render("", part, i)
             assert frames.shape == rendered.shape == (48, 48, 48, 3)
@@ -83,7 +83,7 @@ def test_same_arguments_same_bytes(made, tmp_path):
 
 
 def test_videos_differ_between_parts_variants_and_numbers():
-    videos = [toy.render(v, part, i) for v in toy.VARIANTS for part in toy.PARTS for i in (0, 420)]
+    videos = [toy.render(v, part, i) for v in toy.VARIANTS for part in toy.SUBSETS for i in (0, 420)]
     assert len({video.tobytes() for video in videos}) == len(videos)
 
 

@@ -1,20 +1,17 @@
 """The embedded data set: small real mp4 files in which the class is the motion and nothing else.
 
-    make("data/toy")            800 train, 200 val and 300 test videos of 10 motions, 48 x 48, 48 frames
-    make("data/toy_b", "b")     another look, other classes
-    make("data/toy_busy", "busy")    the same classes on a ground as bright and sharp as the shapes, at rest
+    make("data/toy")                 800 train, 200 val and 300 test videos of 10 motions, 48 x 48, 48 frames
+    make("data/toy_mini", "mini")    240 train, 80 val and 120 test videos of 4 motions, 32 frames
+    make("data/toy_b", "b")          other looks and classes
+    make("data/toy_busy", "busy")    the ground is as bright and sharp as the shapes, and stands still
     make("data/toy_multi", "multi")  two shapes with a motion each: a video has two labels
 
-Three textured shapes make the same motion over a slowly drifting background. What one frame shows of a
-shape is its place in the picture (a torus: what leaves on one side enters on the other), its angle and
-its size. Each of them is start + motion(t) + drift(t) on a circle, and the start is uniform on that
-circle. So in a frame at any time place, angle and logarithm of the size are independent and uniform
-*whatever the motion*, and all else (outline, textures, colours, clutter, speed) is drawn without
-looking at the class: a single frame says nothing about it. Encoding keeps that, because its quantiser
-and its key frames are fixed: motion changes the size of a file, not the quality of its pictures.
-
-The fastest shapes cross a quarter of the picture in 4 frames, the slowest a tenth, so the motion of
-neighbouring frames of a clip is coarse at a stride of 4 and finer at 2.
+Three textured shapes make the same motion over a slowly drifting background. One frame shows of a shape its
+place in the picture (a torus: what leaves on one side enters on the other), its angle and its size. Each is
+start + motion(t) + drift(t) on a circle, and the start is uniform on that circle. So in a frame at any time
+place, angle and logarithm of the size are independent and uniform *whatever the motion*, and all else
+(outline, textures, colours, clutter, speed) is drawn without looking at the class: a single frame says
+nothing about it. Encoding keeps that, because its quantiser and its key frames are fixed.
 
 The files are the same, byte for byte, on every processor. numpy's sin, exp and tanh are not: their last bits
 differ between instruction sets. So pictures are made of random bits, of tables of rounded values, and of
@@ -26,7 +23,8 @@ import json
 import os
 import shutil
 import uuid
-from glob import escape, glob
+from glob import escape
+from pathlib import Path
 from typing import NamedTuple
 
 import av
@@ -42,14 +40,15 @@ SHAPES = 3
 DRIFT = 1 / 400  # cycles per frame, at most, by which anything strays besides its motion
 SWING = 0.2  # radius of circles and half the way of swings, as a share of the picture's side
 BUMPS = (0.3, 0.5)  # how far an outline departs from a circle of radius 1
+STATE = ("x", "y", "angle", "size")  # of a shape
 WAVES = {"stripes": 1, "checks": 2, "waves": 3}  # textures, and how many plane waves make one
 
 X264 = "cpu-independent=1"  # else it has faster ways for some processors, with other results
-STEPS = 4096  # of a table of what a function gives from 0 to 1
+STEPS = 4096  # of a table
 
 
 def table(function):
-    """(STEPS,) float32 values of a function of [0, 1), in whole 2**-16: the last bits of numpy's are gone."""
+    """(STEPS,) float32 values of a function of [0, 1), rounded to 2**-16, without numpy's last bits."""
     return (np.rint(2**16 * function(np.arange(STEPS) / STEPS)) / 2**16).astype(np.float32)
 
 
@@ -108,95 +107,81 @@ VARIANTS = {
     "multi": Look((*ALL[:4], *ALL[6:]), 80, several=True),
     "mini": Look(ALL[:4], 60, frames=32),
 }
-PARTS = ("train", "val", "test")
+SUBSETS = ("train", "val", "test")
 
 
 # ---- a folder that is complete or absent -----------------------------------------------------------
 
 
 def make(root, variant="", train_per_class=None, val_per_class=20, test_per_class=30, seed=0):
-    """After the call the set exists under `root`; one that is there is left as it is.
+    """After the call the set exists under `root`; a set that is there is left as it is.
 
-    It holds train/, val/, test/, the lists train.txt, val.txt, test.txt ("path label"), classes.txt,
-    and toy.json, which says what it is. The counts are for a set that is yet to be made; train_per_class
-    None: as in VARIANTS. val is for tuning. Of several processes one makes the set, the others wait.
-    The files are a pure function of the arguments and the version of x264.
-    Raises UserError if something else is in `root` or it cannot be written.
+    It has train/, val/, test/, the lists train.txt, val.txt, test.txt ("path label"), classes.txt, and
+    toy.json, which says what it is. The counts are for a new set; train_per_class None: as in VARIANTS. val
+    is for tuning. If several processes call it, one makes the set and the others wait. The files are a pure
+    function of the arguments and the version of x264. Raises UserError if something else is in `root` or it
+    cannot be written.
     """
-    root = os.path.realpath(root)
+    root = Path(os.path.realpath(root))
     stamp = {"version": VERSION, "variant": variant, "seed": seed}
-    if _there(root, stamp):
+    counts = train_per_class or VARIANTS[variant].train_per_class, val_per_class, test_per_class
+    if _is_there(root, stamp):
         return
-    train_per_class = train_per_class or VARIANTS[variant].train_per_class
-    counts = dict(zip(PARTS, (train_per_class, val_per_class, test_per_class), strict=True))
-    folder, name = os.path.split(root)
-    unfinished = os.path.join(folder, f".{name}.unfinished-")
-    own = unfinished + uuid.uuid4().hex
+    unfinished = f".{root.name}.unfinished-"
     try:
-        os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, f".{name}.lock"), "w") as lock:
-            locked = files.lock(lock)  # the system lifts it when this process ends, however it ends
-            if _there(root, stamp):
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with open(root.with_name(f".{root.name}.lock"), "w") as lock:
+            is_locked = files.lock(lock)
+            if _is_there(root, stamp):
                 return
-            for left in glob(escape(unfinished) + "*") if locked else ():  # of processes that were killed
-                shutil.rmtree(left, ignore_errors=True)
-            _write_set(own, stamp, counts)
-            try:
-                os.rename(own, root)
-            except OSError:  # without locks, another process may have been faster
-                if not _there(root, stamp):
-                    raise
-                shutil.rmtree(own)
+            for leftover in root.parent.glob(f"{escape(unfinished)}*") if is_locked else ():
+                shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed
+            folder = root.with_name(unfinished + uuid.uuid4().hex)
+            _write_set(folder, stamp, dict(zip(SUBSETS, counts, strict=True)))
+            folder.rename(root)
     except (OSError, av.FFmpegError) as error:
         raise UserError(f"cannot make the toy videos in {root}: {error.strerror or error}") from None
 
 
-def _there(root, stamp):
-    """Is the set there? Raises UserError if something else is in its place."""
+def _is_there(root, stamp):
+    """Whether the set is there; UserError if something else is in its place."""
     try:
-        with open(os.path.join(root, "toy.json")) as file:
-            found = json.load(file)
+        there = json.loads((root / "toy.json").read_text())
     except (OSError, ValueError):
-        if os.path.isdir(root) and not os.listdir(root) or not os.path.lexists(root):
+        if not os.path.lexists(root) or root.is_dir() and not any(root.iterdir()):
             return False
         raise UserError(f"{root} holds no toy videos: move it away, or name another --root") from None
     for key, value in stamp.items():
-        if found.get(key) != value:
-            raise UserError(
-                f"{root} holds toy videos of {key} {found.get(key)!r}, but {value!r} is wanted: "
-                f"delete it to have them made anew"
-            )
+        if there.get(key) != value:
+            raise UserError(f"{root} holds toy videos of {key} {there.get(key)!r}, but {value!r} is wanted: "
+                            "delete it to have them made anew")  # fmt: skip
     return True
 
 
 def _write_set(root, stamp, counts):
-    classes = VARIANTS[stamp["variant"]].classes
-    jobs = []
-    for part, per_class in counts.items():
-        os.makedirs(os.path.join(root, part))
-        ys = [labels(stamp["variant"], i) for i in range(per_class * len(classes))]
-        kinds = ["+".join(classes[k] for k in y) for y in ys]
-        names = [f"{part}/{kind}_{i // len(classes):04d}.mp4" for i, kind in enumerate(kinds)]
-        lines = [" ".join(map(str, (name, *y))) for name, y in zip(names, ys, strict=True)]
-        _write_lines(root, f"{part}.txt", lines)
-        jobs += [(name, part, i) for i, name in enumerate(names)]
-    _write_lines(root, "classes.txt", classes)
+    variant, classes, videos = stamp["variant"], VARIANTS[stamp["variant"]].classes, []
+    texts = {"classes.txt": "".join(f"{name}\n" for name in classes)}
+    for subset, per_class in counts.items():
+        (root / subset).mkdir(parents=True)
+        lines = []
+        for i in range(per_class * len(classes)):
+            y = labels(variant, i)
+            name = f"{subset}/{'+'.join(classes[k] for k in y)}_{i // len(classes):04d}.mp4"
+            videos.append((name, subset, i))
+            lines.append(f"{name} {' '.join(map(str, y))}\n")
+        texts[f"{subset}.txt"] = "".join(lines)
     # One process: threads wait for each other here, and child processes outlive a killed parent.
-    for name, part, i in tqdm(jobs, "making toy videos", unit=" videos", mininterval=0.5):
-        write(os.path.join(root, name), render(stamp["variant"], part, i, stamp["seed"]))
-    _write_lines(root, "toy.json", [json.dumps(stamp | counts)])
-
-
-def _write_lines(root, name, lines):
-    with open(os.path.join(root, name), "w") as file:
-        file.writelines(f"{line}\n" for line in lines)
+    for name, subset, i in tqdm(videos, "making toy videos", unit=" videos", mininterval=0.5):
+        write(root / name, render(variant, subset, i, stamp["seed"]))
+    for name, text in (texts | {"toy.json": json.dumps(stamp | counts) + "\n"}).items():
+        files.write(root / name, text)
 
 
 # ---- one video -------------------------------------------------------------------------------------
 
 
 def labels(variant, i):
-    """The classes of video i of a part, so that every stretch is balanced: one, or two of all pairs."""
+    """The classes of video i of a subset, one or two. Any K videos in a row are balanced over K classes."""
     look, K = VARIANTS[variant], len(VARIANTS[variant].classes)
     first = i % K
     return [first, (first + 1 + i // K % (K - 1)) % K] if look.several else [first]
@@ -220,12 +205,12 @@ class Draws:
         return options[self.number(len(options))]
 
 
-def render(variant, part, i, seed=0):
-    """The pictures of video i of a part, uint8 (T, H, W, 3); see `labels`."""
+def render(variant, subset, i, seed=0):
+    """The pictures of video i of a subset, uint8 (T, H, W, 3); see `labels`."""
     look = VARIANTS[variant]
     motions = [MOTIONS[look.classes[k]] for k in labels(variant, i)]
     motions *= 1 if look.several else SHAPES  # one for each shape
-    draws = Draws((seed, list(VARIANTS).index(variant), PARTS.index(part), i))
+    draws = Draws((seed, list(VARIANTS).index(variant), SUBSETS.index(subset), i))
     uniform = draws.uniform
     t = np.arange(look.frames)
 
@@ -243,23 +228,24 @@ def render(variant, part, i, seed=0):
 
     for _ in range(draws.number(look.clutter + 1)):
         still = np.broadcast_to(uniform(size=(4, 1)), (4, look.frames))
-        _paint(pictures, *still, draws, look, scale=0.6)
+        _paint(pictures, dict(zip(STATE, still, strict=True)), draws, look, scale=0.6)
     for motion in motions:
-        state = dict(zip(("x", "y", "angle", "size"), drifting(), strict=True))
+        state = dict(zip(STATE, drifting(), strict=True))
         moved = motion(uniform() + t / PERIOD[draws.number(STEPS)])
         for key, way in moved.items():
             state[key] = state[key] + way
         # A size that grows or shrinks starts over, one that drifts turns round: uniform, both.
         size = state["size"] % 1
         state["size"] = size if "size" in moved else 1 - abs(1 - 2 * size)
-        _paint(pictures, **state, draws=draws, look=look)
+        _paint(pictures, state, draws, look)
 
     pictures = np.rint(255 - pictures if look.inverted else pictures).astype(np.uint8)
     return np.ascontiguousarray(pictures.transpose(1, 2, 3, 0))
 
 
-def _paint(pictures, x, y, angle, size, draws, look, scale=1.0):
-    """Put a random shape on pictures (3, T, H, W), in place; its state, (T,) each, counts in circles."""
+def _paint(pictures, state, draws, look, scale=1.0):
+    """Put a random shape on pictures (3, T, H, W), in place; state: the values (T,) of STATE in circles."""
+    x, y, angle, size = (state[name] for name in STATE)
     half = HALF_SIZE.take((size * STEPS).astype(np.int64), mode="clip")[:, None] * (scale / SIZE)  # (T, 1)
     cos, sin = cosine(angle)[:, None] / half, sine(angle)[:, None] / half
     x, y = (np.asarray(a, dtype=np.float32)[:, None] for a in (x, y))
@@ -318,7 +304,7 @@ def _between(low, high, share):
 def write(path, pictures):
     """Encode uint8 (T, H, W, 3) as H.264 4:2:0 with B-frames and a key frame every 12 frames."""
     options = {"preset": "fast", "qp": "26", "g": "12", "sc_threshold": "0", "x264-params": X264}
-    with av.open(path, "w") as file:
+    with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=FPS, options=options)
         stream.height, stream.width = pictures.shape[1:3]
         stream.pix_fmt, stream.thread_count, stream.thread_type = "yuv420p", 1, "FRAME"
