@@ -24,7 +24,7 @@ B_u unlabelled clips of a step, K classes, tau the confidence threshold, lam the
 Run (on 8 GPUs, the paper used 16; then one process on the embedded data set, on a CPU too):
 
     torchrun --nproc_per_node 8 cmpl.py --data k400 --ratio 0.01
-    python cmpl.py --data toy
+    python cmpl.py --data toy:mini
 
 Baselines: supervised `--lam 0`; FixMatch `--aux none`; FixMatch at two frame rates `--aux same`.
 
@@ -90,8 +90,7 @@ RECIPES = {
 RECIPES["toy:mini"] = RECIPES["toy"] | dict(epochs=20, eval_every=5)
 # 90 real clips of 180 x 144 pixels; a folder with lists.
 RECIPES["weizmann"] = RECIPES["toy"] | dict(
-    per_class=2, batch=4, size=64, test_size=64, jitter=[72, 80], weak_side=72, epochs=45
-)  # fmt: skip
+    per_class=2, batch=4, size=64, test_size=64, jitter=[72, 80], weak_side=72, epochs=45)  # fmt: skip
 
 TEST = ("keep_every",)  # flags of --eval that make it another test
 

@@ -27,7 +27,7 @@ Run (embeddings on 8 GPUs, training on one; then everything on the embedded data
     python jedi.py --half --out RUN \\
         --data activitynet:whole,hmdb51,k400,ucf101 \\
         --expert tsn50:AN.pth:8 tsm50:HMDB.pth:16 swin3d_b:kinetics_imagenet22k tsm50:UCF.pth:16
-    python jedi.py --data toy:a,toy:b,toy:c
+    python jedi.py --data toy:mini,toy:c
 
 Every table and figure of the paper has its command in tests/claims/jedi.md.
 
@@ -135,7 +135,7 @@ def parse_args(argv=None):
     add("--lr_batch", type=at_least(1), default=512, help="videos of a step that --lr is for (D1)")
     add("--weight_decay", type=at_least(0.0), default=3e-3, help="weight decay of all parameters")
     p.run()
-    p.set_defaults(data="toy:a,toy:b,toy:c", clips=None, crops=None)
+    p.set_defaults(data="toy:mini,toy:c", clips=None, crops=None)
     args = p.parse(argv)
     names, n = names_of(args), args.data.count(",") + 1
     if not all(names) or len(set(map(slug, names)) - {"experts", "cache"}) < len(names):

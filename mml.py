@@ -31,7 +31,7 @@ Run (8 GPUs, the paper's pipeline; then one process on the embedded data set, on
 
     python -m common.tools.flow ssv2 --out data/ssv2_flow
     torchrun --nproc_per_node 8 mml.py --data ssv2 --pipeline --nets rgb,flow
-    python mml.py --data toy
+    python mml.py --data toy:mini
 
 One training: `--nets` lists the networks, `--init` where each starts, `--lam 0` is cross-entropy alone.
 `--mutual mars --teacher RUN/flow.pt` (or d3d) are the methods it is compared with. Ensembles are tested by

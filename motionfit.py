@@ -24,14 +24,14 @@ Run (the paper's data sets and batches on one GPU; then the embedded data set, o
     python -m common.tools.flow ucf101 --out data/ucf101_flow
     python -m common.tools.flow k400 --out data/k400_flow
     python motionfit.py --data ucf101 --source k400
-    python motionfit.py --data toy
+    python motionfit.py --data toy:mini
 
 This runs the four stages, each with those of the flags that it has, in folders of `--out`: generator, pseudo,
 selftrain and, for fine-tuning, `--out` itself. A stage can be run by itself; it starts from the files of the
 earlier ones in `--out`, or from those that its flags name:
 
-    python motionfit.py pseudo --data toy --generator RUN/generator/model.pt --clusters 32 --out RUN_32
-    python motionfit.py finetune --data toy --init RUN/selftrain/model.pt --frames 16 --out RUN_16
+    python motionfit.py pseudo --data toy:mini --generator RUN/generator/model.pt --clusters 32 --out RUN_32
+    python motionfit.py finetune --data toy:mini --init RUN/selftrain/model.pt --frames 16 --out RUN_16
 
 Baselines: `finetune --init none`; MERS `selftrain --teacher MODEL.PT`; MARS `finetune --teacher MODEL.PT`.
 

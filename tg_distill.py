@@ -30,7 +30,7 @@ Run (8 GPUs, the paper's settings; then one process on the embedded data set, on
 
     torchrun --nproc_per_node 8 tg_distill.py --data ucf101
     torchrun --nproc_per_node 8 tg_distill.py --data hmdb51:all
-    python tg_distill.py --data toy
+    python tg_distill.py --data toy:mini
 
 Baselines: FixMatch `--nets rgb`, FixMatch on TG `--nets tg`. A command for each row of the paper's tables:
 tests/claims/tg_distill.md. The student is saved as model.pt, the teacher as teacher.pt.

@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         """
         self.ratio, self.crop = ratio, crop
         g = self.add_argument_group("data")
-        g.add_argument("--data", default="toy", help="k400, ucf101, hmdb51, ssv2, ..., or a folder")
+        g.add_argument("--data", default="toy:mini", help="k400, ucf101, hmdb51, ssv2, ..., or a folder")
         g.add_argument("--root", help="where the data set is; default: data/<name>")
         g.add_argument("--split", type=int, default=1, help="official split of UCF-101 and HMDB-51")
         g.add_argument("--ratio", type=positive_share, help=f"share of labelled videos; default: {ratio}")
