@@ -63,7 +63,7 @@ def commands():
     texts = [(HERE / "README.md").read_text(), *(cells[1].strip("`") for _, cells in rows_of_pages())]
     texts += [importlib.import_module(name).__doc__ for name in SCRIPTS]
     lines = "\n".join(texts).replace("\\\n", " ").splitlines()
-    pattern = r"^(?:    )?((?:RANKS_2_RUNS=\d+ )?(?:python|torchrun) .*)"
+    pattern = r"^(?:    )?((?:python|torchrun) .*)"
     return sorted({m[1].split(" # ")[0].strip() for line in lines if (m := re.match(pattern, line))})
 
 
