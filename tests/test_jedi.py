@@ -477,7 +477,7 @@ def test_the_recipe_does_not_depend_on_the_order_of_the_data_sets(names, recipe)
 def test_one_expert_and_one_network_for_all_or_for_each():
     args = parsed("--data toy:a,toy:b --expert e --net tsm10")
     assert [jedi.for_each(args, flag) for flag in ("expert", "net")] == [["e"] * 2, ["tsm10"] * 2]
-    args = parsed("")
+    args = parsed("--data toy:a,toy:b,toy:c")
     expert, net, init = (jedi.for_each(args, flag) for flag in ("expert", "net", "init"))
     assert expert == ["supervised"] * 3 and len(set(net)) == 3 and init == ["none"] * 3
     line = "--data hmdb51,ucf101,k400 --expert supervised f supervised --net tsm10 tsn50 tsn101"
@@ -497,12 +497,12 @@ def test_one_expert_and_one_network_for_all_or_for_each():
     ("--data one,two --extra two", "each data set once"), ("--data a/experts", "each data set once"),
     ("--data hmdb51 --distill ssv2", "--distill is all, none, own, or one of hmdb51, not ssv2"),
     ("--data hmdb51,ucf101 --expert a b c", "--expert has one value, or one for each of hmdb51,ucf101, not"),
-    ("--net tsm10 tsn50", "--net has one value, or one for each of toy:a,toy:b,toy:c, not 2"),
+    ("--net tsm10 tsn50 tsm50", "--net has one value, or one for each of toy:mini,toy:c, not 3"),
     ("--ratio 0.5 --per_class 2", "--per_class"),
     ("--net tsm11", "tsm11"), ("--expert_flags jitter=30,20", "--jitter"),  # of stage 1
     ("--expert_flags epoch=3", "--epoch"), ("--expert_flags batch=0", "--batch"),
     *((line, line.split()[0]) for line in (
-        "--init a b", "--batch 0", "--temperature 0", "--temperature nan", "--holdout 1.5", "--hidden 0",
+        "--init a b c", "--batch 0", "--temperature 0", "--temperature nan", "--holdout 1.5", "--hidden 0",
         "--adjust_dropout -0.1", "--gamma -1", "--neurons -1", "--teacher_input base+predictions",
         "--extra_videos 0", "--epochs inf", "--stop_after test", "--ratio 0", "--finetune")),
 ])  # fmt: skip
