@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import math
 import os
 import pickle
 import tempfile
@@ -13,25 +12,19 @@ from pathlib import Path
 
 import torch
 
-from common.errors import FULL, UserError, printable
+from common.errors import UserError, printable
 
-# Errors of a file's name alone; after any other, the disk takes no other file either.
+# Errors of the name of a file; after any other error the disk takes no other file either.
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ENOTDIR)
-OLD = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # what torch.save wrote first before 1.6
-
-
-def free_bytes(folder):
-    """Bytes that can still be written to the disk of `folder`; inf where the file system does not say."""
-    disk = os.statvfs(folder)
-    return disk.f_bavail * disk.f_frsize if disk.f_blocks else math.inf
+OLD = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # how files of torch before 1.6 begin
 
 
 def lock(file, wait=True):
-    """Lock an open file (or descriptor) for this process; whether that is done.
+    """Lock an open file (or descriptor) for this process, until it is closed. Returns whether it is locked:
 
-    False if another process has it and `wait` is False; None on a file system without locks.
+    False if another process has the lock and `wait` is False; None on a file system without locks.
     """
-    import fcntl  # POSIX alone has it
+    import fcntl  # only on POSIX
 
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -49,7 +42,7 @@ def digest(path):
 
 
 def make_folder(path):
-    """Make a folder where there is none, and try to write in it: OSError before long work, not after."""
+    """Make a folder unless it exists, and try to write in it, so that an OSError comes before long work."""
     try:
         os.makedirs(path, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -60,10 +53,10 @@ def make_folder(path):
 
 @contextmanager
 def replacing(path, keep=None):
-    """Open a file for writing (binary) that takes the place of `path` only once it is complete.
+    """Open a temporary file for writing (binary) that replaces `path` at the end of the block.
 
-    With `keep`, the file that stood there before remains under that name. On an error nothing is
-    left behind and `path` is untouched; an OSError of the disk names `path`.
+    keep: a name for the previous file. On an error nothing is left behind and `path` is untouched; an OSError
+    of the disk names `path`.
     """
     path = Path(path)
     temp = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
@@ -78,14 +71,14 @@ def replacing(path, keep=None):
         _sync(path.parent)
     except OSError as error:
         if error.filename is None or os.path.abspath(error.filename) == os.path.abspath(temp):
-            raise OSError(error.errno, error.strerror, str(path)) from None  # av's takes no other name
+            raise OSError(error.errno, error.strerror, str(path)) from None  # av's error has a fixed name
         raise
     finally:
         temp.unlink(missing_ok=True)
 
 
 def _sync(folder):
-    """Make the names in a folder last, where the file system can: CIFS and VirtualBox's cannot."""
+    """Write the names in a folder to the disk, if the file system can: CIFS and VirtualBox's cannot."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -102,38 +95,28 @@ def write(path, text):
         file.write(text.encode("utf-8", "surrogateescape"))
 
 
-def size(state):
-    """Bytes of the tensors in a state_dict, or in dicts and lists of some."""
-    if isinstance(state, torch.Tensor):
-        return state.numel() * state.element_size()
-    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
-    return sum(map(size, values))
-
-
 def save(state, path, keep=None):
-    """torch.save, complete or absent; see `replacing`. The OSError of a full disk names the space needed."""
+    """torch.save of a file that is complete or absent; see `replacing`."""
     try:
         with replacing(path, keep) as file:
             torch.save(state, file)
-    except (OSError, RuntimeError) as error:
-        fault = error if isinstance(error, OSError) else error.__context__  # torch hides a full disk's error
-        if not isinstance(fault, OSError):
+    except RuntimeError as error:
+        disk = error.__context__  # torch hides the error of a full disk
+        if not isinstance(disk, OSError):
             raise
-        needed = f", {size(state) / 1e6:.1f} MB are needed" if fault.errno in FULL else ""
-        raise OSError(fault.errno, f"{fault.strerror}{needed}", str(path)) from None
+        raise OSError(disk.errno, disk.strerror, str(path)) from None
 
 
 def load(path):
-    """Read a file written by torch.save, on the CPU, without running code from it.
+    """What torch.save wrote, on the CPU, without running code from the file.
 
-    Raises UserError (one sentence) when it is missing, damaged (every byte is checked against the
-    archive's CRC-32; files of torch before 1.6 are no archives and have none) or holds anything but
-    tensors and plain values.
+    Raises UserError if the file is missing, is damaged (every byte is checked against the archive's CRC-32;
+    files of torch before 1.6 are no archives and have none) or holds anything but tensors and plain values.
     """
     try:
         with open(path, "rb") as file:
-            old = file.read(len(OLD)) == OLD
-        if not old:
+            is_old = file.read(len(OLD)) == OLD
+        if not is_old:
             with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()
             if broken:
@@ -151,7 +134,7 @@ def load(path):
 
 
 def report_bad(out, bad, total, verb):
-    """Write bad_videos.txt (path, tab, reason; empty if all is well), and say how many there are."""
+    """Write bad_videos.txt (path, tab, reason; empty if all is well), and print how many there are."""
     path = os.path.join(out, "bad_videos.txt")
     write(path, "".join(f"{name}\t{reason}\n" for name, reason in sorted(bad)))
     listed = f"; the others are in {path}" if bad else ""
