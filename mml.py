@@ -8,11 +8,11 @@ true label and what the others say of the same moment, so that one of them, test
 what only the others can see. Where they start matters as much: from an RGB network trained on the same
 videos, whatever the modality. The best single network comes from three such trainings in a row.
 
-    video --> frames i + xi ---------> RGB  network --> p_1 --+--> Eq. 3: KL(mean of the others || own)
-          |                                                   |           of each, the others at rest
-          +-> 5 fields of flow at i -> Flow network --> p_2 --+
+    video --> frames i + xi ---------> RGB  network --> p_1 --+--> Eq. 3: each network minimises
+          |                                                   |    KL(mean of the others || itself),
+          +-> 5 fields of flow at i -> Flow network --> p_2 --+    the others are detached,
           |                                                   |
-          +-> 5 differences at i ----> Diff network --> p_3 --+       and cross-entropy: Eq. 1, 2
+          +-> 5 differences at i ----> Diff network --> p_3 --+    and cross-entropy (Eq. 1, 2)
 
     --pipeline (Fig. 1):  1 RGB; RGB, each by cross-entropy, of two seeds --> 2 RGB + RGB mutual
                           --> 3 RGB + Flow (+ Diff) mutual
@@ -43,14 +43,12 @@ Differences from the paper, and what it leaves open ("the code" is what its auth
 D1  All training videos have labels; `--ratio` and the like train on fewer, as the toy recipe does (10 %).
 D2  The paper's learning rate, 0.025, is for its 64 clips a step (Charades: 0.0375 for 16); it scales
     linearly with the clips of a step over all GPUs (`--lr_batch`).
-D3  As in TSM's code ("standard setup"): weight decay on convolutions and the classifier's weight alone,
-    a classifier that starts afresh learns `--fc_lr` times as fast, biases twice that; gradients are clipped
-    to norm 20. Weight decay 1e-4.
+D3  As TSM's code ("standard setup"): weight decay 1e-4 on convolutions and the classifier's weight alone;
+    a new classifier learns `--fc_lr` times as fast, biases twice that; gradients are clipped to norm 20.
 D4  Dense sampling takes every 4th frame (8 frames out of 32), as in the code; the paper has no number. With
     Table 9's 16 frames that is `--frames 16 --stride 2`.
-D5  Appendix 1 writes i m T / N for uniform clip i; its example of two clips is (i / m) T / N, used here, but
-    a single uniform clip takes the centres of the segments, as in the code. T is the number of input frames:
-    of N frames N for RGB, N - 5 for flow and for differences.
+D5  Uniform clip i of m is at (i / m) T / N, as in the example of Appendix 1, whose formula is i m T / N; a
+    single one takes the centres of the segments (code). T is N for RGB, N - 5 for flow and differences.
 D6  The networks of a step see one crop, of TSN's four scales. Something-Something is never mirrored, as in
     the code; where labels allow it is done, and the flow's u changes sign.
 D7  Flow is 8-bit, 128 no motion, 20 pixels the bound; normalised by 0.5 and 0.226, differences of frames in
@@ -60,16 +58,12 @@ D8  Eq. 4 takes the mean of the probabilities; the code takes that of the logits
 D9  With several labels per video p is a sigmoid for each class and Eq. 3 the divergence of two coins; the
     paper gives its normaliser only (Appendix 2).
 D10 MARS: mean squared difference of the last stage's output before pooling. D3D: squared distance of the
-    logits, mean over the clips. Their weights are 50 and 1, divided by K with several labels (Appendix 2);
-    on the toy set D3D's is 0.001: with 1 its term starts hundreds of times as large as cross-entropy.
+    logits, mean over the clips. Their weights are 50 and 1, divided by K with several labels (Appendix 2).
 D11 All networks step in one process per GPU; the code has a process per modality. Batch norm is each GPU's.
 D12 The last weights are kept; the code keeps the best of the test set.
 D13 Views' logits are averaged, as in the code; `--average softmax`.
-D14 Charades (Sec. 3.1.2) has the optimiser, epochs and batch of SlowFast's settings, for I3D-R50 on 16 frames
-    at stride 8. Unlike there a clip has all labels of its video (there those of its seconds), TSN's crop,
-    batch norm of one GPU, no PreciseBN, and 10 x 3 views are averaged (there their maximum). It starts from
-    ImageNet; weights from Kinetics are a file of one's own, with the names of common/backbones.py: `--init`.
-    The classifier's bias learns twice as fast, as in D3.
+D14 Charades (Sec. 3.1.2) has SlowFast's optimiser, epochs and batch for I3D-R50, but a clip has all labels
+    of its video, and TSN's crop, batch norm of one GPU, the mean of 10 x 3 views and ImageNet are used.
 """
 
 import argparse
@@ -103,7 +97,7 @@ RECIPES = {
         net="i3d50", frames=16, stride=8, sampling="dense", batch=2, lr=0.0375, lr_batch=16,
         epochs=57, lr_steps=[41, 49], warmup=4, fc_lr=1, clip_grad=0, clips=10, uniform=0, crops=3,
     ),  # D14
-    "toy": dict(
+    "toy": dict(  # D10: with a weight of 1, D3D's term starts hundreds of times as large as cross-entropy
         per_class=8, net="tsm10", width=0.25, init="none", size=40, batch=16, lr=0.015, lr_batch=16,
         optimizer="adamw", weight_decay=0.05, lr_steps=[], epochs=32, warmup=3, fc_lr=1, dropout=0.0,
         test_size=48, eval_every=16, workers=1, channels_last=True, lam=LAM | {"d3d": 0.001},  # D10

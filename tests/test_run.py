@@ -65,12 +65,6 @@ def resumed(out, script="cmpl", identity=IDENTITY):
         return run.resume(identity, net=net), net.weight[0, 0].item()
 
 
-def test_save_and_resume(tmp_path):
-    saved(tmp_path, 1.0, 2.0)
-    assert resumed(tmp_path) == (2, 2.0)
-    assert files.load(tmp_path / "last.prev.pt")["step"] == 1
-
-
 def test_what_is_untimed_leaves_the_randomness_of_the_step(tmp_path):
     with Run("cmpl", tmp_path, {}) as run:
         torch.manual_seed(3)
@@ -228,20 +222,6 @@ def test_model_on_a_full_disk(tmp_path, monkeypatch):
     assert str(tmp_path / "result.json") in explain(failed.value)[0]
 
 
-def test_a_run_folder_that_disappears(tmp_path, capsys):
-    """Training goes on; what was not written is, once the folder is back."""
-    out, away = tmp_path / "out", tmp_path / "away"
-    with Run("cmpl", out, {"log_every": 1}) as run:
-        for step in saving(run, 8, 2, bad=[(0, "x")]):
-            run.track(step, 0.1, loss=0.0)
-            if step in (0, 5):
-                out.rename(away) if step == 0 else away.rename(out)
-    assert [row["step"] for row in rows(out)] == list(range(1, 9))
-    assert (out / "bad_videos.txt").exists() and files.load(out / "last.pt")["step"] == 8
-    said = capsys.readouterr().out
-    assert said.count("log.jsonl cannot be written") == 1 and "step 4 is not in" in said
-
-
 @pytest.mark.parametrize("number, tolerated", [(errno.EINVAL, True), (errno.EIO, False)])
 def test_folder_that_cannot_be_synced(tmp_path, monkeypatch, number, tolerated):
     """CIFS and VirtualBox say EINVAL; a disk that fails is no such file system."""
@@ -254,18 +234,6 @@ def test_folder_that_cannot_be_synced(tmp_path, monkeypatch, number, tolerated):
     monkeypatch.setattr(os, "fsync", fsync)
     with nullcontext() if tolerated else pytest.raises(OSError, match="Input/output error"):
         files.write(tmp_path / "a.txt", "a")
-
-
-def test_other_configuration_is_refused(tmp_path, capfd):
-    config = {"lr": 0.1, "workers": 2}
-    with Run("cmpl", tmp_path, config, free=("workers",)) as run:
-        run.save(1, IDENTITY, net=small_net())
-    with Run("cmpl", tmp_path, config | {"workers": 4}, free=("workers",)):
-        pass
-    free = ("workers",)
-    with Run("cmpl", tmp_path, config, free) as run, pytest.raises(UserError, match="--lr 0.1, not 0.2"):
-        run.config["lr"] = 0.2
-        run._check_config()
 
 
 def begun(out, args, name="last.pt"):
@@ -295,10 +263,11 @@ def test_data_that_are_elsewhere_can_be_the_same(tmp_path, flag, before, now):
     ("lr_steps", [1, 2], [1, 3]), ("net", "r3d_18", "r3d_10"),
 ])  # fmt: skip
 def test_what_is_something_else_is_refused(tmp_path, flag, before, now):
-    begun(tmp_path, {flag: before})
+    begun(tmp_path, {flag: before, "workers": 2})
     said = re.escape(f"--{flag} {before}, not {now}")
-    with Run("cmpl", tmp_path, {flag: before}) as run, pytest.raises(UserError, match=said):
-        run.config = {flag: now}
+    config = {flag: before, "workers": 4}
+    with Run("cmpl", tmp_path, config, ["workers"]) as run, pytest.raises(UserError, match=said):
+        run.config = config | {flag: now}
         run._check_config()
 
 
@@ -392,15 +361,6 @@ def saving(run, total, every, start=0, bad=()):
             run.save(step + 1, IDENTITY, net=small_net(1.0))
 
 
-def test_log_means_and_timing(tmp_path):
-    with Run("cmpl", tmp_path, {"log_every": 2}) as run:
-        for step, _ in run.steps(loader(4), 0, 4, 0, [videos(100)]):
-            run.track(step, 0.1, loss=torch.tensor(float(step)))
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(r["step"], r["loss"]) for r in rows] == [(2, 0.5), (4, 2.5)]
-    assert {"lr", "seconds_data", "seconds_compute", "unreadable"} <= rows[0].keys()
-
-
 def test_resumption_forgets_later_rows(tmp_path):
     saved(tmp_path, 1.0, 1.0)
     rows = [{"step": 1}, {"step": 1, "eval": "quick"}, {"step": 2}, {"step": 2, "eval": "quick"}, {"step": 3}]
@@ -424,6 +384,7 @@ def test_a_resumed_run_logs_the_same_rows(tmp_path, stop):
     logs = [rows(tmp_path / out) for out in ("whole", "cut")]
     whole, cut = ([{k: v for k, v in row.items() if "seconds" not in k} for row in found] for found in logs)
     assert cut == whole and [row["step"] for row in whole] == [3, 6, 7]
+    assert [row["loss"] for row in whole] == pytest.approx([x.mean() for x in np.split(losses, [3, 6])])
     assert all(row["seconds_compute"] > 0 for found in logs for row in found)
 
 
@@ -434,19 +395,12 @@ def test_a_resumed_run_logs_the_same_rows(tmp_path, stop):
 def test_damaged_log(tmp_path, capsys, line):
     """A full disk or a power cut leaves such lines; last.pt decides where the run resumes."""
     saved(tmp_path, 1.0, 1.0, 1.0)
-    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}')
     assert resumed(tmp_path) == (3, 1.0)
-    assert rows(tmp_path) == [{"step": 1}, {"step": 3}]
-    assert "log.jsonl: 1 of 3 lines are damaged" in capsys.readouterr().out
-
-
-def test_log_whose_last_line_has_no_end(tmp_path):
-    saved(tmp_path, 1.0)
-    (tmp_path / "log.jsonl").write_text('{"step": 1}')
-    assert resumed(tmp_path) == (1, 1.0)
     with Run("cmpl", tmp_path, {}) as run:
-        run.log({"step": 2})
-    assert rows(tmp_path) == [{"step": 1}, {"step": 2}]
+        run.log({"step": 4})
+    assert rows(tmp_path) == [{"step": 1}, {"step": 3}, {"step": 4}]
+    assert "log.jsonl: 1 of 3 lines are damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", [b"", b"\0\0", b'{"top1": "\xff"}', b'{"top1": 1'])
@@ -524,15 +478,6 @@ def test_a_signal_during_a_quick_test_ends_the_loop_there(tmp_path):
         assert step == 4 and run.stopped
 
 
-def test_a_stop_is_saved_once(tmp_path, monkeypatch):
-    found = []
-    with Run("cmpl", tmp_path, {}) as run:
-        monkeypatch.setattr(run, "save", lambda step, *_, **__: found.append(step))
-        for step in saving(run, 9, 4):
-            run.stop = step == 5
-    assert found == [4, 6]
-
-
 @pytest.mark.parametrize("number", SIGNALS)
 def test_signal_ends_after_the_step(tmp_path, number):
     before = signal.signal(number, signal.SIG_DFL)
@@ -540,7 +485,7 @@ def test_signal_ends_after_the_step(tmp_path, number):
         for step in saving(run, 9, 9):
             if step == 2:
                 os.kill(os.getpid(), number)
-        assert run.stopped and step == 2
+        assert run.stopped and step == 2 and files.load(tmp_path / "last.pt")["step"] == 3
     signal.signal(number, before)
 
 
@@ -561,32 +506,6 @@ def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
         for _ in saving(run, 9, 7):
             clock[0] += 60 * 4
     assert saved_after == [3, 6, 7, 9]
-
-
-BY_THE_CLOCK = """
-import sys, torch
-from common.run import Run
-with Run("cmpl", sys.argv[1], {}) as run:
-    run.save_minutes = run.rank * 1e9  # only the clock of rank 0 counts
-    for step, _ in run.steps([[]] * 4, 0, 4, 0, []):
-        if run.main:
-            print("saved", torch.load(run.out / "last.pt")["step"] if step else 0)
-        if run.due(step + 1, 9):
-            run.save(step + 1, {}, net=torch.nn.Linear(2, 2))
-"""
-
-
-def test_ranks_agree_about_the_clock(tmp_path):
-    process = start(tmp_path / "clock.py", BY_THE_CLOCK, tmp_path / "out", ranks=2)
-    printed, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert [line for line in printed.splitlines() if "saved" in line] == [f"saved {n}" for n in range(4)]
-
-
-def test_seconds_when_the_clock_is_set_back(tmp_path, monkeypatch):
-    with Run("cmpl", tmp_path, {}) as run:
-        monkeypatch.setattr(time, "time", lambda: 0.0)
-        assert 0 <= run.seconds < 600
 
 
 TALKS = """
