@@ -515,8 +515,7 @@ def train(stage, args, run):
     teacher, models, labels, learned = None, {}, None, {}
     init, path = getattr(args, "init", None), getattr(args, "teacher", None)
     if path:
-        teacher, its_recipe, learned = load_generator(args, path, run)
-        models = {path: its_recipe}
+        teacher, models[path], learned = load_generator(args, path, run)
         init = "none"
     elif init not in NO_FILE:
         learned = learned_by(args, init)
@@ -594,7 +593,7 @@ def train(stage, args, run):
             evaluate.quick_test({"val": (backbone, recipe)}, held_out, run, args.workers, step)  # D9
             continue
         views = zip((recipe, *models.values()), batches[0]["views"], strict=True)
-        x, *x_teacher = (its_recipe.to_input(view.flatten(0, 1), run.device) for its_recipe, view in views)
+        x, *x_teacher = (seen.to_input(view.flatten(0, 1), run.device) for seen, view in views)
         y = batches[0]["label"].to(run.device)
         if y.ndim == 1:  # of a video
             y = y[:, None, None].expand(-1, args.multi_clips, 1)
@@ -640,12 +639,10 @@ def test(args, run):
 def one_run(stage, args, runs):
     """A stage, or a test, in its folder; whether there is a result, and no signal to stop after it."""
     out = args.out if stage in ("finetune", "eval") else f"{args.out}/{stage}"
-    starts, config = (
-        start_files(args),
-        vars(args) | (dict.fromkeys(UNUSED) if getattr(args, "teacher", None) else {}),
-    )
+    starts, unused = start_files(args), UNUSED if getattr(args, "teacher", None) else ()
     # These files count by their digest, so that a result of others is never taken for this one.
-    config |= {flag: files.digest(path) for flag, path in starts.items() if os.path.isfile(path)}
+    digests = {flag: files.digest(path) for flag, path in starts.items() if os.path.isfile(path)}
+    config = vars(args) | dict.fromkeys(unused) | digests
     free = {*free_flags(args), *(() if args.eval else ("flow", "source_flow", "features", "allow_leak"))}
     places = (*PLACES, "source", "source_root", "source_list")
     with Run("motionfit", out, config, free, places) as run:

@@ -4,6 +4,7 @@ import pytest
 
 import cmpl
 import tg_distill
+from common import data
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +91,19 @@ def test_labels_that_are_asked_for_replace_those_of_a_recipe():
     args = cmpl.parse_args(["--data", "toy", "--ratio", "0.5"])
     assert (args.ratio, args.per_class) == (0.5, None)
     assert cmpl.parse_args(["--data", "toy", "--per_class", "7"]).per_class == 7
+
+
+def test_the_data_set_is_read_once(ucf101, monkeypatch):
+    """By the parser, for the run; a later call reads the folder again."""
+    n_read, reader = [0], data.READERS["ucf101"]
+
+    def counted(*args):
+        n_read[0] += 1
+        return reader(*args)
+
+    counted.__doc__ = reader.__doc__
+    monkeypatch.setitem(data.READERS, "ucf101", counted)
+    data.KEPT.clear()
+    args = cmpl.parse_args(["--data", "ucf101", "--root", str(ucf101)])
+    for expected in (1, 2):
+        assert len(data.load_data(args.data, args.root, args.split).train) == 300 and n_read == [expected]

@@ -137,21 +137,15 @@ def test_a_model_is_tested_and_another_starts_from_it(data, whole, tmp_path):
     assert digest_of_model(ours) == digest_of_model(theirs)
 
 
-def test_views_are_random_clips_and_crops_with_one_flip():
-    args = SimpleNamespace(frames=4, stride=3, size=16, jitter=(20, 24))
-    starts = set()
-    for seed in range(50):
-        (clip,) = supervised.window(range(30), np.random.default_rng(seed), args)
-        assert np.diff(clip).tolist() == [3, 3, 3] and 0 <= clip[0] <= 20
-        starts.add(int(clip[0]))
-    assert len(starts) > 10
+def test_views_are_crops_with_one_flip():
+    args = SimpleNamespace(size=16, jitter=(20, 24))
     ramp, mirrored = torch.arange(40, dtype=torch.uint8).expand(2, 3, 30, 40), set()
     for seed in range(30):
         torch.manual_seed(seed)
         (crop,) = supervised.view([ramp], args, flip=True)
-        ways = {bool(frame[0, y, 0] > frame[0, y, -1]) for frame in crop for y in range(16)}
-        assert crop.shape == (2, 3, 16, 16) and len(ways) == 1
-        mirrored |= ways
+        directions = {bool(frame[0, y, 0] > frame[0, y, -1]) for frame in crop for y in range(16)}
+        assert crop.shape == (2, 3, 16, 16) and len(directions) == 1
+        mirrored |= directions
         assert (supervised.view([ramp], args, flip=False)[0].diff(dim=-1) >= 0).all()
     assert mirrored == {False, True}
 
