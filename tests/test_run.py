@@ -79,21 +79,17 @@ def damage(kind, path):
     data = bytearray(path.read_bytes())
     if kind == "cut short":
         data = data[: len(data) // 2]
-    elif kind == "last byte missing":
-        data = data[:-1]
     elif kind == "one bit":  # in the middle of the weights, where torch.load sees nothing
         with zipfile.ZipFile(path) as archive:
             info = next(i for i in archive.infolist() if i.filename.endswith("data/0"))
         lengths = struct.unpack("<HH", data[info.header_offset + 26 : info.header_offset + 30])
         data[info.header_offset + 30 + sum(lengths) + info.file_size // 2] ^= 4
-    elif kind == "text":
-        data = b"not a checkpoint"
     else:
         data = b""
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("kind", ["cut short", "last byte missing", "one bit", "text", "empty"])
+@pytest.mark.parametrize("kind", ["cut short", "one bit", "empty"])
 def test_damaged_newest_falls_back(kind, tmp_path, capsys):
     saved(tmp_path, 1.0, 2.0)
     damage(kind, tmp_path / "last.pt")
@@ -102,12 +98,8 @@ def test_damaged_newest_falls_back(kind, tmp_path, capsys):
     with Run("cmpl", tmp_path, {}) as run:  # and the damaged one never takes the place of the good one
         run.save(2, IDENTITY, net=small_net(2.0))
     assert resumed(tmp_path) == (2, 2.0)
-
-
-def test_all_damaged_is_one_sentence(tmp_path):
-    saved(tmp_path, 1.0, 2.0)
     for name in ("last.pt", "last.prev.pt"):
-        damage("text", tmp_path / name)
+        damage(kind, tmp_path / name)
     with Run("cmpl", tmp_path, {}) as run, pytest.raises(UserError, match="every checkpoint"):
         run.resume(IDENTITY, net=small_net())
 
@@ -278,14 +270,6 @@ def test_a_result_without_a_checkpoint_does_not_know_what_data_are(tmp_path):
         run._check_config()
 
 
-def test_a_mistake_before_the_first_checkpoint_can_be_mended(tmp_path):
-    with Run("cmpl", tmp_path, {"batch": 2}):
-        pass
-    with Run("cmpl", tmp_path, {"batch": 1}):
-        pass
-    assert json.loads((tmp_path / "config.json").read_text())["args"] == {"batch": 1}
-
-
 def test_file_system_without_locks(tmp_path, monkeypatch, capsys):
     def unable(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -432,6 +416,7 @@ def test_loss_that_is_not_finite(tmp_path):
         path.unlink()
     with Run("cmpl", tmp_path, {"lr": 0.01}) as run:
         assert run.resume(IDENTITY, net=small_net()) == 0
+    assert json.loads((tmp_path / "config.json").read_text())["args"] == {"lr": 0.01}
 
 
 def test_bad_videos_are_named_once_and_counted(tmp_path):
