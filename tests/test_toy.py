@@ -34,7 +34,7 @@ def contents(root):
 
 
 def decode(path):
-    with av.open(str(path)) as file:  # with one thread: small pictures spend their time on waiting for others
+    with av.open(str(path)) as file:  # one thread: for small pictures threads only wait
         file.streams.video[0].codec_context.thread_count = 1
         return np.stack([frame.to_ndarray(format="rgb24", threads=1) for frame in file.decode(video=0)])
 
@@ -78,7 +78,7 @@ def test_same_arguments_same_bytes(small, tmp_path):
 def test_a_set_is_left_alone_and_another_is_refused(small, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in small.rglob("*")}
     toy.make(small)
-    with pytest.raises(UserError, match=r"variant '', but 'a' is wanted: delete it"):
+    with pytest.raises(UserError, match="variant '', not 'a': delete it"):
         toy.make(small, "a")
     with pytest.raises(UserError, match="seed 0"):
         toy.make(small, seed=3)
@@ -208,7 +208,7 @@ def test_multi_labels_are_all_pairs_in_balance():
 
 @pytest.mark.parametrize("variant, i, n_shapes", [("multi", 17, 2), ("multi", 45, 2), ("", 4, 3)])
 def test_videos_show_the_motions_of_their_labels(monkeypatch, variant, i, n_shapes):
-    """Of two labels each has a shape; a single one moves three."""
+    """Each of two labels moves one shape; a single label moves three."""
     moved = []
 
     def watched(name, motion):
@@ -263,8 +263,8 @@ def test_pictures_are_those_of_this_version(features):
     assert toy.VERSION == 2 and done.stdout.split() == list(PICTURES.values())
 
 
-def test_no_value_of_a_table_is_close_to_two():
-    """numpy's last bits decide how no value is rounded: there is a margin of 1e-7 around each half."""
+def test_no_value_of_a_table_is_close_to_a_half():
+    """So numpy's last bits do not decide how a value is rounded: 1e-7 around each half there is none."""
     x = np.arange(toy.STEPS) / toy.STEPS
     functions = {"COSINE": np.cos(2 * np.pi * x), "HALF_SIZE": 5 * 2**x, "PERIOD": 16 * 2.5**x}
     for name, exact in functions.items():

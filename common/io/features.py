@@ -168,9 +168,8 @@ def _refuse_others(folder, about):
     differ = [f"{key} {str(there.get(key))[:24]}, not {str(about.get(key))[:24]}"
               for key in sorted(there.keys() | about.keys()) if there.get(key) != about.get(key)]  # fmt: skip
     if differ:
-        some = "; ".join(differ[:3]) + "; ..." * (len(differ) > 3)
-        raise UserError(f"{folder} has other features ({some}): choose another folder, or delete that one to "
-                        "compute them again")  # fmt: skip
+        raise UserError(f"{folder} has other features ({'; '.join(differ[:3])}): choose another folder, or "
+                        "delete that one to compute them again")  # fmt: skip
 
 
 def _compute(folder, extraction, run, done):

@@ -37,11 +37,11 @@ from common.io import files
 VERSION = 2  # of the contents: a change that alters a video needs another number
 SIZE, FPS = 48, 25
 SHAPES = 3
-DRIFT = 1 / 400  # cycles per frame, at most, by which anything strays besides its motion
+DRIFT = 1 / 400  # cycles per frame, at most, that anything drifts besides its motion
 SWING = 0.2  # radius of circles and half the way of swings, as a share of the picture's side
 BUMPS = (0.3, 0.5)  # how far an outline departs from a circle of radius 1
 STATE = ("x", "y", "angle", "size")  # of a shape
-WAVES = {"stripes": 1, "checks": 2, "waves": 3}  # textures, and how many plane waves make one
+WAVES = {"stripes": 1, "checks": 2, "waves": 3}  # number of plane waves of a texture
 
 X264 = "cpu-independent=1"  # else it has faster ways for some processors, with other results
 STEPS = 4096  # of a table
@@ -153,8 +153,8 @@ def _is_there(root, stamp):
         raise UserError(f"{root} holds no toy videos: move it away, or name another --root") from None
     for key, value in stamp.items():
         if there.get(key) != value:
-            raise UserError(f"{root} holds toy videos of {key} {there.get(key)!r}, but {value!r} is wanted: "
-                            "delete it to have them made anew")  # fmt: skip
+            raise UserError(f"{root} holds toy videos of {key} {there.get(key)!r}, not {value!r}: delete it "
+                            "to make them again")  # fmt: skip
     return True
 
 
@@ -170,7 +170,7 @@ def _write_set(root, stamp, counts):
             videos.append((name, subset, i))
             lines.append(f"{name} {' '.join(map(str, y))}\n")
         texts[f"{subset}.txt"] = "".join(lines)
-    # One process: threads wait for each other here, and child processes outlive a killed parent.
+    # One process: threads would wait for each other, and child processes outlive a killed parent.
     for name, subset, i in tqdm(videos, "making toy videos", unit=" videos", mininterval=0.5):
         write(root / name, render(variant, subset, i, stamp["seed"]))
     for name, text in (texts | {"toy.json": json.dumps(stamp | counts) + "\n"}).items():
@@ -191,10 +191,10 @@ class Draws:
     """Random numbers that follow from a seed, a tuple of ints, on every processor and in every numpy."""
 
     def __init__(self, seed):
-        self._bits = np.random.PCG64(seed)  # numpy may change what its distributions make of the bits
+        self._bits = np.random.PCG64(seed)  # numpy may change its distributions, but not these bits
 
     def uniform(self, low=0.0, high=1.0, size=1):
-        """(size,) float64 in [low, high); rows and columns for a tuple."""
+        """(size,) float64 in [low, high); size may be a tuple."""
         return low + (high - low) * ((self._bits.random_raw(size) >> 11) / 2**53)
 
     def number(self, below):
@@ -219,7 +219,7 @@ def render(variant, subset, i, seed=0):
 
     x, y, *_ = drifting().astype(np.float32)[..., None, None]
     grid = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE
-    if look.busy:  # at rest: one picture for all times
+    if look.busy:  # it stands still: one picture for all times
         ground = _texture(grid - x[:1], grid[:, None] - y[:1], draws, look, cycles=4, sharpness=3)
         pictures = _between(uniform(0, 160, 3), uniform(120, 255, 3), ground).repeat(look.frames, 1)
     else:
@@ -234,7 +234,7 @@ def render(variant, subset, i, seed=0):
         moved = motion(uniform() + t / PERIOD[draws.number(STEPS)])
         for key, way in moved.items():
             state[key] = state[key] + way
-        # A size that grows or shrinks starts over, one that drifts turns round: uniform, both.
+        # A growing or shrinking size starts over, a drifting size is reflected: both stay uniform.
         size = state["size"] % 1
         state["size"] = size if "size" in moved else 1 - abs(1 - 2 * size)
         _paint(pictures, state, draws, look)
@@ -267,7 +267,7 @@ def _paint(pictures, state, draws, look, scale=1.0):
 
 
 def _margin(u, v, draws, look):
-    """How far the points (u, v) are inside a random outline about (0, 0), of radius about 1."""
+    """How far the points (u, v) are inside a random outline around (0, 0) of radius about 1."""
     bumps = [1, 2, 3, 4] if draws.choice(look.outlines) == "blob" else [3 + draws.number(3)]
     cuts = np.sort(draws.uniform(size=len(bumps) - 1))
     heights = (draws.uniform(*BUMPS) * np.diff(cuts, prepend=0, append=1)).astype(np.float32)
@@ -314,7 +314,7 @@ def write(path, pictures):
 
 
 def _yuv420p(picture):
-    """The planes of BT.601, in whole numbers, for uint8 (H, W, 3), below one another; swscale's vary."""
+    """uint8 (H, W, 3) to BT.601 planes below one another, in whole numbers: swscale's rounding varies."""
     rgb = picture.astype(np.int32)
     quarter = rgb[::2, ::2] + rgb[1::2, ::2] + rgb[::2, 1::2] + rgb[1::2, 1::2]
     luma = 16 + ((66 * rgb[..., 0] + 129 * rgb[..., 1] + 25 * rgb[..., 2] + 128) >> 8)
