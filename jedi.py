@@ -112,7 +112,7 @@ def parse_args(argv=None):
     add("--expert_flags", nargs="+", default=[], metavar="NAME=VALUE",
         help="more flags of python -m common.supervised, such as epochs=60 jitter=256,320")  # fmt: skip
     add("--cache", metavar="DIR", default="{out}/cache", help="feature cache, which runs may share")
-    add("--half", action="store_true", help="keep embeddings in half precision")
+    add("--half", action="store_true", help="keep embeddings in memory in half precision")
     add("--stop_after", choices=["experts", "embeddings"], help="end after this stage")
     add = p.add_argument_group("method").add_argument
     add("--alpha", type=at_least(0.0), default=1.0, help="weight of students' label loss (Eq. 1)")
