@@ -23,8 +23,7 @@ def naive_recall(z, y, z_train, y_train, n):
     """For a query the n nearest training clips; any of its class makes it correct."""
     correct = 0
     for q, label in zip(z.tolist(), y.tolist(), strict=True):
-        cosines = [sum(a * b for a, b in zip(q, k, strict=True)) / (math.hypot(*q) * math.hypot(*k))
-                   for k in z_train.tolist()]  # fmt: skip
+        cosines = [np.dot(q, k) / (math.hypot(*q) * math.hypot(*k)) for k in z_train.tolist()]
         nearest = sorted(range(len(cosines)), key=lambda i: -cosines[i])[:n]
         correct += label in [int(y_train[i]) for i in nearest]
     return 100 * correct / len(z)
@@ -50,9 +49,8 @@ def test_recall_matches_brute_force(Q, N):
 
 def test_features_are_maxima():
     f = random(2, 5, 3, 2, 2)
-    net = SimpleNamespace(features=lambda x: [x, f])
-    expected = [[max(f[b, d].flatten().tolist()) for d in range(5)] for b in range(2)]
-    assert retrieve.max_features(net, None).tolist() == expected
+    z = retrieve.max_features(SimpleNamespace(features=lambda x: [x, f]), None)
+    assert z.tolist() == [[max(channel.flatten().tolist()) for channel in clip] for clip in f]
 
 
 def features_at(angles, counts):
@@ -81,14 +79,10 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("set")
     for kind, red in (("train", [10, 50, 90, 130]), ("test", [10, None, 110])):
         for v, level in enumerate(red):
-            path = root / kind / "ab"[v % 2] / f"{v}"
-            if level is None:
-                path.parent.mkdir(parents=True)
-                path.with_suffix(".mp4").write_text("<html>404</html>")
-            else:
-                frames = np.zeros((9, 24, 32, 3), np.uint8)
-                frames[..., 0], frames[..., 1] = level, 20 * np.arange(9)[:, None, None]
-                picture_folder(path, frames)
+            frames = np.zeros((9, 24, 32, 3), np.uint8)
+            frames[..., 0], frames[..., 1] = level or 0, 20 * np.arange(9)[:, None, None]
+            picture_folder(root / kind / "ab"[v % 2] / f"{v}", frames)
+    (root / "test/b/1/000.png").write_text("<html>404</html>")
     return root
 
 
@@ -114,8 +108,8 @@ def test_the_sheet_shows_distinct_videos(folder, tmp_path, monkeypatch):
 def test_a_run(net, folder, tmp_path, capsys, monkeypatch):
     model, recipe = tmp_path / "m.pt", Recipe(4, 1, 10, 3, 20, 16)
     save_tiny_model(model, recipe, "abcdefg", net)
-    line = f"{model} --data {folder} --clips 2 --sheet 2 --workers 0"
-    monkeypatch.setattr("sys.argv", ["retrieve", *line.split()])
+    line = f"retrieve {model} --data {folder} --clips 2 --sheet 2 --workers 0"
+    monkeypatch.setattr("sys.argv", line.split())
     retrieve.main()
     (out,) = tmp_path.glob("retrieve_*")
     result = json.loads((out / "result.json").read_text())
@@ -130,10 +124,8 @@ def test_a_run(net, folder, tmp_path, capsys, monkeypatch):
 
 
 def test_several_labels_are_refused(folder, tmp_path, monkeypatch):
-    data = load_data(str(folder))
-    monkeypatch.setattr(
-        "common.tools.retrieve.load_data", lambda *_: Data(**vars(data) | {"multilabel": True})
-    )
+    data = Data(**vars(load_data(str(folder))) | {"multilabel": True})
+    monkeypatch.setattr(retrieve, "load_data", lambda *_: data)
     monkeypatch.setattr("sys.argv", ["retrieve", "m.pt", "--data", str(folder), "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="several labels"):
         retrieve.main()
