@@ -82,7 +82,8 @@ def folder(tmp_path_factory):
             frames = np.zeros((9, 24, 32, 3), np.uint8)
             frames[..., 0], frames[..., 1] = level or 0, 20 * np.arange(9)[:, None, None]
             picture_folder(root / kind / "ab"[v % 2] / f"{v}", frames)
-    (root / "test/b/1/000.png").write_text("<html>404</html>")
+    for picture in (root / "test/b/1").iterdir():
+        picture.write_text("<html>404</html>")
     return root
 
 
