@@ -88,8 +88,8 @@ RECIPES = {
     ),
 }  # fmt: skip
 RECIPES["toy:mini"] = RECIPES["toy"] | dict(epochs=20, eval_every=5)
-# 90 real clips of 180 x 144 pixels; a folder with lists.
-RECIPES["weizmann"] = RECIPES["toy"] | dict(
+# Hundreds of small clips, such as the 90 of Weizmann with 180 x 144 pixels.
+RECIPES["small"] = RECIPES["toy"] | dict(
     per_class=2, batch=4, size=64, test_size=64, jitter=[72, 80], weak_side=72, epochs=45)  # fmt: skip
 
 TEST = ("keep_every",)  # flags of --eval that make it another test

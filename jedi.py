@@ -85,7 +85,7 @@ RECIPES = {"toy": dict(
     net=["resnet3d10", "r2plus1d_10-pool", "tsm10-small"], hidden=64, epochs=100, lr=1e-3, batch=128,
     lr_batch=128, burn_in=5, eval_every=5, workers=1, channels_last=True,
 )}  # fmt: skip
-RECIPES["weizmann"] = RECIPES["toy"] | dict(net=["r2plus1d_10-pool"])
+RECIPES["small"] = RECIPES["toy"] | dict(net=["r2plus1d_10-pool"])
 # The teachers' classification losses by name (D2): logits (B, K), y (B,) to (B,).
 LOSSES = {
     "hinge": partial(F.multi_margin_loss, reduction="none"),

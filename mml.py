@@ -104,7 +104,7 @@ RECIPES = {
     ),
 }  # fmt: skip
 RECIPES["toy:multi"] = RECIPES["toy"] | dict(per_class=None, ratio=0.1, lam=LAM)
-RECIPES["weizmann"] = RECIPES["toy"] | dict(per_class=6, size=64, test_size=64, epochs=60, eval_every=30)
+RECIPES["small"] = RECIPES["toy"] | dict(per_class=6, size=64, test_size=64, epochs=60, eval_every=30)
 KINDS = ("rgb", "flow", "diff")  # of the modalities those of the paper
 SECOND_SEED = 1000  # what --pipeline adds to --seed for the second network of its first step
 TEST = "uniform", "test_crop", "average"  # flags of --eval that make it another test

@@ -100,7 +100,7 @@ RECIPES = {
         eval_every=5, workers=1, channels_last=True,
     ),
 }  # fmt: skip
-RECIPES["weizmann"] = RECIPES["toy"] | dict(per_class=2, size=48, stretch=[54, 68], clusters=20, warmup=3,
+RECIPES["small"] = RECIPES["toy"] | dict(per_class=2, size=48, stretch=[54, 68], clusters=20, warmup=3,
     eval_every=20, epochs=dict(generator=60, selftrain=30, finetune=40))  # fmt: skip
 DENSE = 128  # dense clips of a video, at most: they are decoded together
 START_FILES = "generator", "pseudo", "init", "teacher"  # flags of the files that a stage starts from

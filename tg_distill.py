@@ -104,7 +104,7 @@ RECIPES = {
 }  # fmt: skip
 # 90 real clips of 180 x 144 pixels; a folder with lists. Tests at 73 pixels (8/7) would give the last stage
 # of so small a network 3 x 3 positions in place of the 2 x 2 that it was trained with.
-RECIPES["weizmann"] = RECIPES["toy"] | dict(
+RECIPES["small"] = RECIPES["toy"] | dict(
     per_class=2, size=64, test_size=64, epochs=50, warmup=3, sup_warmup=6, precise_bn=60, eval_every=25
 )
 

@@ -19,11 +19,22 @@ from pathlib import Path
 
 from common.data import PER_CLASS, labelled_subset, load_data
 from common.errors import UserError, leave, survive_output
+from common.run import digest_of_code
 
 LABELS = "ratio", "per_class", "labelled_list"  # ways to say which videos have a label
 TEST = "split", "clips", "crops"  # flags of --eval that make it another test, for every script
 # What may change between a run and its resumption.
-FREE = ("out", "workers", "log_every", "eval_every", "save_minutes", "max_bad", "compile")
+FREE = (
+    "out",
+    "workers",
+    "log_every",
+    "eval_every",
+    "save_minutes",
+    "max_bad",
+    "compile",
+    "resume_changed",
+    "rerun",
+)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -54,6 +65,11 @@ class Parser(argparse.ArgumentParser):
         self.error = partial(leave, script)
         self.prog += f" {stage}" if stage else ""
 
+    def say(self, sentence):
+        """Print a sentence, of the first rank alone."""
+        if os.environ.get("RANK", "0") == "0":
+            print(sentence, flush=True)
+
     def flags(self):
         """All flags, such as "--data"."""
         return self._option_string_actions.keys()
@@ -66,6 +82,9 @@ class Parser(argparse.ArgumentParser):
         self.ratio, self.crop = ratio, crop
         g = self.add_argument_group("data")
         g.add_argument("--data", default="toy:mini", help="k400, ucf101, hmdb51, ssv2, ..., or a folder")
+        recipes = sorted({key.partition(" ")[0] for key in self.recipes})
+        g.add_argument("--recipe", choices=recipes,
+            help="defaults of a data set, or small: hundreds of small clips; default: --data's")  # fmt: skip
         g.add_argument("--root", help="where the data set is; default: data/<name>")
         g.add_argument("--split", type=int, default=1, help="official split of UCF-101 and HMDB-51")
         g.add_argument("--ratio", type=positive_share, help=f"share of labelled videos; default: {ratio}")
@@ -108,7 +127,11 @@ class Parser(argparse.ArgumentParser):
         g.add_argument("--out",
             help=f"run folder, resumed; default: runs/{self.script}_<data>_<labels>_<seed>")  # fmt: skip
         g.add_argument("--seed", type=at_least(0, 2**63 - 1), default=0, help="seed of all random draws")
-        g.add_argument("--workers", type=at_least(0), default=8, help="loader processes per GPU")
+        g.add_argument(
+            "--workers", type=at_least(0), default=cores_of_a_rank(8), help="loader processes per GPU"
+        )
+        g.add_argument("--rerun", action="store_true", help="train anew, in a folder named after the code")
+        g.add_argument("--resume_changed", action="store_true", help="go on though the code has changed")
         g.add_argument("--log_every", type=at_least(1), default=10, help="steps between rows of log.jsonl")
         g.add_argument("--eval_every", type=at_least(0.0), default=10.0,
             help="epochs between quick tests; 0: no quick tests")  # fmt: skip
@@ -132,11 +155,12 @@ class Parser(argparse.ArgumentParser):
         dict, the dict's value for that of the second. "{out}" in a default stands for --out.
         """
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        for name in ("data", *LABELS):
+        for name in ("data", "recipe", *LABELS):
             first.add_argument(f"--{name}")
         known, _ = first.parse_known_args(argv)
         data = known.data or self.get_default("data")
-        recipe = self.recipes.get(self.recipe_of(data), {})
+        name = known.recipe or self.recipe_of(data)
+        recipe = self.recipes.get(name, {})
         if any(getattr(known, label) is not None for label in LABELS):
             recipe = {flag: value for flag, value in recipe.items() if flag not in LABELS}
         elif all(recipe.get(label) is None for label in LABELS):
@@ -148,16 +172,17 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args(argv)
         if sum(getattr(args, label) is not None for label in LABELS) > 1:
             self.error("give one of --ratio, --per_class and --labelled_list")
-        name = Path(data).name.split(":")[0]
-        shares = {float(key.split()[1]): key for key in self.recipes if key.startswith(f"{name} ")}
+        kind = known.recipe or data.split(":")[0]
+        shares = {float(key.split()[1]): key for key in self.recipes if key.startswith(f"{kind} ")}
         if shares and not args.eval:
             share = self.labelled_share(args)
             nearest = min(shares, key=lambda x: abs(math.log(x / share)))
             self.set_defaults(**self.recipes[shares[nearest]])
             args = self.parse_args(argv)
-            if os.environ.get("RANK", "0") == "0":
-                print(f"{share:.1%} of the training videos have a label: recipe of {name} for {nearest:.0%}",
-                      flush=True)  # fmt: skip
+            self.say(f"{share:.1%} of the training videos have a label: recipe of {kind} for {nearest:.0%}")
+        elif name is None and os.path.isdir(data) and "small" in self.recipes and not args.eval:
+            self.say("no --recipe: the defaults are the paper's, for GPUs; --recipe small is for hundreds of "
+                     "small clips")  # fmt: skip
         if not args.clips and args.clips is not None and not getattr(args, "uniform", 0):
             self.error("--clips must be at least 1, not 0")
         for flag, other in follow:
@@ -165,7 +190,9 @@ class Parser(argparse.ArgumentParser):
             setattr(args, flag, of if value is None else value[of] if isinstance(value, dict) else value)
         if self.crop:
             args.test_size = args.test_size or round(args.size * self.test_scale)
-        args.recipe, args.out = self.recipe_of(data), args.out or self.folder(args, also)
+        args.recipe, args.out = name, args.out or self.folder(args, also)
+        if args.rerun:
+            args.out += f"_{digest_of_code(self.script)}"
         if args.eval and Path(args.out, "last.pt").exists():
             self.error(f"--out {args.out} is the folder of a training run: choose another for --eval")
         texts = {flag: value for flag, value in vars(args).items() if isinstance(value, str)}
@@ -187,7 +214,7 @@ class Parser(argparse.ArgumentParser):
         """The name of the recipe of a data set, or None. Of several, "a,b", all must have one: then it is the
         one that comes last in the order of `recipes`, so that the order of the data sets does not matter.
         """
-        keys, names = list(self.recipes), [Path(name).name for name in data.split(",")]
+        keys, names = list(self.recipes), data.split(",")
         recipes = [next((key for key in (name, name.split(":")[0]) if key in keys), None) for name in names]
         return max(recipes, key=keys.index) if all(recipes) else None
 
@@ -214,6 +241,13 @@ class Range(argparse.Action):
             parser.error(f"{option} is a range such as {' '.join(map(str, self.default))}, not "
                          f"{' '.join(map(str, values))}")  # fmt: skip
         setattr(args, self.dest, values)
+
+
+def cores_of_a_rank(most=None):
+    """How many processor cores there are for each rank of this machine, one at least."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(share, most or share)
 
 
 def free_flags(args, also=()):
@@ -286,8 +320,7 @@ def wanted(args, also=()):
 
 def data_flags(parser):
     """The flags of a tool that goes through every file of a data set."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser.add_argument("data", help="name of a data set, or a folder")
     parser.add_argument("--root", help="where the data set is (data/<name> if not given)")
     parser.add_argument("--split", type=int, default=1, help="which lists are read")
-    parser.add_argument("--workers", type=at_least(0), default=cores, help="processes, or 0")
+    parser.add_argument("--workers", type=at_least(0), default=cores_of_a_rank(), help="processes, or 0")

@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -38,7 +39,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common.errors import UserError, explain, first_line, leave, survive_output
+from common.errors import FULL, UserError, explain, first_line, leave, survive_output
 from common.io import files
 from common.io.workers import SIGNALS, watched
 
@@ -74,6 +75,7 @@ class Run:
         self.log_every, self.save_minutes = own["log_every"], own["save_minutes"]
         self.max_bad = own["max_bad"]
         self.rank, self.world, self.main = 0, 1, os.environ.get("RANK", "0") == "0"
+        self.code, self.identity = digest_of_code(script), None  # identity: see `finished`
         self.stop = False  # a signal has reached this rank
         self.stopped = False  # a signal has reached a rank, and all ranks have agreed to stop
         self.ended = False  # there is a result
@@ -83,6 +85,7 @@ class Run:
         self.bad, self.new_bad = set(), {}  # names of unreadable videos; {name: reason} of new ones
         self.unwritten = {}  # file of the run folder -> text that the disk has not taken yet
         self.save_failed = None  # a sentence, if the last checkpoint could not be written
+        self.has_estimate = False  # how long the run takes has been said
         self.began = self.saved = time.monotonic()
         self.seconds_before = 0.0  # of the time before a resumption
         self.lock = self.bar = None
@@ -99,7 +102,8 @@ class Run:
         try:
             self._join_group()
             given = [(name, value) for name, value in self.config.items() if not name.endswith("root")]
-            agree({"flags": [f"--{name} {_names(value)}" for name, value in given if name not in self.free]})
+            flags = [f"--{name} {_names(value)}" for name, value in given if name not in self.free]
+            agree({"flags": flags, "code": [self.code]})
             self.bad = self.on_main(self._open_folder)
         except BaseException as error:
             if not self.__exit__(type(error), error, error.__traceback__):
@@ -115,6 +119,10 @@ class Run:
         if cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
+        if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+            raise UserError("SLURM_NTASKS is above 1, but its tasks do not know each other: start torchrun "
+                            "on each node (srun --ntasks-per-node 1 torchrun --nproc_per_node GPUS ...), or "
+                            "set SLURM_NTASKS=1 for one process")  # fmt: skip
         if self._orphaned():  # between two runs: nobody would answer
             raise UserError("torchrun has exited; run the same command again to resume")
         store = dist.HashStore()
@@ -168,14 +176,21 @@ class Run:
                 raise UserError(f"{path} is damaged: delete it or choose another --out") from None
             if script != self.script:
                 raise UserError(f"--out {self.out} holds a run of {script}, not {self.script}")
+            if old.get("code") != self.code and self.config.get("resume_changed") is False:
+                kind = "a finished run" if (self.out / "result.json").exists() else "a run"
+                raise UserError(f"{self.out} holds {kind} of code {old.get('code')}, not {self.code}; "
+                                "nothing was run. --rerun trains anew in a folder beside it, "
+                                "--resume_changed takes what is there")  # fmt: skip
             for key in sorted((args.keys() | old_args.keys()) - self.free):
                 before, now = old_args.get(key), args.get(key)
                 is_same_name = key.endswith("root") or _names(before) == _names(now)
-                if before != now and not (has_checkpoint and key in self.places and is_same_name):
+                is_same_data = has_checkpoint and key in self.places and is_same_name
+                if _paths(before) != _paths(now) and not is_same_data:
                     raise UserError(f"{self.out} holds a run with --{key} {before}, not {now}: choose "
                                     "another --out")  # fmt: skip
-        config = {"script": self.script, "args": args, "world": self.world, "device": str(self.device),
-                  "versions": versions(), "command": " ".join(sys.argv)}  # fmt: skip
+        config = {"script": self.script, "code": self.code, "args": args, "world": self.world,
+                  "device": str(self.device), "versions": versions(),
+                  "command": " ".join(sys.argv)}  # fmt: skip
         files.write(path, json.dumps(config, indent=1))
 
     def _on_signal(self, number, frame):
@@ -357,12 +372,22 @@ class Run:
         *values, wait, compute = (both / self.world).tolist()
         row = dict(step=step + 1, lr=lr, **dict(zip(self.sums, values, strict=True)))
         row |= {"unreadable": len(self.bad), "seconds_data": wait, "seconds_compute": compute}
+        if not self.has_estimate and step + 1 < self.total:
+            self._say_how_long(self.total - step - 1, wait + compute)
         self.sums, self.count, self.wait, self.mark = {}, 0, 0.0, now
         wrong = [name for name, value in row.items() if not math.isfinite(value)]
         if wrong:
             raise self._diverged(f"not finite at step {step + 1}: {', '.join(wrong)}")
         self.log(row)
         return row
+
+    def _say_how_long(self, steps, seconds):
+        """Say how long the rest takes, from the seconds of a step so far."""
+        self.has_estimate, minutes = True, steps * seconds / 60
+        sentence = f"{steps} steps to go, about {math.ceil(minutes)} minutes here"
+        if self.device.type == "cpu" and minutes > 60:
+            sentence += " without a GPU; --recipe small, a smaller --size or fewer --epochs take less"
+        self.say(sentence)
 
     def log(self, row):
         """Append one JSON object to log.jsonl and show it (rank 0)."""
@@ -419,9 +444,9 @@ class Run:
         """Write last.pt: `step` finished steps, the state_dict of every part, and `identity`.
 
         `identity` is a flat dict of what a resumption must share (labelled list, classes, networks).
-        The file is complete or absent, and the one before is kept. A disk that cannot take it is reported;
-        training goes on, and the run ends with status 1. Raises UserError on every rank when the weights are
-        not finite.
+        The file is complete or absent, and the one before is kept, unless a full disk needs its room. A disk
+        that cannot take it is reported; training goes on, and the run ends with status 1. Raises UserError on
+        every rank when the weights are not finite.
         """
         nets = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
         if not all(torch.isfinite(p).all() for net in nets for p in net.parameters()):  # equal on all ranks
@@ -433,12 +458,19 @@ class Run:
             return
         state = {"script": self.script, "identity": identity, "step": step, "world": self.world,
                  "parts": {name: part.state_dict() for name, part in parts.items()},
-                 "seconds": self.seconds, "since_row": since}  # fmt: skip
+                 "code": self.code, "seconds": self.seconds, "since_row": since}  # fmt: skip
+        last, previous = self.out / "last.pt", self.out / "last.prev.pt"
         try:
-            files.save(state, self.out / "last.pt", keep=self.out / "last.prev.pt")
+            try:
+                files.save(state, last, keep=previous)
+            except OSError as error:
+                if error.errno not in FULL or not previous.exists():
+                    raise
+                previous.unlink()  # a full disk has room for the new one without the oldest
+                files.save(state, last)
             self.save_failed = None
         except OSError as error:
-            self.save_failed = f"the checkpoint of step {step} is not in {self.out}/last.pt: {error.strerror}"
+            self.save_failed = f"the checkpoint of step {step} is not in {last}: {error.strerror}"
             self.say(self.save_failed + "; training goes on, the older one is kept")
         self.saved = time.monotonic()
 
@@ -452,6 +484,7 @@ class Run:
         """
         state = self.on_main(self._read_checkpoint, identity)
         self.on_main(self._truncate_log, state["step"] if state else 0)
+        self.on_main(self._check_space, parts)
         if state is None:
             return 0
         try:
@@ -483,18 +516,22 @@ class Run:
                 continue
             if state.get("script") != self.script:
                 raise UserError(f"{path} is a checkpoint of {state.get('script')}, not of {self.script}")
-            for key in sorted(identity.keys() | state["identity"].keys()):
-                old, new = state["identity"].get(key), identity.get(key)
-                if old != new and key in ("labelled", "unlabelled"):
-                    before = self.out / "labelled.txt" if key == "labelled" else path
-                    raise UserError(f"the {key} videos are not those of {before}: have files gone or come? "
-                                    "Put them back, or choose another --out")  # fmt: skip
-                if old != new:
-                    raise UserError(f"{path} was trained with {key} {old}, not {new}: choose another --out")
+            self._check_identity(path, state["identity"], identity)
             return {**state, "step": step, "path": str(path)}
         if paths:
             raise UserError(f"every checkpoint in {self.out} is damaged: delete them to start again")
         return None
+
+    def _check_identity(self, path, old, new):
+        """Raise UserError if `path` is of another identity."""
+        for key in sorted(old.keys() | new.keys()):
+            before, now = old.get(key), new.get(key)
+            if before != now and key in ("labelled", "unlabelled"):
+                file = self.out / "labelled.txt" if key == "labelled" else path
+                raise UserError(f"the {key} videos are not those of {file}: have files gone or come? "
+                                "Put them back, or choose another --out")  # fmt: skip
+            if before != now:
+                raise UserError(f"{path} was trained with {key} {before}, not {now}: choose another --out")
 
     def _truncate_log(self, step):
         """Drop the rows of log.jsonl that the run will write again, and damaged lines."""
@@ -512,6 +549,22 @@ class Run:
         if lines:
             files.write(path, "".join(rows))
 
+    def _check_space(self, parts):
+        """Raise UserError where what the run is going to keep does not fit on the disk."""
+        nets = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+        need = model = files.size([net.state_dict() for net in nets])
+        for part in parts.values():
+            if isinstance(part, torch.optim.Optimizer):  # Adam's two moments or SGD's momentum
+                moments = 2 if "betas" in part.defaults else 1
+                need += moments * files.size([group["params"] for group in part.param_groups])
+        # last.pt, last.prev.pt, and a new one while it is written.
+        need *= 3 - sum((self.out / name).exists() for name in ("last.pt", "last.prev.pt"))
+        disk = shutil.disk_usage(self.out)
+        free = disk.free if disk.total else math.inf  # some file systems do not say
+        if free < need + model:
+            raise UserError(f"--out {self.out} is on a disk with {free / 1e6:.1f} MB free; last.pt, "
+                            f"last.prev.pt and model.pt need {(need + model) / 1e6:.1f} MB")  # fmt: skip
+
     # ---------------------------------------------------------------------------- results
 
     def write(self, name, text):
@@ -524,6 +577,7 @@ class Run:
 
         Raises UserError if the result is one of another `identity`, see `save`.
         """
+        self.identity = identity
         row = self.on_main(self._read_result, identity)
         if row:
             self._show_result(row)
@@ -531,23 +585,30 @@ class Run:
 
     def _read_result(self, identity):
         path = self.out / "result.json"
+        if not path.exists():
+            return None
         try:
-            row = json.loads(path.read_text()) if path.exists() else None
-        except ValueError:
+            row = json.loads(path.read_text())
+            code, old = row["code"], row["identity"]
+        except (ValueError, KeyError, TypeError):
             self.say(f"{path} is damaged: the test is made again")
             return None
-        if row:
-            self._read_checkpoint(identity)
+        self._check_identity(path, old, identity)
+        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+        self.say(f"finished on {date} by code {code}; nothing was run")
         return row
 
     def result(self, row):
         """Write result.json and print the final RESULT line, `RESULT name=value ...` (rank 0)."""
+        row = {**row, "code": self.code, "identity": self.identity}
         self.write("result.json", json.dumps(row, indent=1))
         self._show_result(row)
 
     def _show_result(self, row):
         self.ended = True
-        words = (f"{k}={v:.2f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
+        words = (
+            f"{k}={v:.2f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items() if k != "identity"
+        )
         self.say(" ".join(["RESULT", *words]))
 
 
@@ -559,6 +620,11 @@ def _names(value):
     if not isinstance(value, str):
         return value
     return ",".join(os.path.basename(os.path.abspath(part)) for part in value.split(","))
+
+
+def _paths(value):
+    """The same with their folders, so that "runs/a" and "./runs/a" are one."""
+    return ",".join(map(os.path.realpath, value.split(","))) if isinstance(value, str) else value
 
 
 def agreed(function, *args, **named):
@@ -608,6 +674,17 @@ def gather(value):
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
     return everyone
+
+
+def digest_of_code(script):
+    """Twelve hex digits that change with the file of `script` and with common/, but for its tools."""
+    modules = sys.modules.get(script), sys.modules["__main__"]
+    own = [Path(getattr(module, "__file__", None) or "") for module in modules]
+    own = [path for path in own if path.stem == script]
+    folder, sha = Path(__file__).parent, hashlib.sha256()
+    for path in own[:1] + sorted(path for path in folder.rglob("*.py") if path.parent.name != "tools"):
+        sha.update(path.name.encode() + path.read_bytes())
+    return sha.hexdigest()[:12]
 
 
 def step_seed(seed, step, rank):

@@ -31,7 +31,7 @@ RECIPES = {"toy": dict(
     batch=16, optimizer="adamw", lr=0.005, weight_decay=0.05, clips=4, crops=1, eval_every=5, workers=1,
     channels_last=True,
 )}  # fmt: skip
-RECIPES["weizmann"] = RECIPES["toy"] | dict(
+RECIPES["small"] = RECIPES["toy"] | dict(
     net="r2plus1d_10-pool", size=64, test_size=64, jitter=[72, 80], epochs=100, eval_every=50
 )
 

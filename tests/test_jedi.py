@@ -465,8 +465,8 @@ def test_defaults_are_the_papers():
 
 
 @pytest.mark.parametrize("names, recipe", [
-    (["toy:a", "/x/weizmann"], "weizmann"), (["toy:a", "ucf101"], None),
-    (["ucf101", "/x/weizmann", "toy"], None), (["toy:a", "toy:b"], "toy"),
+    (["toy:a", "ucf101"], None), (["toy:a", "folder"], None),
+    (["ucf101", "folder", "toy"], None), (["toy:a", "toy:b"], "toy"),
 ])  # fmt: skip
 def test_the_recipe_does_not_depend_on_the_order_of_the_data_sets(names, recipe):
     for order in itertools.permutations(names):

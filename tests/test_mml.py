@@ -593,7 +593,7 @@ CHARADES = dict(
 @pytest.mark.parametrize("line, values", [
     ("--data ssv2", SSV2), ("--data charades", SSV2 | CHARADES),
     ("--data toy:multi", dict(net="tsm10", ratio=0.1)),
-    ("--data weizmann", dict(net="tsm10", size=64, test_size=64, per_class=6)),
+    ("--data WEIZMANN --recipe small", dict(net="tsm10", size=64, test_size=64, per_class=6)),
     ("--seed 3", dict(label_seed=3)), ("--seed 3 --label_seed 5", dict(seed=3, label_seed=5)),
     # Appendix 2's weights, but D3D's on the toy set (D10).
     ("--lam 0", dict(lam=0.0)), ("--mutual mars --teacher t.pt --lam 3", dict(lam=3.0)),

@@ -1,6 +1,7 @@
 """The frame of a run: checkpoints, resumption, logs, signals, errors."""
 
 import errno
+import importlib
 import io
 import json
 import os
@@ -16,12 +17,14 @@ import time
 import zipfile
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import forks
 import numpy as np
 import pytest
 import torch
 
+from common import run as run_module
 from common.data import Videos
 from common.errors import UserError, VideoError, explain
 from common.io import files
@@ -201,19 +204,6 @@ def test_disk_that_cannot_take_a_checkpoint(tmp_path):
     assert resumed(tmp_path) == (1, 1.0) and not list(tmp_path.glob("*.tmp"))
 
 
-def test_model_on_a_full_disk(tmp_path, monkeypatch):
-    """torch.save hides the error of the disk; the sentence names the file."""
-    monkeypatch.setattr(files, "open", FullDisk, raising=False)
-    with pytest.raises(OSError) as failed:
-        files.save({"net": torch.nn.Linear(1000, 1000).state_dict()}, tmp_path / "model.pt")
-    sentence, status = explain(failed.value)
-    assert str(tmp_path / "model.pt") in sentence and status == 1
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(OSError) as failed:
-        files.write(tmp_path / "result.json", "{}")
-    assert str(tmp_path / "result.json") in explain(failed.value)[0]
-
-
 @pytest.mark.parametrize("number, tolerated", [(errno.EINVAL, True), (errno.EIO, False)])
 def test_folder_that_cannot_be_synced(tmp_path, monkeypatch, number, tolerated):
     """CIFS and VirtualBox say EINVAL; a disk that fails is no such file system."""
@@ -243,7 +233,8 @@ def test_data_that_are_elsewhere_can_be_the_same(tmp_path, flag, before, now):
     begun(tmp_path, {flag: before})
     with Run("cmpl", tmp_path, {flag: now}) as run:
         assert run.resume(IDENTITY, net=small_net()) == 1
-        run.write("result.json", '{"top1": 1.0}')
+        assert not run.finished(IDENTITY)
+        run.result({"top1": 1.0})
         assert run.finished(IDENTITY)
         with pytest.raises(UserError, match="classes 3, not 5"):
             run.finished(IDENTITY | {"classes": 5})
@@ -583,6 +574,7 @@ import numpy as np
 import torch
 
 from common.clips import Clips, train_loader
+from common import run as run_module
 from common.data import Videos
 from common.run import Run
 
@@ -682,3 +674,80 @@ def test_step_randomness_depends_on_all_three():
 def test_errors_as_sentences(error, status, words):
     sentence, code = explain(error)
     assert code == status and (words is None or words in sentence)
+
+
+def test_changed_code_never_passes_for_the_old(tmp_path, monkeypatch, capsys):
+    """Neither as a finished run nor as one that is resumed; the flags of a script say what to do."""
+    begun(tmp_path, {"resume_changed": True})
+    with Run("cmpl", tmp_path, {"resume_changed": True}, ["resume_changed"]) as run:
+        run.code = "other code"
+        run.config = {"resume_changed": False}
+        with pytest.raises(UserError, match="holds a run of code .*, not other code; nothing was run"):
+            run._check_config()
+        run.config = {"resume_changed": True}
+        run._check_config()
+        assert run.resume(IDENTITY, net=small_net()) == 1 and not run.finished(IDENTITY)
+        run.result({"top1": 1.0})
+    assert "code=other code" in capsys.readouterr().out
+    with Run("cmpl", tmp_path, {"resume_changed": True}, ["resume_changed"]) as run:
+        assert run.finished(IDENTITY) and "by code other code" in capsys.readouterr().out
+    with Run("cmpl", tmp_path, {"resume_changed": False}, ["resume_changed"]) as run:
+        run.code = "newer code"
+        with pytest.raises(UserError, match="holds a finished run of code"):
+            run._check_config()
+
+
+def test_the_code_of_a_run_is_its_script_and_common(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("x = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("mine")
+    before = run_module.digest_of_code("mine")
+    assert before == run_module.digest_of_code("mine") != run_module.digest_of_code("cmpl")
+    (tmp_path / "mine.py").write_text("x = 2")
+    assert before != run_module.digest_of_code("mine") and len(before) == 12
+
+
+@pytest.mark.parametrize("seconds, sentence", [(0.5, "about 1 minutes here\n"), (50, "without a GPU")])
+def test_a_run_says_how_long_it_takes(tmp_path, capsys, seconds, sentence):
+    with Run("cmpl", tmp_path, {}, log_every=1) as run:
+        for step, _ in run.steps(loader(90), 0, 90, 0, [videos(1)]):
+            run.mark -= seconds * (step == 0)
+            run.track(step, 0.1, loss=0.0)
+    said = capsys.readouterr().out
+    assert said.count("steps to go") == 1 and "89 steps to go" in said and sentence in said
+
+
+def test_on_a_full_disk_the_oldest_checkpoint_makes_room(tmp_path, monkeypatch):
+    saved(tmp_path, 1.0, 2.0)
+    with Run("cmpl", tmp_path, {}) as run, monkeypatch.context() as patch:
+
+        def full(path, mode):
+            return (FullDisk if (tmp_path / "last.prev.pt").exists() else io.FileIO)(path, mode)
+
+        patch.setattr(files, "open", full, raising=False)
+        run.save(3, IDENTITY, net=small_net(3.0))
+    assert resumed(tmp_path) == (3, 3.0) and not (tmp_path / "last.prev.pt").exists()
+
+
+def test_model_on_a_full_disk(tmp_path, monkeypatch):
+    """torch.save hides what the disk says; the sentence names the file and the space needed."""
+    monkeypatch.setattr(files, "open", FullDisk, raising=False)
+    with pytest.raises(OSError) as failed:
+        files.save({"net": torch.nn.Linear(1000, 1000).state_dict()}, tmp_path / "model.pt")
+    sentence, status = explain(failed.value)
+    assert str(tmp_path / "model.pt") in sentence and "4.0 MB are needed" in sentence and status == 1
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError) as failed:
+        files.write(tmp_path / "result.json", "{}")
+    assert str(tmp_path / "result.json") in explain(failed.value)[0]
+
+
+@pytest.mark.parametrize("free, fits", [(190e3, False), (200e3, True)])
+def test_space_is_checked_before_training(tmp_path, monkeypatch, free, fits):
+    """For three checkpoints with Adam's two moments, and for model.pt: 10 times 20 kB of weights."""
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_blocks=9, f_bavail=free, f_frsize=1))
+    net = torch.nn.Linear(1000, 5, bias=False)
+    optimizer = torch.optim.AdamW(net.parameters())
+    with Run("cmpl", tmp_path, {}) as run:
+        with nullcontext() if fits else pytest.raises(UserError, match=r"0.2 MB free.* need 0.2 MB"):
+            run.resume(IDENTITY, net=net, optimizer=optimizer)

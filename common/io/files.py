@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError, printable
+from common.errors import FULL, UserError, printable
 
 # Errors of the name of a file; after any other error the disk takes no other file either.
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ENOTDIR)
@@ -95,16 +95,25 @@ def write(path, text):
         file.write(text.encode("utf-8", "surrogateescape"))
 
 
+def size(state):
+    """Bytes of the tensors in a state_dict, or in dicts and lists of some."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return sum(map(size, values))
+
+
 def save(state, path, keep=None):
-    """torch.save of a file that is complete or absent; see `replacing`."""
+    """torch.save, complete or absent; see `replacing`. The OSError of a full disk names the space needed."""
     try:
         with replacing(path, keep) as file:
             torch.save(state, file)
-    except RuntimeError as error:
-        disk = error.__context__  # torch hides the error of a full disk
-        if not isinstance(disk, OSError):
+    except (OSError, RuntimeError) as error:
+        fault = error if isinstance(error, OSError) else error.__context__  # torch hides a full disk's error
+        if not isinstance(fault, OSError):
             raise
-        raise OSError(disk.errno, disk.strerror, str(path)) from None
+        needed = f", {size(state) / 1e6:.1f} MB are needed" if fault.errno in FULL else ""
+        raise OSError(fault.errno, f"{fault.strerror}{needed}", str(path)) from None
 
 
 def load(path):
