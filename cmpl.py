@@ -42,7 +42,7 @@ D5  T_strong is T_standard, then RandAugment with 2 operations of magnitude up t
 D6  Weak and strong view show the same frames. A's window begins at most t_s = `--offset` seconds before or
     after F's. The unit is not given: 10, the best of Table 5, is the default; Tables 3, 4 and 6 have 0.
 D7  The weak views have their own forward pass without gradient, in training mode; `--joint` puts them
-    through with the rest, so that batch normalisation sees the mixture. See README for both.
+    through with the rest, so that batch normalisation sees the mixture.
 D8  Batch normalisation is per GPU, over the labelled and strong clips of a step together.
 D9  Dropout 0.5 before the classifier and a zero-initialised last BN per block, as in SlowFast; no warm-up
     (`--warmup`) and no moving average, as none is mentioned. Weight decay acts on every parameter.
@@ -208,19 +208,19 @@ def train_step(nets, x, y_l, args):
 
 
 def pseudo_label_report(labels, y_true):
-    """Shares of the unlabelled batch, for the log alone: the true labels never train.
+    """Shares of the unlabelled batch, for the log alone: the true labels, None if unknown, never train.
 
     kept_*: confident; right_*: confident and right (Fig. 2); agree: both say the same class;
     aux_kept_pri_right: confident for A, and F is right (Fig. 6, where A's own curve is right_aux).
     """
-    shares = {}
-    for net, (y, mask) in labels.items():
-        shares[f"kept_{net}"] = mask.mean()
-        shares[f"right_{net}"] = (mask * (y == y_true)).mean()
+    shares = {f"kept_{net}": mask.mean() for net, (_, mask) in labels.items()}
     if "aux" in labels:
-        y_pri, y_aux, mask_aux = labels["pri"][0], *labels["aux"]
-        shares["agree"] = (y_pri == y_aux).float().mean()
-        shares["aux_kept_pri_right"] = (mask_aux * (y_pri == y_true)).mean()
+        shares["agree"] = (labels["pri"][0] == labels["aux"][0]).float().mean()
+    if y_true is None:
+        return shares
+    shares |= {f"right_{net}": (mask * (y == y_true)).mean() for net, (y, mask) in labels.items()}
+    if "aux" in labels:
+        shares["aux_kept_pri_right"] = (labels["aux"][1] * (labels["pri"][0] == y_true)).mean()
     return shares
 
 
@@ -324,6 +324,7 @@ def train(args, run):
     if not args.lam:
         run.say("supervised: the unlabelled videos only set the number of steps (D1)")
     flip = data.flip if args.flip is None else args.flip
+    is_known = (videos_u.labels >= 0).all()  # the true labels, for the log
     sample = partial(windows, args=args)
     view_l, view_u = (partial(views, args=args, flip=flip, labelled=labelled) for labelled in (True, False))
     sources = [(Clips(videos_l, sample, view_l, 2 * args.seed), args.batch)]
@@ -368,7 +369,8 @@ def train(args, run):
         loss.backward()
         optimizer.step()
         if labels:
-            terms |= pseudo_label_report(labels, batches[1]["label"].to(run.device))
+            y_u = batches[1]["label"].to(run.device) if is_known else None
+            terms |= pseudo_label_report(labels, y_u)
         run.track(step, optimizer.param_groups[0]["lr"], loss=loss, **terms)
         if run.due(step + 1, epoch):
             run.save(step + 1, identity, **parts)

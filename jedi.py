@@ -475,7 +475,7 @@ def train(args, run):
     joint, n = Joint(experts, args), len(experts)
     net = run.distribute(joint, compile=args.compile)
     w = distillation_weights([len(part.y) for part in learned[:n]], len(learned) - n)  # Eq. 2
-    w = distilled(w, args.distill, [part.data.name for part in learned])
+    w = distilled(w, args.distill, [os.path.basename(part.data.name) for part in learned])
     y, origin, w = (x.to(run.device) for x in (y, origin, w))
     B, epoch = args.batch, math.ceil(len(rows) / (args.batch * run.world))  # D1
     total, every = (optim.steps_of(epochs, epoch) for epochs in (args.epochs, args.eval_every))

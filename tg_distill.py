@@ -289,14 +289,13 @@ def train_step(nets, x, y_l, args, lam_u):
 
 
 def pseudo_label_report(labels, y_w, y_true):
-    """Shares of the unlabelled batch, for the log alone: the true labels never train.
+    """Shares of the unlabelled batch, for the log alone: the true labels, None if unknown, never train.
 
     kept_*: the pseudo-label is confident; right_*: it is confident and right; weak_top1_*: the network's own
     prediction on the weak view is right.
     """
-    shares = {}
-    for net, (y, mask) in labels.items():
-        shares[f"kept_{net}"] = mask.mean()
+    shares = {f"kept_{net}": mask.mean() for net, (_, mask) in labels.items()}
+    for net, (y, mask) in labels.items() if y_true is not None else ():
         shares[f"right_{net}"] = (mask * (y == y_true)).mean()
         shares[f"weak_top1_{net}"] = (y_w[net] == y_true).float().mean()
     return shares
@@ -420,6 +419,7 @@ def train(args, run):
     # 1. Data: labelled videos, unlabelled videos (D1), and how many steps an epoch has.
     videos_l, videos_u = semi_supervised(data, *given, args.unlabelled, run.say)
     flip = data.flip if args.flip is None else args.flip
+    is_known = (videos_u.labels >= 0).all()  # the true labels, for the log
     sample = partial(windows, args=args)
     view_l, view_u = (partial(view, args=args, flip=flip) for view in (labelled_views, unlabelled_views))
     sources = [(Clips(videos_l, sample, view_l, 2 * args.seed), args.batch),
@@ -465,7 +465,7 @@ def train(args, run):
         if args.clip_grad:
             nn.utils.clip_grad_norm_(parameters, args.clip_grad)  # D11
         optimizer.step()
-        terms |= pseudo_label_report(labels, y_w, y_u)
+        terms |= pseudo_label_report(labels, y_w, y_u if is_known else None)
         run.track(step, optimizer.param_groups[0]["lr"], loss=loss, **terms)
         if run.due(step + 1, epoch):
             run.save(step + 1, identity, **parts)

@@ -1,11 +1,13 @@
 """The measured numbers of the pages are those of the raw results."""
 
+import difflib
 import importlib
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 CLAIMS = Path(__file__).resolve().parent / "claims"
 sys.path.insert(0, str(CLAIMS))
@@ -45,3 +47,15 @@ def test_a_row_is_made_from_its_results(tmp_path, monkeypatch):
     run.write_page("page")
     a, b = (tmp_path / "page.md").read_text().splitlines()[2:]
     assert a == "| a | `x SEED` | `top1` | 20.0 30.0 | 25.0 |" and b.endswith("| not run | not run |")
+
+
+def test_the_sixth_method_is_a_small_change_of_cmpl():
+    """The example of a copied script: under 40 lines differ, and each pseudo-label has its weight."""
+    paths = CLAIMS.parent.parent / "cmpl.py", CLAIMS / "sixth.py"
+    ours, copy = (path.read_text().splitlines() for path in paths)
+    changes = [line[:1] for line in difflib.ndiff(ours, copy)]
+    assert 0 < changes.count("-") < 40 and 0 < changes.count("+") < 40
+    sixth = importlib.import_module("sixth")
+    y, weight = sixth.pseudo_label(torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]))
+    assert y.tolist() == [0, 2] and weight.tolist() == pytest.approx([0.5, 0.8])
+    assert sixth.parse_args([]).aux == "none"

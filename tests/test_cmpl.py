@@ -181,6 +181,8 @@ def test_report_counts_by_hand():
         "kept_pri": 0.75, "right_pri": 0.5, "kept_aux": 0.75, "right_aux": 0.5, "agree": 0.5,
         "aux_kept_pri_right": 0.5,
     }  # fmt: skip
+    unknown = cmpl.pseudo_label_report({"pri": pri, "aux": aux}, None)
+    assert {k: v.item() for k, v in unknown.items()} == {"kept_pri": 0.75, "kept_aux": 0.75, "agree": 0.5}
 
 
 # ---- D6: where the windows of F and A lie ----------------------------------------------------------

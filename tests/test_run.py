@@ -709,7 +709,7 @@ def test_the_code_of_a_run_is_its_script_and_common(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("seconds, sentence", [(0.5, "about 1 minutes here\n"), (50, "without a GPU")])
 def test_a_run_says_how_long_it_takes(tmp_path, capsys, seconds, sentence):
-    with Run("cmpl", tmp_path, {}, log_every=1) as run:
+    with Run("cmpl", tmp_path, {"log_every": 1}) as run:
         for step, _ in run.steps(loader(90), 0, 90, 0, [videos(1)]):
             run.mark -= seconds * (step == 0)
             run.track(step, 0.1, loss=0.0)

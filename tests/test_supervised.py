@@ -105,7 +105,8 @@ def test_a_finished_run_shows_its_result_and_none_of_other_labels(data, tmp_path
     before = (tmp_path / "out" / "model.pt").stat().st_mtime_ns
     capfd.readouterr()
     start(data, tmp_path / "out", more)
-    assert capfd.readouterr().out.startswith("RESULT script=supervised")
+    said = capfd.readouterr().out
+    assert "nothing was run\nRESULT script=supervised" in said
     assert (tmp_path / "out" / "model.pt").stat().st_mtime_ns == before
     (tmp_path / "few.txt").write_text("train2.mp4\ntrain3.mp4\n")
     assert "the labelled videos are not those of" in refused(data, tmp_path / "out", more)

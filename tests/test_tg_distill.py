@@ -474,6 +474,9 @@ def test_report_counts_by_hand():
     )
     report = tg_distill.pseudo_label_report({"tg": (y, mask)}, {"tg": torch.zeros(4)}, y_true)
     assert {k: v.item() for k, v in report.items()} == dict(kept_tg=0.75, right_tg=0.5, weak_top1_tg=0.25)
+    assert list(tg_distill.pseudo_label_report({"tg": (y, mask)}, {"tg": torch.zeros(4)}, None)) == [
+        "kept_tg"
+    ]
 
 
 @pytest.mark.parametrize("line, names, has_head", [

@@ -46,8 +46,9 @@ def parse(spec, data):
     """
     name, _, rest = spec.partition(":")
     if name not in backbones.NAMES:
-        folder = os.path.isdir(spec) or not spec.endswith(".pt")
-        return None, os.path.join(spec, data.replace(":", "-"), "model.pt") if folder else spec, None
+        if os.path.isdir(spec) or not spec.endswith(".pt"):
+            spec = os.path.join(spec, os.path.basename(data).replace(":", "-"), "model.pt")
+        return None, spec, None
     weights, _, clip = rest.partition(":")
     if weights in PUBLISHED and not clip:
         return name, weights, Recipe(**published_input(name, weights))
