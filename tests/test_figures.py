@@ -5,7 +5,6 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import forks
 import numpy as np
@@ -35,8 +34,8 @@ def test_contact_sheet(tmp_path):
     for top, row in ((LINE, rows[0]), (2 * LINE + 8, rows[1])):
         strip = np.concatenate([*row.permute(0, 2, 3, 1).numpy()], axis=1)  # (H, T W, 3)
         assert np.array_equal(sheet[top : top + len(strip), : strip.shape[1]], strip)
+        assert sheet[top - LINE : top].any()  # the caption
     assert not sheet[LINE : LINE + 8, 30:].any()  # black beside the narrower row
-    assert sheet[:LINE].any() and sheet[LINE + 8 : 2 * LINE + 8].any()  # captions
     with pytest.raises(ValueError):
         contact_sheet(tmp_path / "b.png", rows, ["a caption too few"])
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
@@ -96,69 +95,45 @@ def videos(tmp_path):
     return Videos.make(tmp_path, [f"v{i}" for i in range(4)], [0, 1, 0, 1])
 
 
-def test_cam_sheets(videos, tmp_path):
-    """Of videos spread over the list, but for the unreadable one."""
-    recipe, data = Recipe(3, 1, 10, 3, 12, 12), SimpleNamespace(test=videos, classes=("a", "b"))
-    models = {"student": (Tiny(), recipe), "teacher": (Tiny(), recipe)}
-    for count, numbers in ((2, [0, 3]), (99, [0, 2, 3])):
-        folder = tmp_path / f"{count}"
-        folder.mkdir()
-        run = SimpleNamespace(out=folder, device=torch.device("cpu"))
-        figures.cam_sheets(SimpleNamespace(videos=count), run, data, models)
-        assert sorted(path.name for path in folder.iterdir()) == [f"{i:05d}.png" for i in numbers]
-    centre = replace(recipe, clips=1, crops=1)
-    for i in numbers:
-        views = Views(videos, centre.sample, centre.view)[i]["views"]  # (1, T, C, 12, 12)
-        x, y = centre.to_input(views, "cpu"), i % 2  # the true class
-        heat = figures.heat(views[0], figures.grad_cam(Tiny(), x, torch.tensor([y]))[0])
-        captions = [f"{name}: {'ab'[Tiny()(x).argmax()]}" for name in models]
-        contact_sheet(tmp_path / "a.png", [views[0], heat, heat], [f"v{i}: {'ab'[y]}", *captions])
-        sheet, expected = (
-            np.asarray(Image.open(path)) for path in (folder / f"{i:05d}.png", tmp_path / "a.png")
-        )
-        assert np.array_equal(sheet, expected) and not torch.equal(views[0], heat)
-
-
 # ---- corruptions -----------------------------------------------------------------------------------
 
 
-def corrupted(kind):
-    return figures.Corrupted(2, 1, 2, 1, 12, 12, corruption=kind)
+def corrupted(kind, *clips):
+    """uint8 (V, T, C, 12, 12)."""
+    return figures.Corrupted(2, 1, 2, 1, 12, 12, corruption=kind).view([*clips])
 
 
 @pytest.mark.parametrize("kind, levels", [("brightness", (0, 100)), ("contrast", (80, 120))])
 def test_one_factor_per_video(kind, levels):
     """Uniform in 0.5 to 1.5, it scales the level, or the spread around the mean."""
     halves = torch.cat([torch.full((2, 3, 12, 6), level, dtype=torch.uint8) for level in levels], dim=3)
-    differences, width = [], levels[1] - levels[0]
+    factors = []
     for seed in range(80):
         torch.manual_seed(seed)
-        views = corrupted(kind).view([halves, halves]).int()
-        assert views.shape == (2, 2, 3, 12, 12)
+        views = corrupted(kind, halves, halves).int()
         (difference,) = (views[..., -1] - views[..., 0]).unique().tolist()
+        assert views.shape == (2, 2, 3, 12, 12)
         assert kind == "brightness" or abs(views.float().mean() - 100) < 1.5
-        differences.append(difference / width)
-    assert 0.47 <= min(differences) < 0.6 and 1.4 < max(differences) <= 1.53
+        factors.append(difference / (levels[1] - levels[0]))
+    assert 0.47 <= min(factors) < 0.6 and 1.4 < max(factors) <= 1.53
 
 
 def test_corrupt_grayscale_has_no_colour():
     x = pixels(2, 3, 12, 12)
-    view = corrupted("grayscale").view([x])[0]
-    luminance = (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
-    assert (view == view[:, :1]).all() and ((view[:, 0] - luminance).abs() <= 1.1).all()
+    luminance = (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    assert ((corrupted("grayscale", x)[0] - luminance).abs() <= 1.1).all()
 
 
 @pytest.mark.parametrize("kind", figures.CORRUPTIONS)
 def test_the_two_frames_of_a_difference_are_corrupted_alike(kind):
     """A video is corrupted, not its TG: what is still stays grey."""
     x = pixels(2, 3, 12, 12).repeat_interleave(2, 0)  # frames t and t + n of a still video
-    assert (stacked(corrupted(kind).view([x]), "tg") == 127).all()
+    assert (stacked(corrupted(kind, x), "tg") == 127).all()
 
 
 def test_corruption_is_a_function_of_the_video(videos):
-    same_file = videos.subset([0] * 4)  # so only the index can tell them apart
-    recipe = corrupted("brightness")
-    views = Views(same_file, recipe.sample, recipe.view)
+    recipe = figures.Corrupted(2, 1, 2, 1, 12, 12, corruption="brightness")
+    views = Views(videos.subset([0] * 4), recipe.sample, recipe.view)  # one file: only the index tells
     before = [views[i]["views"] for i in range(4)]
     torch.manual_seed(99)
     assert all(torch.equal(before[i], views[i]["views"]) for i in (3, 1, 0, 2))
@@ -188,11 +163,28 @@ def command(videos, tmp_path, leave, group):
     return run
 
 
-def test_cam_of_student_and_teacher(command):
-    out = command("cam", "model", "teacher", flags=["--videos", "4", "--workers", "0"])
-    assert sorted(path.name for path in out.glob("*.png")) == ["00000.png", "00002.png", "00003.png"]
-    sheet = np.asarray(Image.open(out / "00000.png"))
-    assert sheet.shape == (3 * (12 + LINE), 2 * 12, 3) and sheet[-12:, 12:].any()  # two frames of TG, too
+@pytest.mark.parametrize("count, numbers", [(2, [0, 3]), (99, [0, 2, 3])])
+def test_cam_of_student_and_teacher(command, tmp_path, count, numbers):
+    """Of one centre clip of videos spread over the list, but for the unreadable one, for the true class."""
+    out = command("cam", "model", "teacher", flags=["--videos", f"{count}", "--workers", "0"])
+    assert sorted(path.name for path in out.glob("*.png")) == [f"{i:05d}.png" for i in numbers]
+    videos = Videos.make(tmp_path, [f"v{i}" for i in range(4)], [0, 1, 0, 1])
+    for i in numbers:
+        rows, captions = [], [f"v{i}: {'ab'[i % 2]}"]
+        for name in ("model", "teacher"):
+            net, _, _, recipe = load_model(tmp_path / f"{name}.pt")
+            recipe = replace(recipe, clips=1, crops=1)
+            views = Views(videos, recipe.sample, recipe.view, recipe.short_side, recipe.open)[i]["views"]
+            x = recipe.to_input(views, "cpu")
+            seen = stacked(views, recipe.modality)[0]
+            rows += [] if name == "teacher" else [seen]
+            rows += [figures.heat(seen, figures.grad_cam(net.eval(), x, torch.tensor([i % 2]))[0])]
+            captions += [f"{tmp_path}/{name}.pt: a"]  # what they always predict
+        contact_sheet(tmp_path / "a.png", rows, captions)
+        sheet, expected = (
+            np.asarray(Image.open(path)) for path in (out / f"{i:05d}.png", tmp_path / "a.png")
+        )
+        assert np.array_equal(sheet, expected)
 
 
 @pytest.mark.parametrize("model", ["model", "teacher"])
@@ -224,6 +216,6 @@ def test_corruption_with_workers(command, tmp_path):
     process = forks.start([forks.sys.executable, *words], HERE, os.environ | {"PYTHONPATH": str(HERE)})
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "clean contrast brightness grayscale" in out, out + err
-    rows = list(csv.reader(open(tmp_path / "c" / "corruption.csv")))
-    assert rows[0] == ["model", "clean", "contrast", "brightness", "grayscale"]
-    assert [row[1:] for row in rows[1:]] == [["50.0"] * 4] * 2  # two of four: one is wrong, one unreadable
+    head, *rows = csv.reader(open(tmp_path / "c" / "corruption.csv"))
+    assert head == ["model", "clean", "contrast", "brightness", "grayscale"]
+    assert [row[1:] for row in rows] == [["50.0"] * 4] * 2  # two of four: one is wrong, one unreadable

@@ -15,17 +15,7 @@ from common.data import Data, Videos
 from common.errors import UserError, VideoError
 from common.io.decode import read_frames, read_windows
 from common.io.flow import to_bytes, write_flow
-from common.modality import (
-    BOUND,
-    FLOW_SIDE,
-    MODALITIES,
-    Recipe,
-    Streams,
-    flip,
-    pictures_of,
-    stacked,
-    temporal_gradient,
-)  # fmt: skip
+from common.modality import BOUND, FLOW_SIDE, MODALITIES, Recipe, Streams, pictures_of
 from common.tvl1 import tvl1
 
 N, H, W = 12, 20, 24  # of the longest video
@@ -57,38 +47,26 @@ def index_of(name):
 @pytest.mark.parametrize("name, n", LENGTHS.items())
 @pytest.mark.parametrize("window", [[0], [6, 0, 3], [2, 2]], ids=str)
 def test_pictures_of_a_window(videos, name, n, window):
-    """Input frame i: frame i; frames i to i + 5; fields i to i + 4. At the end the last one is repeated."""
+    """Input frame i: frame i; frames i to i + 5; i and i + 4; fields i to i + 4. The last one is repeated."""
     window = [i % max(1, n - 5) for i in window]
-    kinds = ("diff", "rgb", "flow", "field") if n > 1 else ("diff", "rgb")
-    lengths = dict(rgb=n, diff=max(1, n - 5), flow=max(1, n - 5), field=n - 1)
+    kinds = ("diff", "tg", "rgb", "flow", "field") if n > 1 else ("diff", "tg", "rgb")
+    lengths = dict(rgb=n, tg=max(1, n - 4), diff=max(1, n - 5), flow=max(1, n - 5), field=n - 1)
     pictures = dict(
         rgb=[FRAMES[name][i] for i in window],
+        tg=[FRAMES[name][min(i + k, n - 1)] for i in window for k in (0, 4)],
         diff=[FRAMES[name][min(i + k, n - 1)] for i in window for k in range(6)],
         flow=[FIELDS[name][min(i + k, n - 2)] for i in window for k in range(5) if n > 1],
         field=[FIELDS[name][i] for i in window if n > 1],
     )
-    with Streams(videos, index_of(name), kinds) as source:
+    with Streams(videos, index_of(name), kinds, interval=4) as source:
         assert source.lengths == {kind: lengths[kind] for kind in kinds} and len(source) == max(1, n - 5)
         for kind, clip in zip(kinds, source.clips([np.array(window)] * len(kinds)), strict=True):
             assert clip.dtype == torch.uint8 and torch.equal(clip, torch.stack(pictures[kind]))
 
 
-@pytest.mark.parametrize("interval", [1, 7])
-@pytest.mark.parametrize("name, n", LENGTHS.items())
-def test_tg_is_of_frames_an_interval_apart(videos, name, n, interval):
-    window = [i % max(1, n - interval) for i in (0, 3, 2)]
-    with Streams(videos, index_of(name), ("tg",), interval=interval) as source:
-        assert len(source) == max(1, n - interval)
-        (clip,) = source.clips([np.array(window)])
-    assert torch.equal(clip[::2], FRAMES[name][window])
-    assert torch.equal(clip[1::2], FRAMES[name][[min(i + interval, n - 1) for i in window]])
-
-
 def test_windows_of_several_modalities_are_in_turn_and_read_once(videos, monkeypatch):
-    frames, fields, calls, together = FRAMES[LONGEST], FIELDS[LONGEST], [], read_windows
-    monkeypatch.setattr(
-        "common.modality.read_windows", lambda *args: calls.append(args[0]) or together(*args)
-    )
+    frames, fields, calls = FRAMES[LONGEST], FIELDS[LONGEST], []
+    monkeypatch.setattr(modality, "read_windows", lambda *args: calls.append(args) or read_windows(*args))
     with Streams(videos, index_of(LONGEST), ("flow", "rgb")) as source:
         a, b, c, d = source.clips([np.array([1]), np.array([8, 11]), np.array([6]), np.array([0])])
     assert torch.equal(a, fields[1:6]) and torch.equal(c, fields[6:11])
@@ -145,17 +123,17 @@ def test_flow_that_is_not_there_is_computed(videos, bound):
         Streams(videos, index_of("v1"), ("flow",)).__enter__()
 
 
-@pytest.mark.parametrize("n", [N - 4, N - 3, N + 1, N + 2])
-def test_flow_of_another_video_is_refused(videos, tmp_path, n):
+@pytest.mark.parametrize("n, is_refused", [(N - 4, True), (N - 3, False), (N + 1, False), (N + 2, True)])
+def test_flow_of_another_video_is_refused(videos, tmp_path, n, is_refused):
     """Two fields more or less are let pass: some extractors leave out some at the end."""
     write_flow(tmp_path / f"{LONGEST}.mp4", pixels(n, 2, 16, 16))
     streams = Streams(replace(videos, flow=str(tmp_path)), index_of(LONGEST), ("rgb", "flow"))
-    if abs(n - (N - 1)) <= 2:
-        with streams as source:
-            assert source.lengths == dict(rgb=N, flow=n - 4)
-    else:
+    if is_refused:
         with pytest.raises(VideoError, match=f"flow has {n} fields, for {N} frames"):
             streams.__enter__()
+    else:
+        with streams as source:
+            assert source.lengths == dict(rgb=N, flow=n - 4)
 
 
 # ---- channels --------------------------------------------------------------------------------------
@@ -163,28 +141,24 @@ def test_flow_of_another_video_is_refused(videos, tmp_path, n):
 
 @pytest.mark.parametrize("kind, C, dtype, channel", [  # channel(pictures of an input frame, number)
     ("rgb", 3, torch.uint8, lambda x, n: x[0, n]),
-    ("tg", 3, torch.uint8, lambda x, n: temporal_gradient(x[0, n], x[1, n])),
+    ("tg", 3, torch.uint8, lambda x, n: modality.temporal_gradient(x[0, n], x[1, n])),
     ("diff", 15, torch.int16, lambda x, n: x[n // 3 + 1, n % 3].int() - x[n // 3, n % 3].int()),
     ("flow", 10, torch.uint8, lambda x, n: x[n // 2, n % 2]),
     ("field", 2, torch.uint8, lambda x, n: x[0, n]),
 ])  # fmt: skip
 def test_channels_match_a_loop(kind, C, dtype, channel):
     """diff: 3 k + c is colour c of frame k + 1 less that of frame k; flow: 2 k is u of field k, 2 k + 1 v."""
-    pictures, T = MODALITIES[kind].pictures, 3
-    x = pixels(2, T * pictures, 2 if MODALITIES[kind].source == "flow" else 3, 4, 5)
-    out = stacked(x, kind)
-    assert out.shape == (2, T, C, 4, 5) and out.dtype == dtype and MODALITIES[kind].channels == C
-    for b in range(2):
-        for t in range(T):
-            for n in range(C):
-                expected = channel(x[b, t * pictures : (t + 1) * pictures], n)
-                assert torch.equal(out[b, t, n].int(), expected.int())
+    x = pixels(2, 3 * MODALITIES[kind].pictures, 2 if MODALITIES[kind].source == "flow" else 3, 4, 5)
+    out, frames = modality.stacked(x, kind), x.unflatten(1, (3, -1))
+    assert out.shape == (2, 3, C, 4, 5) and out.dtype == dtype and MODALITIES[kind].channels == C
+    for b, t, n in np.ndindex(2, 3, C):
+        assert torch.equal(out[b, t, n].int(), channel(frames[b, t], n).int())
 
 
 def test_tg_of_all_pairs_of_levels():
     """(x_t - x_t+n + 255) / 2, rounded down: 127 where nothing moves."""
     a, b = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
-    tg = temporal_gradient(*(levels.to(torch.uint8).view(1, 1, 256, 256) for levels in (a, b)))
+    tg = modality.temporal_gradient(*(levels.to(torch.uint8).view(1, 1, 256, 256) for levels in (a, b)))
     assert tg.dtype == torch.uint8 and (tg[0, 0].diagonal() == 127).all()
     assert tg[0, 0].tolist() == [[(i - j + 255) // 2 for j in range(256)] for i in range(256)]
 
@@ -196,24 +170,27 @@ def test_a_recipe_crops_the_pictures_of_an_input_frame_alike(videos, kind, crops
     views = Views(videos, recipe.sample, recipe.view, open=recipe.open)[index_of(LONGEST)]["views"]
     pictures = (FIELDS if MODALITIES[kind].source == "flow" else FRAMES)[LONGEST]
     n = {"rgb": N, "tg": N - 2, "diff": N - 5, "flow": N - 5, "field": N - 1}[kind]  # input frames
-    indices = [pictures_of(window, kind, len(pictures), 2) for window in ([0, 3], [n - 6, n - 3])]
-    shown = [augment.resize_crop(pictures[i], 12, 12) if crops == 1 else augment.three_crops(pictures[i], 12)
-             for i in indices]  # fmt: skip
-    x = stacked(torch.stack(shown if crops == 1 else sum(shown, [])), kind)
+    shown = []
+    for window in ([0, 3], [n - 6, n - 3]):
+        clip = pictures[pictures_of(window, kind, len(pictures), 2)]
+        shown += [augment.resize_crop(clip, 12, 12)] if crops == 1 else augment.three_crops(clip, 12)
+    x = modality.stacked(torch.stack(shown), kind).transpose(1, 2)
     x_net = recipe.to_input(views, "cpu")
     assert x_net.shape == (2 * crops, MODALITIES[kind].channels, 2, 12, 12)
-    assert torch.allclose(x_net, (x.transpose(1, 2) / 255 - 0.5) / 0.25, atol=1e-5)
+    assert torch.allclose(x_net, (x / 255 - 0.5) / 0.25, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", MODALITIES)
 def test_flip_mirrors_pictures_and_negates_u(kind):
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 256).expand(1, 2, 1, 256).contiguous()
-    mirrored, before = flip(levels, kind), levels.clone()
+    mirrored, before = modality.flip(levels, kind), levels.clone()
     assert mirrored[0, 1, 0].tolist() == list(range(255, -1, -1))  # v only moves
     is_flow = kind in ("flow", "field")  # u of byte b is b - 128 steps
     assert mirrored[0, 0, 0].tolist() == [min(256 - b, 255) if is_flow else b for b in range(255, -1, -1)]
     assert torch.equal(levels, before)  # the clip itself stays
-    assert torch.equal(flip(mirrored, kind)[..., 1:], levels[..., 1:])  # bytes 1 to 255, all that there are
+    assert torch.equal(
+        modality.flip(mirrored, kind)[..., 1:], levels[..., 1:]
+    )  # bytes 1 to 255, all that there are
 
 
 # ---- the flow of a data set ------------------------------------------------------------------------
@@ -223,7 +200,7 @@ def test_flow_of_a_data_set(tmp_path, monkeypatch):
     messages, extracted = [], []
     run = SimpleNamespace(say=messages.append, device="cpu", rank=0, world=1)
     monkeypatch.setattr(
-        "common.io.flow.extract_flow", lambda videos, out, *_: extracted.append((len(videos), out))
+        "common.io.flow.extract_flow", lambda *args: extracted.append((len(args[0]), args[1]))
     )
     monkeypatch.setattr(modality.dist, "barrier", lambda: None)
     videos = Videos.make(tmp_path, ["a.mp4"], [0])
@@ -235,16 +212,15 @@ def test_flow_of_a_data_set(tmp_path, monkeypatch):
         assert with_flow.train.flow == with_flow.test.flow == with_flow.train.subset([0]).flow
         return with_flow.train.flow, *scale
 
-    usual = BOUND, FLOW_SIDE
     models = {"a": Recipe(2, 1, modality="flow", bound=8.0, flow_side=100), "b": Recipe(2, 1)}
-    assert flow_of() == (None, *usual)
+    assert flow_of() == (None, BOUND, FLOW_SIDE)
     assert f"python -m common.tools.flow ssv2 --out {tmp_path}/set_flow" in messages.pop()
     assert flow_of(**models) == (None, 8.0, 100) and messages.pop()  # computed as the model wants it
     (tmp_path / "set_flow").mkdir()
     (tmp_path / "set_flow" / "flow.json").write_text('{"bound": 8.0, "short_side": 100}')
     extracted_before = (f"{tmp_path}/set_flow", 8.0, 100)
     assert flow_of() == flow_of(**models) == flow_of(kinds=("field",)) == extracted_before
-    assert flow_of(kinds=("rgb", "diff")) == (None, *usual)
+    assert flow_of(kinds=("rgb", "diff")) == (None, BOUND, FLOW_SIDE)
     assert flow_of("ssv2", None, f"{tmp_path}/set_flow") == extracted_before
     for kind in ("flow", "field"):
         with pytest.raises(UserError, match="c wants flow"):
