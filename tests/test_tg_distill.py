@@ -17,14 +17,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tensors import naive_cross_entropy, picture_folder, random, softmax
+from tensors import naive_cross_entropy, picture_folder, random, save_tiny_model, softmax
 from torch import nn
 
 import tg_distill
 from common import augment, backbones, evaluate, modality
 from common.clips import Views
 from common.data import Videos
-from common.io.models import save_model
 from common.modality import Recipe, temporal_gradient
 from common.run import Run
 
@@ -70,8 +69,7 @@ def positions(T=4, H=30, W=40):
     x = torch.linspace(0, 250, W).round().expand(T, 1, H, W)
     y = torch.linspace(0, 250, H).round()[:, None].expand(T, 1, H, W)
     t = (40 * torch.arange(T, dtype=torch.float32)).view(T, 1, 1, 1).expand(T, 1, H, W)
-    pairs = torch.stack([torch.cat([x, y, t], 1), torch.cat([y, x, t], 1)], 1)  # (T, 2, C, H, W)
-    return pairs.flatten(0, 1).to(torch.uint8)
+    return torch.stack([torch.cat([x, y, t], 1), torch.cat([y, x, t], 1)], 1).flatten(0, 1).to(torch.uint8)
 
 
 @pytest.mark.parametrize("flip", [True, False])
@@ -91,23 +89,19 @@ def test_student_and_teacher_share_crop_and_flip(flip):
 
 @pytest.mark.parametrize("nets", ["both", "rgb", "tg"])
 def test_strong_view_is_randaugment_of_the_weak_one(nets):
-    names, n_changed = NETS if nets == "both" else [nets], 0
+    names, n_changed, args = NETS if nets == "both" else [nets], 0, arguments(nets=nets)
     clip = positions()[:: 2 if nets == "rgb" else 1]  # RGB alone needs no frames t + n
-    args = arguments(nets=nets)
-
-    def seeded(seed, function, clips):
-        torch.manual_seed(seed)
-        return function(clips, args, True)
-
     for seed in range(8):
-        views_l = seeded(seed, tg_distill.labelled_views, [clip])
-        views_u = seeded(seed, tg_distill.unlabelled_views, [clip])
-        x = tg_distill.by_network(seeded(seed, tg_distill.weak, clip), args)
+        views = []
+        for function, clips in (("labelled_views", [clip]), ("unlabelled_views", [clip]), ("weak", clip)):
+            torch.manual_seed(seed)
+            views.append(getattr(tg_distill, function)(clips, args, True))
+        views_l, views_u, x = *views[:2], tg_distill.by_network(views[2], args)
         assert list(views_l) == list(views_u) == names
         for net in names:  # the same crop, then a draw for each network
             x_s = augment.rand_augment(x[net], 2, 9)
-            for view, expected in (("l", x[net]), ("w", x[net]), ("s", x_s)):
-                assert torch.equal((views_l if view == "l" else views_u)[net][view], expected)
+            assert torch.equal(views_l[net]["l"], x[net]) and torch.equal(views_u[net]["w"], x[net])
+            assert torch.equal(views_u[net]["s"], x_s)
             n_changed += not torch.equal(x_s, x[net])
     assert n_changed > 4
 
@@ -233,18 +227,15 @@ def test_eq10_known_value():
 
 
 @pytest.mark.parametrize("tau", [0.1, 1.0])
-def test_eq10_matches_naive_loop_both_ways_with_gradient_into_both(tau):
+def test_eq10_trains_both_networks_as_query_and_as_key(tau):
     z_rgb, z_tg = (random(6, 5, seed=i).requires_grad_() for i in range(2))
-    loss = tg_distill.contrastive_loss(z_rgb, z_tg, tau)
-    assert loss.item() == pytest.approx(naive_contrast_both_ways(z_rgb, z_tg, tau), rel=1e-5)
-    loss.backward()
-    for rgb, tg in ((1, 0), (0, 1)):  # the derivative when one side moves, as query and as key
-        moves = (1e-4 * rgb * random(6, 5, seed=2).double(), 1e-4 * tg * random(6, 5, seed=3).double())
-        ends = [
-            naive_contrast_both_ways(z_rgb + sign * moves[0], z_tg + sign * moves[1], tau) for sign in (1, -1)
-        ]
-        slope = (z_rgb.grad * moves[0]).sum() + (z_tg.grad * moves[1]).sum()
-        assert slope.item() == pytest.approx((ends[0] - ends[1]) / 2, rel=1e-3)
+    tg_distill.contrastive_loss(z_rgb, z_tg, tau).backward()
+    for z in (z_rgb, z_tg):  # the derivative when one side moves
+        move, ends = 1e-4 * random(6, 5, seed=2).double(), []
+        for sign in (1, -1):
+            moved = [x.detach() + sign * move if x is z else x for x in (z_rgb, z_tg)]
+            ends.append(naive_contrast_both_ways(*moved, tau))
+        assert (z.grad * move).sum().item() == pytest.approx((ends[0] - ends[1]) / 2, rel=1e-3)
 
 
 # ---- two ranks are one -----------------------------------------------------------------------------
@@ -343,9 +334,8 @@ def test_precise_bn_pools_all_readable_clips(block, folder, run):
     with torch.no_grad():
         reference(SMALL.to_input(torch.cat([views[i]["views"] for i in range(len(NAMES))]), "cpu"))
     evaluate.precise_bn(net, list_of(folder, ["none", *MIXED, "gone"]), SMALL, run, block=block)
-    pairs = list(zip(statistics(net), statistics(reference), strict=True))
-    for ours, torchs in pairs if block == 40 else pairs[:2]:
-        assert torch.allclose(ours, torchs, rtol=1e-4, atol=1e-6)
+    pairs = list(zip(statistics(net), statistics(reference), strict=True))[: None if block == 40 else 2]
+    assert all(torch.allclose(ours, torchs, rtol=1e-4, atol=1e-6) for ours, torchs in pairs)
     assert not net.training and all(map(torch.equal, net.parameters(), before))
 
 
@@ -362,21 +352,22 @@ def test_precise_bn_leaves_alone(frozen, names, changed, folder, run):
 
 
 def test_for_test_is_a_copy_with_exact_statistics(folder, run):
-    net = SimpleNamespace(module=tg_distill.Network(tiny_backbone(), project=True))
-    before, videos = copy.deepcopy(net.module.state_dict()), list_of(folder, NAMES)
-    data = SimpleNamespace(train=videos)
+    net, videos = tg_distill.Network(tiny_backbone(), project=True), list_of(folder, NAMES)
     args = arguments(channels_last=False, precise_bn=4, seed=3, workers=0)
     recipe = replace(SMALL, modality="tg", short_side=18)
-    many = replace(recipe, clips=3, crops=3, size=20)  # the views of a test, not of PreciseBN
-    tested, _ = tg_distill.for_test(args, {"tg": net}, BUILD, data, {"tg": many}, run)["tg"]
+    many = {"tg": replace(recipe, clips=3, crops=3, size=20)}  # the views of a test, not of PreciseBN
+
+    def tested(precise_bn):
+        args.precise_bn = precise_bn
+        nets, data = {"tg": SimpleNamespace(module=net)}, SimpleNamespace(train=videos)
+        return tg_distill.for_test(args, nets, BUILD, data, many, run)["tg"][0].state_dict().values()
+
     expected, chosen = tiny_backbone(), sorted(np.random.default_rng(3).permutation(10)[:4].tolist())
     evaluate.precise_bn(expected, videos.subset(chosen), recipe, run)
-    assert all(map(torch.equal, tested.state_dict().values(), expected.state_dict().values()))
-    after = net.module.state_dict()
-    assert all(torch.equal(before[k], after[k]) for k in before)  # training never sees it
-    args.precise_bn = 0
-    same, _ = tg_distill.for_test(args, {"tg": net}, BUILD, data, {"tg": many}, run)["tg"]
-    assert all(torch.equal(value, before[f"backbone.{k}"]) for k, value in same.state_dict().items())
+    assert all(map(torch.equal, tested(4), expected.state_dict().values()))
+    before = tiny_backbone().state_dict().values()  # training never sees it
+    assert all(map(torch.equal, net.backbone.state_dict().values(), before))
+    assert all(map(torch.equal, tested(0), before))
 
 
 # ---- a step ----------------------------------------------------------------------------------------
@@ -417,8 +408,8 @@ def naive_terms(nets, x, y_l, args):
     terms = {f"loss_l_{net}": naive_cross_entropy(logits[net]["l"], y_l) for net in nets}
     terms |= {f"loss_u_{net}": naive_unlabelled(logits[net]["s"], p[net], args.tau) for net in nets}
     if len(nets) > 1:
-        terms["loss_kd"] = sum(naive_distance(f["rgb"][i - 1], f["tg"][i - 1], args.align)
-                               for i in args.align_stages)  # fmt: skip
+        stages = [i - 1 for i in args.align_stages]
+        terms["loss_kd"] = sum(naive_distance(f["rgb"][i], f["tg"][i], args.align) for i in stages)
         terms["loss_clr"] = naive_contrast_both_ways(z["rgb"], z["tg"], args.temperature)
     return terms, p
 
@@ -467,11 +458,7 @@ def test_whom_a_term_trains(term, changes, rgb, tg):
 
 
 def test_report_counts_by_hand():
-    y_true, y, mask = (
-        torch.tensor([0, 1, 2, 2]),
-        torch.tensor([0, 1, 1, 2]),
-        torch.tensor([1.0, 0.0, 1.0, 1.0]),
-    )
+    y_true, y, mask = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 2]), torch.tensor([1.0, 0, 1, 1])
     report = tg_distill.pseudo_label_report({"tg": (y, mask)}, {"tg": torch.zeros(4)}, y_true)
     assert {k: v.item() for k, v in report.items()} == dict(kept_tg=0.75, right_tg=0.5, weak_top1_tg=0.25)
     assert list(tg_distill.pseudo_label_report({"tg": (y, mask)}, {"tg": torch.zeros(4)}, None)) == [
@@ -490,16 +477,13 @@ def test_build_networks(line, names, has_head, run):
     assert len(weights) == 1 or not torch.equal(*weights)
     again = backbones.build(**build)
     assert again.stem[1].eps == 1e-3 and again.fc.out_features == CLASSES
-    for net in nets.values():
-        if not has_head:
-            assert net.module.head is None
-            continue
-        layers = list(net.module.head)  # three layers, the last norm without a scale, D3, D10
-        assert [type(m).__name__[:6] for m in layers] == 2 * ["Linear", "BatchN", "ReLU"] + [
-            "Linear",
-            "BatchN",
-        ]
-        assert [(m.affine, m.eps) for m in layers[1::3]] == [(True, 1e-5), (True, 1e-5), (False, 1e-5)]
+    for head in [net.module.head for net in nets.values()]:
+        assert (head is not None) == has_head
+        layers = list(head or [])  # three layers, the last norm without a scale, D3, D10
+        kinds = [nn.Linear, nn.BatchNorm1d, nn.ReLU] * 3
+        assert not has_head or [type(m) for m in layers] == kinds[:-1]
+        assert not has_head or [m.affine for m in layers[1::3]] == [True, True, False]
+        assert all(m.eps == 1e-5 for m in layers[1::3])
         assert all(m.bias is None and 0.007 < m.weight.std() < 0.013 for m in layers[::3])
 
 
@@ -546,25 +530,17 @@ def test_bad_values_are_refused(line):
         parsed(line)
 
 
-# ---- after training --------------------------------------------------------------------------------
-
-
-def test_eval_tests_labelled_videos_too_and_names_the_model(folder, run, tmp_path):
-    net = backbones.build("r3d_10-pool", 2, width=1 / 16)
-    nn.init.constant_(net.fc.bias[:1], 9.0)  # always the first class
-    save_model(tmp_path / "model.pt", net, BUILD | dict(classes=2), ["a", "b"], SMALL)
-    for name, names in (("train", NAMES[:5]), ("test", [*NAMES[5:], "page.mp4"])):
+def test_eval_tests_labelled_videos_too(folder, run, tmp_path):
+    save_tiny_model(tmp_path / "model.pt", SMALL, ["a", "b"], "r3d_10-pool", always=0)
+    (folder / "page.mp4").write_text("<html>404</html>")
+    for name, names in (("train", NAMES[:5]), ("test", [*NAMES[5:], "page.mp4"]), ("labelled", NAMES[:3])):
         (folder / f"{name}.txt").write_text("".join(f"{video} {i % 2}\n" for i, video in enumerate(names)))
     (folder / "classes.txt").write_text("a\nb\n")
-    (folder / "page.mp4").write_text("<html>404</html>")
-    (folder / "labelled.txt").write_text("v0 0\nv1 1\nv2 0\n")
     line = f"--data {folder} --eval {tmp_path}/model.pt --clips 2 --crops 1 --workers 0"
     tg_distill.train(parsed(f"{line} --train_accuracy --labelled_list {folder}/labelled.txt"), run)
     result = json.loads((run.out / "result.json").read_text())
-    assert (result["eval"], result["videos"], result["unreadable"]) == (f"{tmp_path}/model.pt", 6, 1)
-    assert result["train_top1"] == pytest.approx(200 / 3) and result["top1"] == 50.0
-    tg_distill.train(parsed(line), run)
-    assert "train_top1" not in json.loads((run.out / "result.json").read_text())
+    assert (result["videos"], result["unreadable"], result["top1"]) == (6, 1, 50.0)
+    assert result["train_top1"] == pytest.approx(200 / 3)
 
 
 if __name__ == "__main__":
