@@ -3,8 +3,6 @@
 import math
 import os
 import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from urllib.error import URLError
@@ -57,10 +55,6 @@ def same(a, b, skip=()):
     return all(torch.equal(a[k], b[k]) for k in a if not k.startswith(tuple(skip)))
 
 
-def parameters(net):
-    return sum(p.numel() for p in net.parameters())
-
-
 def clips(B=2, C=3, T=4, S=32, seed=0):
     return torch.randn(B, C, T, S, S, generator=torch.Generator().manual_seed(seed))
 
@@ -82,7 +76,7 @@ def kernel(net):
 # ---------------------------------------------------------------------------------- architecture
 
 
-@pytest.mark.parametrize("name, params, macs, frames, size", [
+@pytest.mark.parametrize("name, n_parameters, macs, frames, size", [
     ("resnet3d50", 32_454_096, 54.52, 8, 256),  # PySlowFast's model zoo, Slow 8x8 R50
     ("i3d50", 28_043_472, None, 8, 224),  # 28.04 M in PySlowFast's and PyTorchVideo's tables
     ("tsm50", 24_327_632, 8 * 4.089, 8, 224),  # eight times torchvision's ResNet-50
@@ -91,10 +85,10 @@ def kernel(net):
     ("s3dg", 8_320_048 + 1_225_008, 17.979, 16, 224), ("swin3d_t", 28_158_070, 43.882, 16, 224),
     ("swin3d_s", 49_816_678, None, 16, 224), ("swin3d_b", 88_048_984, None, 16, 224),
 ])  # fmt: skip
-def test_published_parameters_and_multiply_adds(name, params, macs, frames, size):
+def test_published_parameters_and_multiply_adds(name, n_parameters, macs, frames, size):
     with torch.device("meta"):
         net = build(name, 400).eval()
-    assert parameters(net) == params
+    assert sum(p.numel() for p in net.parameters()) == n_parameters
     if macs:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             net(torch.empty(1, 3, frames, size, size, device="meta"))
@@ -129,22 +123,13 @@ def test_depth_counts_the_layers_with_weights(name):
     assert convs / (2 if name.startswith("r2plus1d") else 1) + 1 == int(re.search(r"\d\d+", name)[0])
 
 
-@pytest.mark.parametrize("name", ["r3d_18", "r2plus1d_34"])
-def test_r3d_with_pool_has_the_published_sizes(name):
-    """Learning from Temporal Gradient, Table 4, L = 8 frames of 224: conv1, then conv2 to conv5."""
-    with torch.device("meta"):
-        net, x = build(f"{name}-pool", 400), torch.empty(1, 3, 8, 224, 224)
-        sizes = [tuple(f.shape[1:]) for f in [net.pool(net.stem(x)), *net.features(x)]]
-    assert sizes == [(64, 8, 56, 56), (64, 8, 56, 56), (128, 4, 28, 28), (256, 2, 14, 14), (512, 1, 7, 7)]
-
-
-def outputs_of(net, names, x):
-    """(outputs of the modules, output of the network)."""
+def stages_of(original, names, x):
+    """(outputs of four of its modules, its output)."""
     outputs = []
-    hooks = [net.get_submodule(n).register_forward_hook(lambda m, i, y: outputs.append(y)) for n in names]
+    for name in names:
+        original.get_submodule(name).register_forward_hook(lambda m, i, y: outputs.append(y))
     with torch.no_grad():
-        y = net(x)
-    [hook.remove() for hook in hooks]
+        y = original(x)
     return outputs, y
 
 
@@ -155,11 +140,10 @@ def test_r3d_starts_as_torchvisions_and_computes_what_it_computes(name, model):
     net = tiny(name, width=1, seed=3).eval()
     assert same(net, original)
     net.load_state_dict(randomise_batch_norms(original).state_dict())
-    features, logits = outputs_of(original, ["layer1", "layer2", "layer3", "layer4"], x)
-    with torch.no_grad():
-        assert alike(net.features(x), features)
-        # Their average is AdaptiveAvgPool3d: another order of the sum.
-        assert torch.allclose(net(x), logits, rtol=1e-5, atol=1e-6 * logits.abs().max())
+    features, logits = stages_of(original, ["layer1", "layer2", "layer3", "layer4"], x)
+    assert alike(net.features(x), features)
+    # Their average is AdaptiveAvgPool3d: another order of the sum.
+    assert torch.allclose(net(x), logits, rtol=1e-5, atol=1e-6 * logits.abs().max())
 
 
 @pytest.mark.parametrize("name, turns", [
@@ -245,17 +229,15 @@ def test_gates_of_s3dg_are_last_in_their_branches():
     gates = [n for n, m in net.named_modules() if isinstance(m, Gate)]
     assert gates == [f"{branch}.gate" for branch in branches]
     assert all(isinstance([*net.get_submodule(branch).children()][-1], Gate) for branch in branches)
-    assert {m.momentum for m in net.modules() if isinstance(m, NORMS)} == {0.1}
 
 
-def test_s3dg_computes_what_torchvisions_s3d_computes(tmp_path, capsys):
+def test_s3dg_computes_what_torchvisions_s3d_computes(tmp_path):
     """With the gates at their start, for the one size of which torchvision's pool is the average of all."""
     torch.manual_seed(0)
     original, x = randomise_batch_norms(s3d(num_classes=5)).eval(), clips(1, T=16, S=224)
     torch.save(original.state_dict(), tmp_path / "s3d.pth")
     net = tiny("s3dg", weights=tmp_path / "s3d.pth").eval()
-    assert capsys.readouterr().out == "" and not net.new_fc
-    features, logits = outputs_of(original, [f"features.{n}" for n in (3, 6, 12, 15)], x)
+    features, logits = stages_of(original, [f"features.{n}" for n in (3, 6, 12, 15)], x)
     with torch.no_grad():
         assert alike(net.features(x), features)
         assert torch.allclose(net.classify(features[-1]), logits, rtol=1e-5, atol=1e-6 * logits.abs().max())
@@ -282,7 +264,7 @@ def test_swin3d_starts_as_torchvisions_and_computes_what_it_computes(T, H, W, sw
     original = small_swin(num_classes=5).eval()
     x = torch.randn(1, 3, T, H, W, generator=torch.Generator().manual_seed(0))
     net = tiny("swin3d_b", seed=3, dropout=0.5).eval()
-    expected, logits = outputs_of(original, [f"features.{n}" for n in (0, 2, 4, 6)], x)
+    expected, logits = stages_of(original, [f"features.{n}" for n in (0, 2, 4, 6)], x)
     with torch.no_grad():
         features, expected[3] = net.features(x), original.norm(expected[3])
         assert alike(features, [f.permute(0, 4, 1, 2, 3) for f in expected])
@@ -296,56 +278,54 @@ def test_swin3d_starts_as_torchvisions_and_computes_what_it_computes(T, H, W, sw
 def test_width_acts_on_every_layer(name):
     with torch.device("meta"):
         whole = build(name, 400)
-        for width in (1 / 2, 1 / 4, 1 / 8):
-            for thin, thick in zip(
-                build(name, 400, width=width).parameters(), whole.parameters(), strict=True
-            ):
-                assert thin.shape[0] == thick.shape[0] * (1 if thick.shape[0] == 400 else width)
+        for width in (1 / 2, 1 / 8):
+            thin = build(name, 400, width=width)
+            for a, b in zip(thin.parameters(), whole.parameters(), strict=True):
+                assert len(a) == len(b) * (1 if len(b) == 400 else width)
         assert len(kernel(build(name, 400, width=0.3))) == 19
         assert build("r2plus1d_10", 400, width=0.25).stem[0].out_channels == 11  # of 45
 
 
-def sizes_of(name, T, S):
-    """(C', T', H', W') of the four stages for T frames of S pixels."""
-    if name == "s3dg":
-        sizes = {(8, 112): ((4, 28), (4, 14), (2, 7), (1, 3)), (5, 17): ((3, 5), (3, 3), (2, 2), (1, 1))}[
-            T, S
-        ]
-        return [(c, t, side, side) for c, (t, side) in zip((192, 480, 832, 1024), sizes, strict=True)]
-    r3d, sizes = name.startswith(("r3d_", "r2plus1d_")), []
-    side = S // 2 if name.endswith("-small") or r3d and not name.endswith("-pool") else S // 4
-    for i in range(4):
-        sizes.append(((16 if "50" in name else 4) * 2**i, T, side, side))
-        side = -(-side // 2)
-        if r3d or name.startswith("i3d") and i == 0:
-            T = -(-T // 2)
-    return sizes
+S3DG = {112: [(28, 4), (14, 4), (7, 2), (3, 1)], 17: [(5, 3), (3, 3), (2, 2), (1, 1)]}
 
 
-CLIPS = [(name, T, S) for name in TINY for T, S in ((8, 64), (1, 32), (5, 40))]
-
-
-@pytest.mark.parametrize("name, T, S", [*CLIPS, ("s3dg", 8, 112), ("s3dg", 5, 17)])
+@pytest.mark.parametrize("name, T, S", [
+    *((name, T, S) for name in TINY for T, S in ((8, 64), (1, 32), (5, 40))),
+    ("s3dg", 8, 112), ("s3dg", 5, 17),
+])  # fmt: skip
 def test_contract(name, T, S):
     net, x = tiny(name).eval(), clips(2, T=T, S=S)
     features, z = net.features(x), net.embed(x)
-    assert [tuple(f.shape[1:]) for f in features] == sizes_of(name, T, S)
+    r3d, i3d = name.startswith(("r3d_", "r2plus1d_")), name.startswith("i3d")
+    side = S // 2 if name.endswith("-small") or r3d and not name.endswith("-pool") else S // 4
+    sizes = []  # (T, H) of the stages
+    for i in range(4):
+        sizes.append((side, T))
+        side, T = -(-side // 2), -(-T // 2) if r3d or i3d and i == 0 else T
+    sizes = S3DG[S] if name == "s3dg" else sizes
+    width = (
+        [192, 480, 832, 1024] if name == "s3dg" else [(16 if "50" in name else 4) * 2**i for i in range(4)]
+    )
+    shapes = [(2, C, T, side, side) for C, (side, T) in zip(width, sizes, strict=True)]
+    assert [tuple(f.shape) for f in features] == shapes
     assert z.shape == (2, net.fc.in_features) and torch.allclose(z, features[-1].mean((2, 3, 4)))
     assert torch.allclose(net(x), net.fc(z), atol=1e-6) and net(x).shape == (2, 5)
     assert torch.equal(net(x), net.classify(features[-1]))
-    for T, H, W in ((4, 32, 32), (8, 16, 32), (8, 32, 16)) if name == "s3dg" else ():
-        with pytest.raises(UserError, match=f"5 frames and 17 x 17 pixels at least, not {T} of {H} x {W}$"):
-            net(torch.zeros(1, 3, T, H, W))
-
-
-@pytest.mark.parametrize("name", ["resnet3d10", "r3d_10", "r3d_10-pool", "i3d10", "tsm10"])
-def test_memory_format_does_not_change_the_result(name):
-    net, x = tiny(name, width=1 / 4).eval(), clips()
-    want, flat = net(x), name.startswith("tsm")
-    net.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)
-    assert torch.allclose(net(x), want, atol=1e-5)
     # The memory of every frame stays that of the weights: nothing is copied to another order on the way.
-    assert all(f.is_contiguous(memory_format=torch.channels_last_3d) for f in net.features(x))
+    net.to(memory_format=torch.channels_last if name[:2] == "ts" else torch.channels_last_3d)
+    last = net.features(x)
+    assert alike(last, features)
+    last_3d = [f.is_contiguous(memory_format=torch.channels_last_3d) for f in last]
+    assert all(last_3d) or name not in ("resnet3d10", "r3d_10", "r3d_10-pool", "i3d10", "tsm10")
+    net.dropout.p = 0.5
+    net.dropout.train()
+    assert not torch.allclose(net(x), net.fc(z), atol=1e-6) and alike([net.embed(x)], [z])
+
+
+@pytest.mark.parametrize("T, H, W", [(4, 32, 32), (8, 16, 32), (8, 32, 16)])
+def test_clips_that_are_too_small_for_s3dg(T, H, W):
+    with pytest.raises(UserError, match=f"5 frames and 17 x 17 pixels at least, not {T} of {H} x {W}$"):
+        tiny("s3dg").eval()(torch.zeros(1, 3, T, H, W))
 
 
 # ---------------------------------------------------------------------- adapter, start, training
@@ -355,11 +335,8 @@ def test_memory_format_does_not_change_the_result(name):
 def test_network_with_an_adapter(name):
     """For one seed it starts as the network without; the mean over time is before the adapter in all."""
     x, plain, net = clips(T=5), tiny(name).eval(), tiny(name, adapter=7).eval()
-    D = net.fc.in_features
-    shapes = {"down.weight": (7, D), "down.bias": (7,), "up.weight": (D, 7), "up.bias": (D,)}
-    assert {k: v.shape for k, v in net.adapter.state_dict().items()} == shapes
-    assert net.state_dict().keys() - plain.state_dict().keys() == {f"adapter.{key}" for key in shapes}
     assert same(plain, net) and torch.allclose(net(x), plain(x), atol=1e-6)
+    assert net.adapter.down.weight.shape == (7, net.fc.in_features)
     for p in net.adapter.parameters():
         nn.init.normal_(p)
     z = net.embed(x)
@@ -383,35 +360,14 @@ def test_resnet3d_starts_as_slowfasts(name):
             assert torch.equal(block(x), x)
 
 
-@pytest.mark.parametrize("name", [*TINY, "s3dg", "swin3d_b"])
-def test_gradients_reach_every_parameter(name, swin):
-    """DistributedDataParallel needs one for each; after a step none is zero."""
-    net = tiny(name).train()
-    optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        net(clips(4, T=5)).log_softmax(1)[:, 0].sum().backward()
-        assert all(p.grad is not None for p in net.parameters())
-        optimizer.step()
-    assert [n for n, p in net.named_parameters() if not p.grad.any()] == []
-
-
-@pytest.mark.parametrize("name", ["resnet3d10", "r3d_10", "tsm10", "s3dg"])
-def test_dropout_is_for_training_only(name):
-    net, x = tiny(name, dropout=0.5).eval(), clips(T=5)
-    assert torch.equal(net(x), tiny(name).eval()(x))
-    z = net.embed(x)
-    net.dropout.train()
-    assert not torch.allclose(net(x), net.fc(z)) and torch.equal(net.embed(x), z)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_every_network_has_its_epsilon_and_no_convolution_that_onednn_gets_wrong(name):
     with torch.device("meta"):
         for eps in (2e-3, None):
             net = tiny(name, bn_eps=eps)
-            epsilons = {eps or (1e-3 if name == "s3dg" else 1e-5)}
-            assert {m.eps for m in net.modules() if isinstance(m, NORMS)} == epsilons or name[:4] == "swin"
+            norms = [m for m in net.modules() if isinstance(m, NORMS)]
+            assert {m.eps for m in norms} <= {eps or (1e-3 if name == "s3dg" else 1e-5)}
+            assert bool(norms) != name.startswith("swin") and {m.momentum for m in norms} <= {0.1}
     for m in net.modules():
         if type(m) is nn.Conv2d:
             assert m.kernel_size != (1, 1) or m.stride == (1, 1) or m.in_channels >= 16
@@ -419,64 +375,20 @@ def test_every_network_has_its_epsilon_and_no_convolution_that_onednn_gets_wrong
     assert net.name == name and len({*NAMES}) == len(NAMES) == 56
 
 
-def gradients(conv, x):
-    """[output, gradients of the input and of the parameters] in float64, which oneDNN has not."""
-    x = x.double().requires_grad_()
-    y = conv(x)
-    return [y, *torch.autograd.grad((y * y).sum(), [x, *conv.parameters()])]
-
-
-CONVOLUTIONS = [
-    (nn.Conv3d(2, 3, (k, 3, 1), (stride, 1, 2), (k // 2, 1, 0)), clips(2, 2, T, 6), k == 7 and stride == 2)
-    for T in range(1, 10) for k, stride in ((7, 2), (5, 2), (7, 1))
-] + [
-    (nn.Conv2d(c, 5, k, stride), clips(2, c, 1, 11)[:, :, 0], c < 16 and k == 1 and stride != 1)
-    for c, k, stride in ((4, 1, 2), (15, 1, (1, 3)), (16, 1, 2), (4, 3, 2), (4, 1, 1))
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("conv, x, faulty", CONVOLUTIONS)
+@pytest.mark.parametrize("conv, x, faulty", [
+    *((nn.Conv3d(2, 3, (k, 3, 1), (stride, 1, 2), (k // 2, 1, 0)), clips(2, 2, T, 6), k == 7 and stride == 2)
+      for T in range(1, 10) for k, stride in ((7, 2), (5, 2), (7, 1))),
+    *((nn.Conv2d(c, 5, k, stride), clips(2, c, 1, 11)[:, :, 0], c < 16 and k == 1 and stride != 1)
+      for c, k, stride in ((4, 1, 2), (15, 1, (1, 3)), (16, 1, 2), (4, 3, 2), (4, 1, 1))),
+])  # fmt: skip
 def test_a_convolution_computed_in_another_way_gives_the_same(conv, x, faulty):
-    conv = conv.double()
-    want = gradients(conv, x)
-    avoid_onednn_faults(conv)
-    assert isinstance(conv, (Padded, Subsampled)) == faulty and alike(gradients(conv, x), want)
-
-
-TRAINS = """
-import sys, torch
-from common import backbones
-torch.manual_seed(0)
-net = backbones.build(sys.argv[1], 5, width=float(sys.argv[2])).eval()  # batch norm enlarges rounding
-x = torch.randn(*map(int, sys.argv[3:]))
-for p in net.parameters():
-    p.data = p.data.contiguous(memory_format=torch.channels_last if p.dim() == 4 else torch.contiguous_format)
-results = []
-for enabled in (False, True, True):
-    with torch.backends.mkldnn.flags(enabled=enabled):
-        loss = net(x).log_softmax(1)[:, 0].mean()
-        results.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, net.parameters())]))
-own, *others = results
-print(max(((own - other).abs().max() / own.abs().max()).item() for other in others) < 1e-5)
-"""
-
-
-@pytest.mark.parametrize(
-    "case", ["s3dg 1 2 3 5 32 32", "s3dg 1 2 3 7 32 32", "tsm10-small 0.0625 4 3 8 128 128"]
-)
-def test_no_convolution_reads_or_writes_where_it_must_not(case):
-    """Gradients are right; under glibc's checking allocator, if it is installed, the process lives."""
-    checks = {"LD_PRELOAD": "libc_malloc_debug.so.0", "GLIBC_TUNABLES": "glibc.malloc.check=3"}
-    process = subprocess.run([sys.executable, "-c", TRAINS, *case.split()], cwd=Path(__file__).parent.parent,
-                             env=os.environ | checks, capture_output=True, text=True)  # fmt: skip
-    assert process.stdout == "True\n", process.stderr
-
-
-def test_names_of_tensors_are_stable():
-    """Files saved earlier are read by these names; the others have torchvision's."""
-    names = list(tiny("resnet3d50").state_dict())
-    assert len(names) == 320 and names[0] == "stem.conv.weight" and names[-1] == "fc.bias"
-    assert {"stem.bn.running_mean", "res2.0.shortcut.conv.weight", "res4.5.conv3.bn.weight"} <= {*names}
+    """In float64, which oneDNN has not."""
+    conv, x, results = conv.double(), x.double().requires_grad_(), []
+    for _ in range(2):
+        y = conv(x)
+        results.append([y, *torch.autograd.grad((y * y).sum(), [x, *conv.parameters()])])
+        avoid_onednn_faults(conv)
+    assert isinstance(conv, (Padded, Subsampled)) == faulty and alike(*results)
 
 
 @pytest.mark.parametrize("name, more, words", [
@@ -506,11 +418,10 @@ STAGES = {
 @pytest.mark.parametrize("stages", [0, 1, 2, 4])
 @pytest.mark.parametrize("name", STAGES)
 def test_frozen_stages_stay_and_the_others_learn(name, stages, swin):
-    net = randomise_batch_norms(tiny(name, width=1 / 4))  # the start's zeros stop gradients
-    assert net.freeze(stages) is net
-    outer = nn.Sequential(net)  # as DistributedDataParallel has it, and as a test between steps leaves it
-    outer.eval()
-    assert not any(m.training for m in net.modules())
+    """From the stem on, whatever was frozen before; DistributedDataParallel needs a gradient for the rest."""
+    net = randomise_batch_norms(tiny(name, width=1 / 4)).eval()  # the start's zeros stop gradients
+    assert net.freeze(3).freeze(stages) is net and not any(m.training for m in net.modules())
+    outer = nn.Sequential(net)  # as DistributedDataParallel has it
     outer.train()
     before = {key: value.clone() for key, value in net.state_dict().items()}
     outer(clips(4, T=5)).log_softmax(1)[:, 0].sum().backward()
@@ -521,17 +432,10 @@ def test_frozen_stages_stay_and_the_others_learn(name, stages, swin):
     assert [n for n, p in net.named_parameters() if p.requires_grad == n.startswith(frozen)] == []
 
 
-def test_freezing_again_is_from_the_stem_on():
-    net = tiny("resnet3d10").eval()
-    net.freeze(3).freeze(1)
-    assert not any(m.training for m in net.modules())  # as it was
-    net.train()
-    assert not net.res2.training and net.res3.training and net.res3[0].conv1.conv.weight.requires_grad
-    net.freeze(0)
-    assert all(p.requires_grad for p in net.parameters()) and all(m.training for m in net.modules())
-    for stages in (-1, 5, 1.5):
-        with pytest.raises(UserError, match=f"^{stages} stages cannot be frozen: 0 to 4 can$"):
-            net.freeze(stages)
+@pytest.mark.parametrize("stages", [-1, 5, 1.5])
+def test_stages_that_are_not_there(stages):
+    with pytest.raises(UserError, match=f"^{stages} stages cannot be frozen: 0 to 4 can$"):
+        tiny().freeze(stages)
 
 
 # --------------------------------------------------------------------------------------- weights
@@ -585,11 +489,9 @@ def test_weights_of_torchvision(hub, name, model, file, word, capsys):
     given = [value for key, value in net.state_dict().items() if ".gate." not in key]
     pairs = zip(given, original.state_dict().values(), strict=True)
     assert all(torch.equal(a.flatten(), b.flatten()) for a, b in pairs)
-    assert not any(v.any() for k, v in net.state_dict().items() if ".gate." in k)
     flow = build(name, classes, in_channels=10, weights=word)
     assert flow.new_fc and not flow.fc.bias.any() and "last layer" in capsys.readouterr().out and not hub[1]
     assert same(flow, net, skip=["fc.", net.FIRST])
-    assert all(torch.allclose(kernel(flow)[:, c], kernel(net).mean(1), atol=1e-7) for c in range(10))
     if name != "s3dg":
         with pytest.raises(UserError, match="fits another network"):
             tiny(name, weights=word)
@@ -608,19 +510,14 @@ def test_weights_go_into_a_network_with_an_adapter(tmp_path):
             tiny(weights=path, **more)
 
 
-def spelt(name):
-    """A class of Kinetics as the folders of some copies are called."""
-    return "".join(word.capitalize() for word in re.split("[^A-Za-z0-9]+", name))
-
-
 @pytest.mark.parametrize("name, weights", [
     ("r3d_18", "kinetics"), ("swin3d_b", "kinetics"), ("swin3d_b", "kinetics_imagenet22k"),
 ])  # fmt: skip
 def test_published_last_layer_in_the_order_of_the_classes(hub, name, weights, capsys, swin):
-    """The file of a small network stands in for the published one."""
-    order = [(7 * i + 3) % 400 for i in range(400)]
-    entry = PUBLISHED[weights][name]
-    source, names = tiny(name, 400, seed=1), [spelt(entry.meta["categories"][i]) for i in order]
+    """The file of a small network stands in for the published one; names as the folders of some copies."""
+    order, entry = [(7 * i + 3) % 400 for i in range(400)], PUBLISHED[weights][name]
+    names = [re.sub("[^A-Za-z0-9]", "", entry.meta["categories"][i].title()) for i in order]
+    source = tiny(name, 400, seed=1)
     nn.init.normal_(source.fc.bias)
     state = source.state_dict()
     if name == "swin3d_b":
@@ -631,15 +528,12 @@ def test_published_last_layer_in_the_order_of_the_classes(hub, name, weights, ca
     assert torch.equal(net.fc.weight, source.fc.weight[order])
     assert torch.equal(net.fc.bias, source.fc.bias[order])
     for others in (None, [*names[:-1], "juggling chainsaws"], [*names[:-1], names[0]], names[:-1]):
-        classes = len(others or names)
-        net = tiny(name, classes, seed=2, weights=weights, names=others)
+        net = tiny(name, len(others or names), seed=2, weights=weights, names=others)
         assert net.new_fc and same(net, source, skip=["fc."]) and "last layer" in capsys.readouterr().out
-        assert torch.equal(net.fc.weight, tiny(name, classes, seed=2).fc.weight)
+        assert same(net.fc, tiny(name, len(others or names), seed=2).fc)
 
 
-@pytest.mark.parametrize(
-    "word, name", [(w, name) for w in PUBLISHED if w != "imagenet" for name in PUBLISHED[w]]
-)
+@pytest.mark.parametrize("word, name", [(w, n) for w in PUBLISHED if w != "imagenet" for n in PUBLISHED[w]])
 def test_input_of_published_networks(word, name):
     """From torchvision's own preset and the sentence in its documentation."""
     weights, recipe = PUBLISHED[word][name], Recipe(**published_input(name, word))
@@ -684,23 +578,22 @@ def by_mmaction(state, shifted):
 
 @pytest.mark.parametrize("name, shifted, other, differing", [
     ("tsn50", lambda n: False, "tsm50", 32), ("tsm50", lambda n: True, "tsn50", 32),
-    ("tsm101", lambda n: n % 2 == 0, "tsn101", 36), ("tsm101", lambda n: n % 2 == 0, "tsm50", None),
+    ("tsm101", lambda n: n % 2 == 0, "tsn101", 36), ("tsm101", lambda n: n % 2 == 0, "tsm50", ".*"),
 ])  # fmt: skip
 def test_weights_of_mmaction2(tmp_path, name, shifted, other, differing, capsys):
     """As mmcv's ConvModule and MMAction2's TemporalShift name them, in a file with other things."""
-    source, path, x = randomise_batch_norms(tiny(name, seed=1)).eval(), tmp_path / "w.pth", clips()
+    source, path = randomise_batch_norms(tiny(name, seed=1)), tmp_path / "w.pth"
     state = by_mmaction(source.state_dict(), shifted)
     net = "net." if "tsm" in name else ""
     assert {"backbone.conv1.bn.running_mean", f"backbone.layer3.4.conv1.conv.{net}weight",
             "backbone.layer2.0.downsample.conv.weight", "cls_head.fc_cls.weight"} <= {*state}  # fmt: skip
     torch.save({"meta": {"mmcv_version": "1.6.0", "CLASSES": None}, "state_dict": state}, path)
-    net = tiny(name, seed=2, weights=path).eval()
-    assert same(net, source) and torch.equal(net(x), source(x)) and not net.new_fc
-    assert capsys.readouterr().out == ""
+    net = tiny(name, seed=2, weights=path)
+    assert same(net, source) and not net.new_fc and capsys.readouterr().out == ""
     flow = tiny(name, 9, in_channels=10, weights=path)
     assert flow.new_fc and same(flow, source, skip=["conv1.", "fc."])
     # Of each shifted block, the name in the file and the name in the network.
-    with pytest.raises(UserError, match=f"another network, {differing or '.*'} tensors differ"):
+    with pytest.raises(UserError, match=f"another network, {differing} tensors differ"):
         tiny(other, weights=path)
 
 
@@ -739,14 +632,11 @@ def test_a_still_clip_through_the_inflated_network_is_the_picture(tmp_path, fami
     net = tiny(f"{family}{depth}", weights=tmp_path / "w.pt").double().eval()
     picture = clips(1, T=1).double()
     with torch.no_grad():
-        stages = [*zip(flat.features(picture), net.features(picture.expand(-1, -1, 40, -1, -1)), strict=True)]
-    for want, f in stages:
-        middle = f[:, :, f.shape[2] // 2]
-        assert torch.allclose(middle, want[:, :, 0], rtol=1e-5, atol=1e-5 * want.abs().max())
-    for n, m in net.named_modules():  # all frames of a kernel are the same
-        assert not isinstance(m, nn.Conv3d) or torch.equal(
-            m.weight, m.weight[:, :, :1].expand_as(m.weight)
-        ), n
+        stages = zip(net.features(picture.expand(-1, -1, 40, -1, -1)), flat.features(picture), strict=True)
+        assert all(alike([f[:, :, f.shape[2] // 2]], [want[:, :, 0]]) for f, want in stages)
+    for module in net.modules():  # all frames of a kernel are the same
+        if isinstance(module, nn.Conv3d):
+            assert torch.equal(module.weight, module.weight[:, :, :1].expand_as(module.weight))
     assert torch.equal(flat.fc.weight, net.fc.weight)
 
 
@@ -762,9 +652,9 @@ def test_fetch_downloads_once_and_a_failure_is_one_sentence(hub, monkeypatch):
         torch.save({}, path)
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    for act in (lambda: tiny("tsm18", weights="imagenet"), *[lambda: fetch("i3d18-small", "imagenet")] * 2):
+    for _ in range(3):
         with pytest.raises(UserError) as caught:
-            act()
+            fetch("i3d18-small", "imagenet")
         assert re.fullmatch(f"{url} cannot be downloaded .*{path}, or give .*", str(caught.value))
     for name in ("tsm18", "tsm18", "resnet3d18"):
         assert fetch(name, "imagenet") == path
@@ -774,48 +664,38 @@ def test_fetch_downloads_once_and_a_failure_is_one_sentence(hub, monkeypatch):
 @pytest.mark.parametrize("other", [
     dict(width=1 / 8), dict(name="resnet3d18", classes=9, in_channels=2), dict(name="tsm18"),
 ])  # fmt: skip
-def test_weights_of_another_network_are_refused(tmp_path, other, capsys):
+def test_weights_of_another_network_are_refused(tmp_path, other):
     path = tmp_path / "w.pt"
     torch.save(tiny(**other).state_dict(), path)
-    with pytest.raises(UserError, match=r"another network, \d+ tensors differ: (.* is .*; ){4}") as error:
+    with pytest.raises(
+        UserError, match=rf"^[^\n]*{path}.*another network, \d+ tensors differ: (.* is .*; ){{4}}"
+    ):
         tiny(weights=path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert capsys.readouterr().out == ""
 
 
 class Malice:
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def old(thing, path):
-    """As torch before 1.6 saved it."""
-    torch.save(thing, path, _use_new_zipfile_serialization=False)
+        return os.mkdir, ("executed",)
 
 
 FILES = {
-    "text": lambda p: p.write_text("<html>Please log in</html>\n"),
-    "cut short": lambda p: (torch.save(tiny().state_dict(), p), os.truncate(p, p.stat().st_size // 2)),
-    "old, cut short": lambda p: (old(tiny().state_dict(), p), os.truncate(p, p.stat().st_size // 2)),
-    "old malice": lambda p: old(Malice(p.parent / "executed"), p),
-    "malice": lambda p: torch.save(Malice(p.parent / "executed"), p),
-    "a list": lambda p: torch.save([1, 2], p),
-    "no tensors": lambda p: torch.save({"net": {"fc.weight": 3}}, p),
-    "no net": lambda p: torch.save({"step": 3, "nets": {}}, p),
-    "numbered": lambda p: torch.save({1: torch.zeros(2)}, p),
-    "missing": lambda p: None,
-}
+    "text": b"<html>Please log in</html>\n", "missing": None, "cut short": tiny().state_dict(),
+    "malice": Malice(), "a list": [1, 2], "no tensors": {"net": {"fc.weight": 3}},
+    "no net": {"step": 3, "nets": {}}, "numbered": {1: torch.zeros(2)},
+}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("new", [True, False])  # or as torch before 1.6 saved it
 @pytest.mark.parametrize("kind", FILES)
-def test_foreign_and_damaged_files_are_refused(tmp_path, kind):
-    path = tmp_path / "w.pt"
-    FILES[kind](path)
-    with pytest.raises(UserError) as error:
-        tiny(weights=path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert not (tmp_path / "executed").exists()
+def test_foreign_and_damaged_files_are_refused(tmp_path, kind, new, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if kind == "text":
+        Path("w.pt").write_bytes(FILES[kind])
+    elif FILES[kind]:
+        torch.save(FILES[kind], "w.pt", _use_new_zipfile_serialization=new)
+    if kind == "cut short":
+        os.truncate("w.pt", os.path.getsize("w.pt") // 2)
+    with pytest.raises(UserError, match=r"^[^\n]*w.pt[^\n]*$"):
+        tiny(weights="w.pt")
+    assert not Path("executed").exists()
