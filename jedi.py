@@ -373,6 +373,7 @@ def supervised_flags(args):
         flags |= zip(LABELS, labels_of(args, k), strict=True)
         lines.append([f"--out={args.out}/experts/{slug(name)}"])
         lines[-1] += [f"--{flag}={value}" for flag, value in flags.items() if value is not None]
+        lines[-1] += ["--resume_changed"] * args.resume_changed
         for flag, _, value in (text.partition("=") for text in args.expert_flags):
             lines[-1] += [f"--{flag}", *filter(None, value.split(","))]
     return lines
