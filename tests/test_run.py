@@ -745,7 +745,7 @@ def test_model_on_a_full_disk(tmp_path, monkeypatch):
 @pytest.mark.parametrize("free, fits", [(190e3, False), (200e3, True)])
 def test_space_is_checked_before_training(tmp_path, monkeypatch, free, fits):
     """For three checkpoints with Adam's two moments, and for model.pt: 10 times 20 kB of weights."""
-    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_blocks=9, f_bavail=free, f_frsize=1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1e6, free=free))
     net = torch.nn.Linear(1000, 5, bias=False)
     optimizer = torch.optim.AdamW(net.parameters())
     with Run("cmpl", tmp_path, {}) as run:

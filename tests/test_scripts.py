@@ -185,7 +185,7 @@ def test_run_folder_is_complete_and_shows_its_result_again(finished, toy_root, c
     result = json.loads((out / "result.json").read_text())
     line = results_in(printed)[-1]  # of the last stage
     assert f"RESULT script={script} data=toy " in line and f"top1={result['top1']:.2f}" in line
-    assert re.search(r"videos=20 unreadable=0 seconds=\d+$", line)
+    assert re.search(r"videos=20 unreadable=0 seconds=\d+ code=\w{12}$", line)
     test, log = rows(quick_log_of(script, out))[-1], rows(out)
     assert test["eval"] == "quick" and LOGGED[script] <= test.keys()
     steps = [row["step"] for row in log if "eval" not in row]
