@@ -154,16 +154,16 @@ def test_command_writes_every_ensemble(data, models, tmp_path, average):
 
 
 def test_another_test_has_another_folder_and_a_signal_leaves_no_result(data, models, tmp_path, monkeypatch):
-    line = ["--data", "set", "--workers", "0", "--out"]
     a, b, _ = models
+    line = ["--data", "set", "--workers", "0", "--out", f"{tmp_path}/out"]
     for _ in range(2):
-        ensemble.main([a, *line, f"{tmp_path}/out"])
-    for words in ([b, *line, f"{tmp_path}/out"], [a, *line, f"{tmp_path}/out", "--average", "softmax"]):
+        ensemble.main([a, *line])
+    for words in ([b, *line], [a, *line, "--average", "softmax"]):
         with pytest.raises(SystemExit, match="choose another --out"):
             ensemble.main(words)
         dist.destroy_process_group()
     monkeypatch.setattr(evaluate, "score", lambda *_, **__: None)
-    ensemble.main([a, *line, f"{tmp_path}/stopped"])
+    ensemble.main([a, *line, "--out", f"{tmp_path}/stopped"])
     assert not (tmp_path / "stopped" / "result.json").exists()
 
 
