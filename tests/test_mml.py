@@ -160,6 +160,16 @@ def test_mars_and_d3d_known_values(loss, x, by_hand):
 
 
 @pytest.mark.parametrize("loss", [
+    lambda own, other: mml.kl_loss(other.softmax(1), own), mml.mars_loss, mml.d3d_loss,
+    lambda own, other: mml.kl_loss(other.sigmoid(), own, multilabel=True),
+])  # fmt: skip
+def test_the_other_side_of_a_loss_is_detached(loss):
+    own, other = (random(8, 6, seed=seed).requires_grad_() for seed in (1, 2))
+    loss(own, other).backward()
+    assert own.grad.any() and other.grad is None
+
+
+@pytest.mark.parametrize("loss", [
     lambda x: mml.classification_loss(x, torch.arange(B) % K), lambda x: mml.d3d_loss(x, x),
     lambda x: mml.classification_loss(x, several(B, K)), lambda x: mml.mars_loss(x, x),
     lambda x: mml.kl_loss(x.softmax(1).float(), x), lambda x: mml.kl_loss(x.sigmoid().float(), x, True),
