@@ -11,18 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.clips import (
-    Clips,
-    Order,
-    Views,
-    dense,
-    dense_parts,
-    dense_test,
-    eval_loader,
-    train_loader,
-    uniform,
-    uniform_test,
-)
+from common import clips as samplers
+from common.clips import Clips, Order, Views, dense, dense_test, eval_loader, train_loader, uniform
+from common.data import Videos
 from common.errors import VideoError
 from common.io.decode import Video
 from common.io.workers import watched
@@ -30,39 +21,35 @@ from common.io.workers import watched
 # ---- samplers ------------------------------------------------------------------------------------
 
 
-def test_dense_windows_start_anywhere_and_are_looped():
+def test_random_frames_stay_in_their_windows_and_segments():
     rng = np.random.default_rng(0)
     windows = np.stack([dense(20, 4, 4, rng) for _ in range(200)])
     assert windows.dtype == np.int64 and (np.diff(windows) == 4).all()
     assert set(windows[:, 0].tolist()) == {0, 1, 2, 3, 4}  # 20 - 4 * 4 + 1 places
     assert list(dense(3, 4, 2, rng)) == [0, 2, 1, 0]  # 0 2 4 6, looped
     assert list(dense(1, 3, 8, rng)) == [0, 0, 0]
-
-
-def test_uniform_frames_are_random_in_their_segments():
-    rng = np.random.default_rng(0)
     drawn = np.stack([uniform(12, 3, rng) for _ in range(200)])
     assert [set(column) for column in drawn.T.tolist()] == [{0, 1, 2, 3}, {4, 5, 6, 7}, {8, 9, 10, 11}]
 
 
-@pytest.mark.parametrize(
-    "sampler, arguments, frames",
-    [
-        (dense_test, (20, 4, 2, 4), [[s, s + 2, s + 4, s + 6] for s in (0, 4, 8, 12)]),
-        (dense_test, (20, 2, 2, 1), [[8, 10]]),
-        (dense_test, (3, 4, 1, 2), [[0, 1, 2, 0]] * 2),
-        (dense_test, (1, 2, 8, 10), [[0, 0]] * 10),
-        # 20 frames, 4 at stride 3: T' = 11, parts begin at 0, 3.67, 7.33
-        (dense_parts, (20, 4, 3, 3), [[0, 3, 6, 9], [3, 6, 9, 12], [7, 10, 13, 16]]),
-        (dense_parts, (3, 4, 1, 2), [[0, 1, 2, 0]] * 2),  # too short: looped
-        (uniform, (8, 4), [1, 3, 5, 7]),
-        (uniform, (2, 4), [0, 0, 1, 1]),
-        (uniform_test, (20, 4, 1), [[2, 7, 12, 17]]),  # a single one: centres
-        (uniform_test, (20, 4, 2), [[0, 5, 10, 15], [2, 7, 12, 17]]),  # + 0.5 T / N = 2.5
-    ],
-)
+FRAMES = [
+    ("dense_test", (20, 4, 2, 4), [[s, s + 2, s + 4, s + 6] for s in (0, 4, 8, 12)]),
+    ("dense_test", (20, 2, 2, 1), [[8, 10]]),
+    ("dense_test", (3, 4, 1, 2), [[0, 1, 2, 0]] * 2),
+    ("dense_test", (1, 2, 8, 10), [[0, 0]] * 10),
+    # 20 frames, 4 at stride 3: T' = 11, parts begin at 0, 3.67, 7.33
+    ("dense_parts", (20, 4, 3, 3), [[0, 3, 6, 9], [3, 6, 9, 12], [7, 10, 13, 16]]),
+    ("dense_parts", (3, 4, 1, 2), [[0, 1, 2, 0]] * 2),  # too short: looped
+    ("uniform", (8, 4), [1, 3, 5, 7]),
+    ("uniform", (2, 4), [0, 0, 1, 1]),
+    ("uniform_test", (20, 4, 1), [[2, 7, 12, 17]]),  # a single clip: centres
+    ("uniform_test", (20, 4, 2), [[0, 5, 10, 15], [2, 7, 12, 17]]),  # + 0.5 T / N = 2.5
+]
+
+
+@pytest.mark.parametrize("sampler, arguments, frames", FRAMES)
 def test_samplers_by_hand(sampler, arguments, frames):
-    assert sampler(*arguments).tolist() == frames
+    assert getattr(samplers, sampler)(*arguments).tolist() == frames
 
 
 def paper_dense(T, N, tau, k):
@@ -87,7 +74,7 @@ def paper_uniform(T, N, m):
 @pytest.mark.parametrize("N, tau", [(8, 4), (16, 2), (5, 1), (1, 3)])
 def test_appendix_1_as_printed(T, N, tau):
     for count in range(5):
-        k_dense, m_uniform = dense_parts(T, N, tau, count), uniform_test(T, N, count)
+        k_dense, m_uniform = samplers.dense_parts(T, N, tau, count), samplers.uniform_test(T, N, count)
         assert k_dense.dtype == m_uniform.dtype == np.int64
         assert k_dense.shape == m_uniform.shape == (count, N)
         assert m_uniform.tolist() == paper_uniform(T, N, count)
@@ -104,11 +91,7 @@ def test_an_order_is_a_permutation_a_pass():
         assert sorted(indices) == list(range(7)) and set(draws) == {d}
     assert [again[p] for p in reversed(range(21))] == positions[::-1]
     assert [Order(7, seed=4)[p] for p in range(7)] != positions[:7]
-
-
-def test_an_order_takes_several_positions_at_once():
-    """Within a pass, across its end, of several passes; forwards, and again from an earlier place."""
-    order, again = Order(7, seed=3), Order(7, seed=3)
+    # Several positions at once: in a pass, across its end, of several passes, and from an earlier place.
     for first, count in ((0, 3), (3, 7), (13, 1), (14, 7), (20, 2), (5, 30), (700, 4), (2, 5), (6, 8)):
         indices = order.take(first, count)
         assert indices.dtype == np.int64
@@ -116,22 +99,6 @@ def test_an_order_takes_several_positions_at_once():
 
 
 # ---- data sets -----------------------------------------------------------------------------------
-
-
-class Videos:
-    """What Clips and Views need of common.data.Videos."""
-
-    def __init__(self, paths, labels, spans=None):
-        self.paths, self.labels, self.spans = [str(p) for p in paths], labels, spans
-
-    def __len__(self):
-        return len(self.paths)
-
-    def path(self, i):
-        return self.paths[i]
-
-    def span(self, i):
-        return self.spans and self.spans[i]
 
 
 def sample_two(v, rng):
@@ -149,7 +116,7 @@ def sample_views(v):
     return list(dense_test(len(v), 2, 4, 1 + len(v) % 2))
 
 
-def fails(*_):
+def bug(*_):
     raise IndexError("a bug of the script")
 
 
@@ -160,11 +127,11 @@ def training_clips(library, seed=5, **options):
 @pytest.fixture(scope="module")
 def library(make, tmp_path_factory):
     """Ten videos of 20 to 29 frames: number 3 is an error page, number 7 is missing."""
-    folder = tmp_path_factory.mktemp("library")
-    paths = [make.write(folder / f"{i}.mp4", frames=20 + i, size=(96, 64)) for i in range(10)]
+    folder, names = tmp_path_factory.mktemp("library"), [f"{i}.mp4" for i in range(10)]
+    paths = [make.write(folder / name, frames=20 + i, size=(96, 64)) for i, name in enumerate(names)]
     Path(paths[3]).write_text("<html>404</html>")
     os.remove(paths[7])
-    return Videos(paths, np.arange(10, dtype=np.int64) * 10)
+    return Videos.make(folder, names, np.arange(10) * 10)
 
 
 def same(a, b):
@@ -209,35 +176,35 @@ def test_unreadable_videos_are_replaced_by_the_next_in_the_order(library):
             assert not same(item["views"], clips[p + k]["views"])
     assert unreadable == {3, 7}
     with pytest.raises(VideoError, match="3.mp4: Invalid data"):
-        training_clips(Videos([library.path(3)] * 4, np.zeros(4, np.int64)))[0]
+        training_clips(library.subset([3] * 4))[0]
 
 
-@pytest.mark.parametrize(
-    "sample, view, message",
-    [
-        (lambda v, *rng: [np.array([0, len(v)])], list, "frames .* of a video of"),
-        (lambda v, *rng: None, list, "not iterable"),
-        (fails, list, "a bug of the script"),
-        (lambda v, *rng: [np.array([0])], fails, "a bug of the script"),
-    ],
-)
+BUGS = [
+    (lambda v, *rng: [np.array([0, len(v)])], list, "frames .* of a video of"),
+    (lambda v, *rng: None, list, "not iterable"),
+    (bug, list, "a bug of the script"),
+    (lambda v, *rng: [np.array([0])], bug, "a bug of the script"),
+]
+
+
+@pytest.mark.parametrize("sample, view, message", BUGS)
 def test_bugs_of_the_script_surface(library, sample, view, message):
     for dataset in (Clips(library, sample, view, seed=5), Views(library, sample, view)):
         with pytest.raises((IndexError, TypeError), match=message):
             dataset[0]
 
 
+UNREADABLE = [
+    (TypeError("no\ntraceback"), "TypeError: no"),
+    (RuntimeError(), "RuntimeError"),
+    (IndexError("list index out of range"), "list index out of range"),
+    (OSError(5, "Input/output error"), "Input/output error"),
+    (VideoError("no frames"), "no frames"),
+]
+
+
 @pytest.mark.parametrize("place", ["open", "__enter__", "clips"])
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (TypeError("no\ntraceback"), "TypeError: no"),
-        (RuntimeError(), "RuntimeError"),
-        (IndexError("list index out of range"), "list index out of range"),
-        (OSError(5, "Input/output error"), "Input/output error"),
-        (VideoError("no frames"), "no frames"),
-    ],
-)
+@pytest.mark.parametrize("error, reason", UNREADABLE)
 def test_a_video_is_unreadable_whatever_decoding_it_raises(library, place, error, reason):
     def open(videos, index):
         if index != 2:
@@ -257,11 +224,11 @@ def test_a_video_is_unreadable_whatever_decoding_it_raises(library, place, error
 
 
 def test_labels_and_spans(library, make):
-    many = np.array([[1, 0, 1], [0, 1, 0]], np.uint8)
-    videos = Videos([library.path(0), library.path(1)], many, spans=[(0.2, 0.4), (0.0, 0.04)])
+    hot, spans = np.array([[1, 0, 1], [0, 1, 0]], np.uint8), [(0.2, 0.4), (0.0, 0.04)]
+    videos = Videos.make(library.root, ["0.mp4", "1.mp4"], hot, spans=spans)
     clips = Clips(videos, sample_two, lambda clips: clips[0], seed=0)
     for item in (clips[0], clips[1]):
-        assert item["label"].dtype == torch.float32 and item["label"].tolist() == many[item["index"]].tolist()
+        assert item["label"].dtype == torch.float32 and item["label"].tolist() == hot[item["index"]].tolist()
         frames = {make.number(frame) for frame in item["views"]}
         assert frames <= (set(range(5, 10)) if item["index"] == 0 else {0})
 
@@ -306,8 +273,7 @@ def test_ranks_share_the_stream(library):
 
 
 def test_a_small_labelled_set_wraps_around(library):
-    few = Videos([library.path(0), library.path(1)], np.array([4, 5]))
-    (batch,) = next(iter(train_loader([(training_clips(few), 5)], 0, 1)))
+    (batch,) = next(iter(train_loader([(training_clips(library.subset([0, 1])), 5)], 0, 1)))
     assert sorted(set(batch["index"].tolist())) == [0, 1] and len(batch["index"]) == 5
 
 
@@ -326,8 +292,7 @@ def test_test_blocks_do_not_depend_on_the_ranks(library):
     assert same(list(eval_loader(views, 3, done={3})), [whole[0], *whole[2:]])
     assert same(list(eval_loader(views, 3, 1, 2, done={3})), whole[2:3])
     assert not list(eval_loader(views, 3, done={0, 3, 6, 9}))
-    broken = Views(Videos([library.path(3)], np.array([1])), sample_views, torch.stack)
-    (batch,) = eval_loader(broken, 4)
+    (batch,) = eval_loader(Views(library.subset([3]), sample_views, torch.stack), 4)
     assert batch["views"] is None and batch["counts"].tolist() == [0]
 
 
