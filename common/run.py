@@ -79,6 +79,7 @@ class Run:
         self.stop = False  # a signal has reached this rank
         self.stopped = False  # a signal has reached a rank, and all ranks have agreed to stop
         self.ended = False  # there is a result
+        self.is_new = False  # this rank has made the run folder
         self.total = self.test_every = self.videos = 0  # see `steps`
         # Since the last row of log.jsonl: sums of terms, steps, seconds of waiting and of all.
         self.sums, self.count, self.wait, self.elapsed, self.mark = {}, 0, 0.0, 0.0, 0.0
@@ -145,6 +146,7 @@ class Run:
 
     def _open_folder(self):
         try:
+            self.is_new = not self.out.exists()
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.out / ".lock", "w")
         except OSError as error:
@@ -196,6 +198,8 @@ class Run:
     def _on_signal(self, number, frame):
         if self.stop and number == signal.SIGINT:
             os._exit(130)
+        if self.main and not self.stop and self.bar is not None:
+            os.write(2, b"\nstopping after this step\n")  # print may be at work already
         self.stop = True
 
     def __exit__(self, kind, error, trace):
@@ -203,6 +207,8 @@ class Run:
             self.bar.close()
         message, status = explain(error)
         if message is not None:
+            if self.is_new and self.out.is_dir() and {*os.listdir(self.out)} <= {"config.json", ".lock"}:
+                shutil.rmtree(self.out)  # of a mistake in the command, before anything was done
             leave(self.script, message, status)
         if error is None:
             gc.collect()  # a gloo group that still knows a DDP module can abort the interpreter at its exit

@@ -751,3 +751,13 @@ def test_space_is_checked_before_training(tmp_path, monkeypatch, free, fits):
     with Run("cmpl", tmp_path, {}) as run:
         with nullcontext() if fits else pytest.raises(UserError, match=r"0.2 MB free.* need 0.2 MB"):
             run.resume(IDENTITY, net=net, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_mistake_leaves_no_new_run_folder(tmp_path, leave, is_new):
+    out = tmp_path / "out"
+    if not is_new:
+        out.mkdir()
+    with pytest.raises(SystemExit, match="no data set"), Run("cmpl", out, {}):
+        raise UserError("there is no data set")
+    assert out.exists() != is_new and tmp_path.exists()
