@@ -2,10 +2,11 @@
 
 Kirill Gavrilyuk, Mihir Jain, Ilia Karmanov, Cees G. M. Snoek. ICCV 2021.
 
-From few labelled videos a network learns more from optical flow than from RGB frames, but flow is expensive
-at test time. So a flow network, the generator, only makes pseudo-labels: it is trained on the small labelled
-set, and its features of the clips of a large unlabelled collection, the source, are clustered. An RGB network
-learns to predict the cluster of each clip and is fine-tuned on the labelled set. Tests need no flow.
+From a small labelled set a network learns more from optical flow than from RGB frames, but flow is slow to
+compute at test time. So flow only makes pseudo-labels: a flow network, the generator, is trained on the
+labelled set, and its features of the clips of a large unlabelled collection, the source, are clustered. An
+RGB network learns to predict the cluster of each clip. It is then fine-tuned on a labelled set, the same one
+or another (Table 4). Tests need no flow.
 
     1 generator   labelled videos -> R clips of flow -> M_MPLG -> Eq. 1 with the class
     2 pseudo      source videos -> dense clips of flow -> M_MPLG -> features (-> segments, Eq. 4)
@@ -14,6 +15,7 @@ learns to predict the cluster of each clip and is fine-tuned on the labelled set
     4 finetune    labelled videos -> R clips of RGB -> M_RGB, early stages frozen -> Eq. 1 with the class
 
 Equations:  Eq. 1 -> multi_clip_loss    Eq. 2 -> clip_order_loss    Eq. 3 -> batch_loss, all in train_step
+            (clip order, Eq. 2 and 3, is an ablation: `--lam 1`, the default, leaves it out)
             Eq. 4 -> boundaries, in segments    K-means (Sec. 3.2) -> common/kmeans.py
             MERS, MARS (Table 5) -> feature_loss    retrieval (Table 7) -> common/tools/retrieve.py
 
@@ -26,14 +28,15 @@ Run (the paper's data sets and batches on one GPU; then the embedded data set, o
     python motionfit.py --data ucf101 --source k400
     python motionfit.py --data toy:mini
 
-This runs the four stages, each with those of the flags that it has, in folders of `--out`: generator, pseudo,
-selftrain and, for fine-tuning, `--out` itself. A stage can be run by itself; it starts from the files of the
-earlier ones in `--out`, or from those that its flags name:
+This runs the four stages in turn. A flag goes to every stage that has it. Stages 1 to 3 write to the folders
+generator, pseudo and selftrain of `--out`, fine-tuning to `--out` itself. A stage can also be run alone; its
+input is then the earlier stages' files in `--out`, or the files that its flags name:
 
     python motionfit.py pseudo --data toy:mini --generator RUN/generator/model.pt --clusters 32 --out RUN_32
     python motionfit.py finetune --data toy:mini --init RUN/selftrain/model.pt --frames 16 --out RUN_16
 
-Baselines: `finetune --init none`; MERS `selftrain --teacher MODEL.PT`; MARS `finetune --teacher MODEL.PT`.
+Baselines: `finetune --init none`; MERS `selftrain --teacher MODEL.PT` before `finetune`;
+MARS `finetune --teacher MODEL.PT`.
 
 Differences from the paper, and what it leaves open (VCOP is the public code of its reference [67]):
 
@@ -45,17 +48,19 @@ D3  The R clips of a video do not overlap if it is long enough. Each has its own
 D4  Clip order is predicted from pooled features by VCOP's head: 512 units for each pair of clips, dropout
     0.5, R! classes. The features are shuffled, not the clips.
 D5  R = 3 in all stages; the paper says so for the generator only.
-D6  Dense clips are evenly spread without overlap, at most 128 a video, and cropped at the centre. Features
-    are averaged over time and space, not reduced or normalised. The RGB network has as many, evenly spread.
+D6  A video has T dense clips, at most 128, evenly spread without overlap, cropped at the centre. Features are
+    averaged over time and space, not reduced or normalised. RGB clip t, of T that are spread in the same way,
+    has the pseudo-label of flow clip t.
 D7  K-means starts once from K random features, 20 iterations at most. p of Eq. 4 is 75, within a video.
 D8  `--neighbours` (Sec. 4.4): a linear layer each predicts the pseudo-labels of the next and the previous
     dense clip; their losses are added to Eq. 1. Off: the paper does not say which of its results have it.
 D9  The 10 % for validation (Sec. 4.2) are whole groups of videos, and for the log only: the last weights are
     kept. In self-training the central clip is tested against the pseudo-label of the middle dense clip.
-D10 In fine-tuning the stages before conv4 are frozen, batch norms included; from random weights all learn.
+D10 Fine-tuning freezes the stages before conv4, with their batch norms. With `--init none` all stages train.
 D11 Test: ten clips, central crop, averaged logits, as in VCOP.
-D12 A model that has learned labels of another split of `--data` is refused, and so is a source with test
-    videos (`--allow_leak`). The paper does not say how its three splits share a generator.
+D12 A model trained on labels of another split of `--data` is refused: its training videos are test videos
+    here. So is a source with test videos. `--allow_leak` accepts both. The paper does not say how its three
+    splits share a generator.
 D13 MERS and MARS compare pooled features by the mean squared difference (Crasto et al. 2019); MARS weighs it
     by 50 beside Eq. 1 and trains all stages from random weights.
 D14 `--source all` and `rest` are the training videos of `--data`, with and without the labelled ones (Tables
@@ -103,9 +108,9 @@ RECIPES = {
 RECIPES["small"] = RECIPES["toy"] | dict(per_class=2, size=48, stretch=[54, 68], clusters=20, warmup=3,
     eval_every=20, epochs=dict(generator=60, selftrain=30, finetune=40))  # fmt: skip
 DENSE = 128  # dense clips of a video, at most: they are decoded together
-START_FILES = "generator", "pseudo", "init", "teacher"  # flags of the files that a stage starts from
-UNUSED = "pseudo", "init"  # of these, with --teacher
-NO_FILE = (None, "none", *PUBLISHED)  # values of these that are no files
+START_FILES = "generator", "pseudo", "init", "teacher"  # flags that name a file of an earlier stage
+UNUSED_WITH_TEACHER = "pseudo", "init"  # those that MERS and MARS do not read
+NOT_A_PATH = (None, "none", *PUBLISHED)  # values of START_FILES that name no file
 
 
 def parse_args(argv=None):
@@ -177,9 +182,7 @@ def parse_stage(stage, p, argv):
     if max(args.size, args.test_size) > min(args.stretch):
         p.error("--size and --test_size are crops of --stretch {} {}".format(*args.stretch))
     given = {word.partition("=")[0] for word in argv}
-    if (
-        "lam" in args and args.lam < 1 and args.multi_clips not in range(2, 6)
-    ):  # of 9 clips there are 9! orders
+    if "lam" in args and args.lam < 1 and args.multi_clips not in range(2, 6):  # 9 clips have 9! orders
         p.error(f"--lam below 1 predicts the order of 2 to 5 clips, --multi_clips is {args.multi_clips}")
     if stage == "selftrain" and args.teacher and ("--pseudo" in given or args.neighbours or args.lam < 1):
         p.error("--teacher learns features only: --lam 1, without --pseudo and --neighbours")
@@ -190,9 +193,9 @@ def parse_stage(stage, p, argv):
 
 def start_files(args):
     """{flag: path} of the files that a stage starts from."""
-    unused = START_FILES if args.eval else UNUSED if getattr(args, "teacher", None) else ()
+    unused = START_FILES if args.eval else UNUSED_WITH_TEACHER if getattr(args, "teacher", None) else ()
     paths = {flag: getattr(args, flag, None) for flag in START_FILES if flag not in unused}
-    return {flag: path for flag, path in paths.items() if path not in NO_FILE}
+    return {flag: path for flag, path in paths.items() if path not in NOT_A_PATH}
 
 
 # -------------------------------------------------------------------------------- the method
@@ -202,7 +205,7 @@ def multi_clip_loss(logits, y):
     """Eq. 1: L_mc = 1/B sum_b (1/R sum_i L_class(y_bi, y'_bi)).
 
     logits (B, R, K), y (B, R) int64, of which -1 does not count. The cross-entropies of the clips are
-    averaged, not their logits, so that a clip of the background cannot drown one of the action.
+    averaged, not their logits: a clip of the background then cannot cancel the signal of one of the action.
     """
     losses = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), ignore_index=-1, reduction="sum")
     return losses / (y >= 0).sum().clamp(min=1)
@@ -357,17 +360,18 @@ def source_videos(args, run, kinds, models):
 
 
 def multi_clip(source, rng, args, kinds):
-    """R windows in time order, which do not overlap if there is room (D3), each for all `kinds` of input."""
+    """R windows in time order for each of `kinds`; they do not overlap if the video is long enough (D3)."""
     n, R, span = len(source), args.multi_clips, (args.frames - 1) * args.stride + 1
-    apart = span if n >= R * span else 0
-    room = max(n - span - apart * (R - 1), 0)
-    starts = np.sort(rng.integers(room + 1, size=R)) + apart * np.arange(R)
+    gap = span if n >= R * span else 0
+    n_free = max(n - span - gap * (R - 1), 0)
+    starts = np.sort(rng.integers(n_free + 1, size=R)) + gap * np.arange(R)
     return [(start + args.stride * np.arange(args.frames)) % n for start in starts for _ in kinds]
 
 
-def pseudo_labelled(source, rng, args, labels):
+def pseudo_labelled(source, rng, args, pseudo_labels):
     """(R windows, dense clips in time order; their pseudo-labels (R, 1), with --neighbours (R, 3))."""
-    y = np.append(labels.of(source.videos.labels[source.index]), -1)  # -1 beyond the ends
+    video = source.videos.labels[source.index]  # its number in pseudo_labels, see train
+    y = np.append(pseudo_labels.of(video), -1)  # -1: no clip before the first or after the last
     T = len(y) - 1
     t = np.sort(rng.choice(T, args.multi_clips, replace=T < args.multi_clips))
     windows = dense_test(len(source), args.frames, args.stride, T)[t]  # D6
@@ -376,12 +380,12 @@ def pseudo_labelled(source, rng, args, labels):
 
 def train_views(clips, args, kinds):
     """uint8 (R, T, C, H, W) of each of `kinds`; a clip has the same crop in all of them (D3)."""
-    moments = [clips[k : k + len(kinds)] for k in range(0, len(clips), len(kinds))]
-    for r, moment in enumerate(moments):
-        moments[r] = augment.stretched_crop(moment, args.size, args.stretch)
+    groups = [clips[k : k + len(kinds)] for k in range(0, len(clips), len(kinds))]  # a window's clips
+    for r, group in enumerate(groups):
+        groups[r] = augment.stretched_crop(group, args.size, args.stretch)
         if args.flip and torch.rand(()) < 0.5:
-            moments[r] = [modality.flip(clip, kind) for clip, kind in zip(moments[r], kinds, strict=True)]
-    return tuple(torch.stack(crops) for crops in zip(*moments, strict=True))
+            groups[r] = [modality.flip(clip, kind) for clip, kind in zip(groups[r], kinds, strict=True)]
+    return tuple(torch.stack(crops) for crops in zip(*groups, strict=True))
 
 
 @dataclass(frozen=True)
@@ -420,7 +424,8 @@ def pseudo(args, run):
     identity = {"unlabelled": digest_of_videos(videos)}
     if run.finished(identity):
         return
-    # `clips` only decides how many videos go through the network together: one where flow is computed.
+    # DenseClips sets the number of clips; `clips` only sets how many videos share a batch: one where flow is
+    # computed, eight where it is read.
     clips = 64 if recipe.modality == "field" and videos.flow is None else 8
     dense = vars(recipe) | dict(clips=clips, crops=1, hop=args.hop or recipe.frames * recipe.stride)
     folder, generator = Path(args.features), {"generator": digest_of_model(net)}
@@ -512,12 +517,12 @@ def learned_by(args, path, learned=None):
 def train(stage, args, run):
     """Stages 1 (Sec. 3.1), 3 (Sec. 3.2) and 4 (Sec. 4.2): a network learns labels or pseudo-labels."""
     # 1. The files that the stage starts from.
-    teacher, models, labels, learned = None, {}, None, {}
+    teacher, models, pseudo_labels, learned = None, {}, None, {}
     init, path = getattr(args, "init", None), getattr(args, "teacher", None)
     if path:
         teacher, models[path], learned = load_generator(args, path, run)
         init = "none"
-    elif init not in NO_FILE:
+    elif init not in NOT_A_PATH:
         learned = learned_by(args, init)
     mers = teacher is not None and stage == "selftrain"
 
@@ -528,11 +533,13 @@ def train(stage, args, run):
     if stage == "selftrain":
         data, videos, scale = source_videos(args, run, kinds, models)
         if not mers:
-            labels = load_pseudo(args, videos)
-            learned, sample = labels.learned, partial(pseudo_labelled, args=args, labels=labels)
-            readable = np.flatnonzero(np.diff(labels.first))  # a video's label is now its number in them
+            pseudo_labels = load_pseudo(args, videos)
+            learned = pseudo_labels.learned
+            sample = partial(pseudo_labelled, args=args, pseudo_labels=pseudo_labels)
+            # From here on videos.labels holds each video's number in pseudo_labels, not a class.
+            readable = np.flatnonzero(np.diff(pseudo_labels.first))
             videos = replace(videos, labels=np.arange(len(videos))).subset(readable)
-        classes = [f"cluster {k}" for k in range(1 if mers else labels.clusters)]
+        classes = [f"cluster {k}" for k in range(1 if mers else pseudo_labels.clusters)]
     else:
         data, videos, scale = labelled_videos(args, run, kinds, models)
         name = Path(args.data).name.partition(":")[0]
@@ -542,8 +549,8 @@ def train(stage, args, run):
     is_held_out = hold_out(videos, getattr(args, "holdout", 0), args.seed)  # D9
     held_out = videos.subset([] if mers else np.flatnonzero(is_held_out))
     videos = videos.subset(np.flatnonzero(~is_held_out))
-    if labels:
-        middle = [labels.of(i)[len(labels.of(i)) // 2] for i in held_out.labels]
+    if pseudo_labels:
+        middle = [pseudo_labels.of(i)[len(pseudo_labels.of(i)) // 2] for i in held_out.labels]
         held_out = replace(held_out, labels=np.array(middle, dtype=np.int64))
     open_video = partial(modality.Streams, modalities=kinds, bound=scale[0], flow_side=scale[1])
     clips = Clips(videos, sample, partial(train_views, args=args, kinds=kinds), args.seed, open=open_video)
@@ -637,10 +644,10 @@ def test(args, run):
 
 
 def one_run(stage, args, runs):
-    """A stage, or a test, in its folder; whether there is a result, and no signal to stop after it."""
+    """Run a stage, or a test, in its own folder. True if it has a result and no signal asks to stop."""
     out = args.out if stage in ("finetune", "eval") else f"{args.out}/{stage}"
-    starts, unused = start_files(args), UNUSED if getattr(args, "teacher", None) else ()
-    # These files count by their digest, so that a result of others is never taken for this one.
+    starts, unused = start_files(args), UNUSED_WITH_TEACHER if getattr(args, "teacher", None) else ()
+    # The configuration holds the digests of these files: with a changed file --out is refused.
     digests = {flag: files.digest(path) for flag, path in starts.items() if os.path.isfile(path)}
     config = vars(args) | dict.fromkeys(unused) | digests
     free = {*free_flags(args), *(() if args.eval else ("flow", "source_flow", "features", "allow_leak"))}

@@ -322,7 +322,7 @@ def test_d6_d8_labels_belong_to_the_windows(videos, frames, neighbours):
     """Clip t of T: the same share of the video, whatever the length of the clip; nobody knows true labels."""
     counts, args = [3, 5, 1, 4, 3, 5, 2, 3], train_args(frames=frames, neighbours=neighbours)
     labels, met = pseudo_of(counts), Counter()
-    sample = partial(motionfit.pseudo_labelled, args=args, labels=labels)
+    sample = partial(motionfit.pseudo_labelled, args=args, pseudo_labels=labels)
     streams = partial(motionfit.modality.Streams, modalities=("rgb",))
     clips = motionfit.Clips(videos, sample, lambda clips: (torch.stack(clips),), 0, open=streams)
     for p in range(64):
