@@ -34,7 +34,7 @@ SIZE, WEAK = 224, 256
 def ours(paths):
     """index -> the views of cmpl.py, as its loader makes them."""
     args = cmpl.parse_args(["--data", "k400"])
-    view = partial(cmpl.unlabelled_views, args=args, flip=True)
+    view = partial(cmpl.views, args=args, flip=True, labelled=False)
     clips = Clips(Videos.make("/", paths, [0] * len(paths)), partial(cmpl.windows, args=args), view, seed=0)
     return lambda i: clips[i]
 

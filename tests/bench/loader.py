@@ -29,7 +29,7 @@ def clips_of(root, entries):
     args = cmpl.parse_args(["--data", "k400"])
     names = [f"{'x' * 40}/../made.mp4"] * entries  # as long as a path of Kinetics-400
     videos = Videos.make(root, names, np.zeros(entries, np.int64))
-    view = partial(cmpl.unlabelled_views, args=args, flip=True)
+    view = partial(cmpl.views, args=args, flip=True, labelled=False)
     return Clips(videos, partial(cmpl.windows, args=args), view, seed=0)
 
 
