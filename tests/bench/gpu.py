@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +85,8 @@ def forward_operations(script, words, out):
         pass
     finally:
         module.train_step = train_step
+        if dist.is_initialized():  # the run was broken off
+            dist.destroy_process_group()
     return counter.get_total_flops()
 
 
