@@ -3,9 +3,9 @@ Action Recognition. Lucian Bicsi, Bogdan Alexe, Radu Tudor Ionescu, Marius Leord
 
 Each data set has an expert, a network that was trained on it alone. The frozen encoders of all experts embed
 the videos of all data sets once. Each data set then gets a student, its expert with a small adjustment of the
-embedding and a new head, and a teacher, a linear classifier of all students' embeddings side by side. Trained
-together on embeddings alone, both learn labels, and a student also learns what its teacher predicts for the
-videos of all data sets.
+embedding, and a teacher, a linear classifier of all students' embeddings side by side. Adjustments, heads and
+teachers are trained together, on embeddings alone: students and teachers learn labels, and a student also
+learns what its teacher predicts for the videos of all data sets.
 
     1 experts   labelled videos of data set i --> expert i                          (common/supervised.py)
     2 embed     videos of all data sets --> frozen encoders of all experts --> e_1 ... e_n, feature cache
@@ -34,7 +34,7 @@ Every table and figure of the paper has its command in tests/claims/jedi.md.
 Differences from the paper, and decisions that it leaves open:
 
 D1  An epoch is one pass over the training videos of all data sets, shuffled together. Eq. 1 is averaged over
-    the videos of a step. The learning rate, 1e-5, is for 512 videos a step and scales linearly.
+    the videos of a step. The paper's learning rate, 1e-5, is taken for 512 videos a step and scales linearly.
 D2  The teachers' hinge loss is torch's multi-margin loss (Weston and Watkins), divided by the number of
     classes; `ovr` is the sum of one-against-the-rest hinges. Students learn labels by cross-entropy.
 D3  Soft labels are detached and computed without any dropout. Hinge logits enter the softmax as they are.
@@ -44,11 +44,11 @@ D5  Students start as their experts: the same head, and an adjustment of 0. Teac
 D6  An embedding is the mean over the expert's own test views, not normalised. Experts, students and teachers
     are all scored from this mean; the paper also stores experts' mean probabilities (Sec. 4.3).
 D7  |D_j| of Eq. 2 counts the training videos of data set j with or without a label.
-D8  Videos may lack labels (`--ratio`; `--labelled_list ,,FILE` for the third data set alone). The videos of
-    `--extra`, data sets without an expert, always do; their w_ij is |D_j| / sum_k |D_k|.
+D8  Videos may lack labels (`--ratio`; with `--labelled_list ,,FILE` the first two data sets keep all labels).
+    Data sets of `--extra` have no expert and no labels; w_ij of their videos is |D_j| / sum_k |D_k|.
 D9  mAP is the mean over classes of the average precision of softmax probabilities.
-D10 The hold-out (15 % in Sec. 4.4) takes whole groups of videos where a data set has them. A given expert may
-    have been trained on it, as those of the paper: RESULT then names its data set (held_out_known_to).
+D10 The hold-out (15 % in Sec. 4.4) takes whole groups of videos where a data set has them. An expert
+    that was not trained here may have seen them; RESULT then names its data set (held_out_known_to).
 D11 Training is joint. The alternating training of Sec. 3.1, for which the paper has no number, is left out.
 D12 A video that any expert cannot decode is skipped in training and counts as wrong in the test.
 D13 Sec. 5 excludes Kinetics-400, yet Table 3's row of all data sets and adjusted features has the six numbers
@@ -490,6 +490,7 @@ def train(args, run):
     run.say(f"{total} steps, {epoch} an epoch, of {B * run.world} videos; {rule}; {run.device.type}")
 
     # 4. Each step takes the next B videos of a shuffled pass over all data sets.
+    # run.steps expects a loader, but z is in memory: `reports` only names the unreadable videos, at first.
     passes = Order(len(rows), args.seed)
     paths = [Videos.make("", map(part.videos.path, range(len(part.y))), part.y) for part in learned]
     reports = itertools.chain([[{"bad": part.bad.items()} for part in learned]],
